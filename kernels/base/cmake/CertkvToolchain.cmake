@@ -1,0 +1,32 @@
+# Warnings, sanitizers, ccache and the floating-point contract, for every target of the project.
+find_program(CCACHE ccache)
+if(CCACHE)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE})
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
+endif()
+
+add_library(certkv_flags INTERFACE)
+# No contraction outside the hot loops: a bound must mean the same in every compiler.
+target_compile_options(certkv_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wshadow -Wno-psabi -ffp-contract=off>)
+target_include_directories(certkv_flags INTERFACE ${CMAKE_SOURCE_DIR})
+
+if(CERTKV_SANITIZER STREQUAL "address")
+  target_compile_options(certkv_flags INTERFACE -O1 -g -fsanitize=address,undefined
+    -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(certkv_flags INTERFACE -fsanitize=address,undefined)
+  target_compile_definitions(certkv_flags INTERFACE CERTKV_SANITIZED=1)
+elseif(CERTKV_SANITIZER STREQUAL "thread")
+  target_compile_options(certkv_flags INTERFACE -O1 -g -fsanitize=thread -Wno-tsan)
+  target_link_options(certkv_flags INTERFACE -fsanitize=thread)
+  target_compile_definitions(certkv_flags INTERFACE CERTKV_SANITIZED=1)
+elseif(NOT CERTKV_SANITIZER STREQUAL "")
+  message(FATAL_ERROR "CERTKV_SANITIZER is '${CERTKV_SANITIZER}': use address, thread or nothing")
+endif()
+
+# certkv_layer(name sources...): one static library per layer with an alias target.
+function(certkv_layer name)
+  add_library(certkv_${name} STATIC ${ARGN})
+  add_library(certkv::${name} ALIAS certkv_${name})
+  target_link_libraries(certkv_${name} PUBLIC certkv_flags)
+endfunction()
