@@ -28,10 +28,12 @@ struct Request {
 };
 
 // Distribution of a non-negative figure over head-steps; quantiles from a logarithmic histogram
-// whose bins are 2^(1/16) wide, reported as the bin's upper edge (so never below the true value).
+// whose bins are 2^(1/16) wide, reported as the bin's upper edge (so never below the true value),
+// or as the maximum where that is smaller. NaN and negative figures count as NaN: they lie above
+// infinity, and a quantile that reaches them is NaN.
 struct BoundHistogram {
   static constexpr int kBins = 1024;
-  std::vector<uint32_t> bins;         // empty until first used
+  std::vector<uint64_t> bins;         // empty until first used
   double max = 0;                     // NaN if one was NaN
   double sum = 0;
   uint64_t count = 0;
@@ -64,6 +66,9 @@ struct Completion {
   HeadStepCounts counts;
   double bound_max = 0, relative_max = 0;        // returned
   double bound_mean = 0, relative_mean = 0;      // returned; mean over steps of the worst head
+  struct Distribution {
+    BoundHistogram bound, relative;   // absolute and relative, over this rank group's head-steps
+  } returned, candidate;              // candidate: before the ladder acted
   uint64_t prompt_tokens = 0, tier1_bytes = 0, dense_bytes = 0;
   double prefill_seconds = 0, decode_seconds = 0;
 };
