@@ -1,0 +1,41 @@
+#include "kernels/blas.h"
+
+#include <cblas.h>
+
+#include <climits>
+
+#include "kernels/base/error.h"
+
+namespace certkv {
+
+namespace {
+
+blasint to_blas(size_t value, const char* what) {
+  CERTKV_EXPECT(value <= size_t(INT_MAX), InvalidArgument,
+                "{} of a matrix product is {}: OpenBLAS takes at most {}", what, value, INT_MAX);
+  return blasint(value);
+}
+
+void product(CBLAS_TRANSPOSE transpose_b, size_t m, size_t n, size_t k, const float* a,
+             size_t a_stride, const float* b, size_t b_stride, bool add, float* c,
+             size_t c_stride) {
+  static const bool single_threaded = (openblas_set_num_threads(1), true);
+  (void)single_threaded;
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, transpose_b, to_blas(m, "rows"), to_blas(n, "columns"),
+              to_blas(k, "depth"), 1.0f, a, to_blas(a_stride, "stride"), b,
+              to_blas(b_stride, "stride"), add ? 1.0f : 0.0f, c, to_blas(c_stride, "stride"));
+}
+
+}  // namespace
+
+void blas_product_nt(size_t m, size_t n, size_t k, const float* a, size_t a_stride, const float* b,
+                     size_t b_stride, bool add, float* c, size_t c_stride) {
+  product(CblasTrans, m, n, k, a, a_stride, b, b_stride, add, c, c_stride);
+}
+
+void blas_product_nn(size_t m, size_t n, size_t k, const float* a, size_t a_stride, const float* b,
+                     size_t b_stride, bool add, float* c, size_t c_stride) {
+  product(CblasNoTrans, m, n, k, a, a_stride, b, b_stride, add, c, c_stride);
+}
+
+}  // namespace certkv
