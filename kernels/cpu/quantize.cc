@@ -1,0 +1,264 @@
+#include "kernels/quantize.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels/arith/rounding.h"
+
+namespace certkv {
+namespace {
+
+// Metadata as stored: bits of F16 or F32.
+void store_metadata(DType type, std::byte* section, size_t index, float value) {
+  if (type == DType::F32) {
+    std::memcpy(section + index * 4, &value, 4);
+  } else {
+    const uint16_t bits = float_to_f16(value);  // exact: the caller rounded already
+    std::memcpy(section + index * 2, &bits, 2);
+  }
+}
+
+float load_metadata(DType type, const std::byte* section, size_t index) {
+  if (type == DType::F32) {
+    float value;
+    std::memcpy(&value, section + index * 4, 4);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, section + index * 2, 2);
+  return f16_to_float(bits);
+}
+
+struct Affine {
+  float scale = 0, offset = 0;
+  bool ok = true;  // false: over- or underflow
+};
+
+// SOURCE: method section 3. REQUIRES lo <= hi, both finite.
+Affine fit_affine(float lo, float hi, int levels, DType type) {
+  Affine a;
+  const bool f16 = type == DType::F16;
+  a.offset = f16 ? f16_to_float(f16_down(lo)) : lo;
+  if (!std::isfinite(a.offset)) return {0, 0, false};
+  const double width = double(hi) - double(a.offset);
+  if (width == 0) return a;  // constant and exactly representable: scale 0 reconstructs exactly
+  a.scale = f16 ? f16_to_float(f16_up(width / levels)) : float_up(width / levels);
+  // A subnormal FP32 scale could be flushed by hardware; a half is never subnormal as a float.
+  if (!std::isfinite(a.scale) || a.scale < std::numeric_limits<float>::min()) return {0, 0, false};
+  return a;
+}
+
+int encode(float x, const Affine& a, int levels) {
+  if (a.scale == 0) return 0;
+  const double code = std::nearbyint((double(x) - a.offset) / a.scale);
+  return int(std::clamp(code, 0.0, double(levels)));
+}
+
+// What the kernels reconstruct from the planes they read.
+struct Served {
+  float step, base;
+  int shift;  // of the full code
+  double value(int code) const { return double(code >> shift) * step + base; }
+};
+
+Served served(const TensorPlanes& planes, const Affine& a) {
+  const int shift = planes.read_residual ? 0 : planes.residual_bits;
+  if (shift == 0) return {a.scale, a.offset, 0};
+  // The base plane alone decodes at the middle of the codes that share it.
+  const float middle = float((1 << shift) - 1) / 2;
+  return {a.scale * float(1 << shift), a.offset + middle * a.scale, shift};
+}
+
+// Doubles hold 53 bits: sums of a few hundred terms are exact to 2^-43 relative.
+constexpr double kInflate = 1 + 0x1p-40;
+float annotation(double x) { return float_up(x * kInflate); }
+
+void put_nibble(std::byte* section, size_t index, bool high, int code) {
+  section[index] |= std::byte(high ? code << 4 : code);
+}
+
+}  // namespace
+
+SealStatus annotate_originals(const PageFormat& format, DType dtype, const uint16_t* k,
+                              const uint16_t* v, int tokens, BlockAnnotations* out) {
+  const int d = format.head_dim;
+  double k_max = 0, v_max = 0;
+  bool finite = true;
+  for (int t = 0; t < tokens; ++t) {
+    double kk = 0, vv = 0;
+    for (int c = 0; c < d; ++c) {
+      const double x = float_from_16(dtype, k[t * d + c]), y = float_from_16(dtype, v[t * d + c]);
+      kk += x * x;
+      vv += y * y;
+    }
+    finite = finite && std::isfinite(kk) && std::isfinite(vv);  // squares of floats fit a double
+    k_max = std::max(k_max, kk);
+    v_max = std::max(v_max, vv);
+  }
+  if (!finite) return SealStatus::NonFinite;
+  *out = {0, annotation(std::sqrt(v_max)), 0, 0, annotation(std::sqrt(k_max))};
+  return SealStatus::Sealed;
+}
+
+SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, const uint16_t* v,
+                     std::byte* page) {
+  const int d = format.head_dim, n = format.group_tokens, blocks = format.blocks();
+  const TensorPlanes& kp = format.layout.key;
+  const TensorPlanes& vp = format.layout.value;
+  std::memset(page, 0, format.page_bytes);
+
+  std::vector<BlockAnnotations> notes(static_cast<size_t>(blocks));
+  for (int b = 0; b < blocks; ++b) {
+    const size_t first = size_t(b) * size_t(format.block_tokens) * size_t(d);
+    if (annotate_originals(format, dtype, k + first, v + first, format.block_tokens,
+                           &notes[size_t(b)]) != SealStatus::Sealed)
+      return SealStatus::NonFinite;
+  }
+
+  // Keys: one affine per channel over the whole group.
+  std::vector<double> k_error(static_cast<size_t>(n), 0.0);  // squared, per token
+  std::vector<double> kappa(static_cast<size_t>(blocks), 0.0);
+  const int key_residual_mask = (1 << kp.residual_bits) - 1;
+  for (int c = 0; c < d; ++c) {
+    float lo = float_from_16(dtype, k[c]), hi = lo;
+    for (int t = 1; t < n; ++t) {
+      const float x = float_from_16(dtype, k[t * d + c]);
+      lo = std::min(lo, x);
+      hi = std::max(hi, x);
+    }
+    const Affine a = fit_affine(lo, hi, kp.levels(), kp.metadata);
+    if (!a.ok) return SealStatus::Unquantisable;
+    store_metadata(kp.metadata, page + format.key_scale, size_t(c), a.scale);
+    store_metadata(kp.metadata, page + format.key_offset, size_t(c), a.offset);
+    const Served s = served(kp, a);
+    for (int t = 0; t < n; ++t) {
+      const float x = float_from_16(dtype, k[t * d + c]);
+      const int code = encode(x, a, kp.levels());
+      const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
+      const size_t row = tile * size_t(d) + size_t(c);
+      page[format.key_base + row * kTile + lane] = std::byte(code >> kp.residual_bits);
+      if (kp.residual_bits > 0)
+        put_nibble(page + format.key_residual, row * 8 + lane % 8, lane >= 8,
+                   code & key_residual_mask);
+      const double error = std::abs(double(x) - s.value(code));
+      k_error[size_t(t)] += error * error;
+      double& worst = kappa[size_t(t / format.block_tokens)];
+      if (a.scale > 0)
+        worst = std::max(worst, error / s.step);
+      else if (error != 0)
+        return SealStatus::Unquantisable;  // scale 0 promises bit-exact reconstruction
+    }
+  }
+
+  // Values: one affine per group of elements within a token.
+  const int value_residual_mask = (1 << vp.residual_bits) - 1;
+  std::vector<double> eta(static_cast<size_t>(blocks), 0.0);
+  for (int t = 0; t < n; ++t) {
+    const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
+    double error2 = 0, decode2 = 0;
+    for (int g = 0; g < format.value_groups; ++g) {
+      const uint16_t* row = v + size_t(t) * size_t(d) + size_t(g) * size_t(format.value_group);
+      float lo = float_from_16(dtype, row[0]), hi = lo;
+      for (int i = 1; i < format.value_group; ++i) {
+        const float x = float_from_16(dtype, row[i]);
+        lo = std::min(lo, x);
+        hi = std::max(hi, x);
+      }
+      const Affine a = fit_affine(lo, hi, vp.levels(), vp.metadata);
+      if (!a.ok) return SealStatus::Unquantisable;
+      const size_t at = (tile * size_t(format.value_groups) + size_t(g)) * kTile + lane;
+      store_metadata(vp.metadata, page + format.value_scale, at, a.scale);
+      store_metadata(vp.metadata, page + format.value_offset, at, a.offset);
+      const Served s = served(vp, a);
+      for (int i = 0; i < format.value_group; ++i) {
+        const float x = float_from_16(dtype, row[i]);
+        const int code = encode(x, a, vp.levels());
+        const size_t c = size_t(g * format.value_group + i), chunk = c / 16, element = c % 16;
+        const size_t cell = (tile * size_t(d / 16) + chunk) * kTile + lane;
+        const int base = code >> vp.residual_bits;
+        if (vp.base_bits() == 8)
+          page[format.value_base + cell * 16 + element] = std::byte(base);
+        else
+          put_nibble(page + format.value_base, cell * 8 + element % 8, element >= 8, base);
+        if (vp.residual_bits > 0)
+          put_nibble(page + format.value_residual, cell * 8 + element % 8, element >= 8,
+                     code & value_residual_mask);
+        const double served_value = s.value(code), error = double(x) - served_value;
+        error2 += error * error;
+        // The kernel computes code * step + base in FP32: two roundings at most.
+        const double rounding =
+            2 * kUnit * (std::abs(double(s.base)) + double(code >> s.shift) * s.step);
+        decode2 += rounding * rounding;
+      }
+    }
+    double& worst = eta[size_t(t / format.block_tokens)];
+    worst = std::max(worst, std::sqrt(error2) + std::sqrt(decode2));
+  }
+
+  for (int b = 0; b < blocks; ++b) {
+    double e2 = 0;
+    for (int t = b * format.block_tokens; t < (b + 1) * format.block_tokens; ++t)
+      e2 = std::max(e2, k_error[size_t(t)]);
+    BlockAnnotations& note = notes[size_t(b)];
+    note.eta = annotation(eta[size_t(b)]);
+    note.kappa = annotation(kappa[size_t(b)]);
+    note.e = annotation(std::sqrt(e2));
+  }
+  std::memcpy(page + format.annotations, notes.data(), notes.size() * sizeof(BlockAnnotations));
+  return SealStatus::Sealed;
+}
+
+const BlockAnnotations& page_annotations(const PageFormat& format, const std::byte* page,
+                                         int block) {
+  return reinterpret_cast<const BlockAnnotations*>(page + format.annotations)[block];
+}
+
+ServedAffine served_key_affine(const PageFormat& format, const std::byte* page, int channel) {
+  const TensorPlanes& kp = format.layout.key;
+  const Affine a{load_metadata(kp.metadata, page + format.key_scale, size_t(channel)),
+                 load_metadata(kp.metadata, page + format.key_offset, size_t(channel))};
+  const Served s = served(kp, a);
+  return {s.step, s.base, kp.levels() >> s.shift};
+}
+
+void decode_page(const PageFormat& format, const std::byte* page, double* k_out, double* v_out) {
+  const int d = format.head_dim;
+  const TensorPlanes& kp = format.layout.key;
+  const TensorPlanes& vp = format.layout.value;
+  const auto nibble = [&](size_t section, size_t index, bool high) {
+    const int byte = std::to_integer<int>(page[section + index]);
+    return high ? byte >> 4 : byte & 15;
+  };
+  for (int t = 0; t < format.group_tokens; ++t) {
+    const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
+    for (int c = 0; c < d; ++c) {
+      const size_t row = tile * size_t(d) + size_t(c);
+      int code = std::to_integer<int>(page[format.key_base + row * kTile + lane]);
+      if (kp.read_residual)
+        code = code << kp.residual_bits |
+               nibble(format.key_residual, row * 8 + lane % 8, lane >= 8);
+      const ServedAffine s = served_key_affine(format, page, c);
+      k_out[t * d + c] = double(code) * s.step + s.base;
+
+      const size_t chunk = size_t(c) / 16, element = size_t(c) % 16;
+      const size_t cell = (tile * size_t(d / 16) + chunk) * kTile + lane;
+      int value = vp.base_bits() == 8
+                      ? std::to_integer<int>(page[format.value_base + cell * 16 + element])
+                      : nibble(format.value_base, cell * 8 + element % 8, element >= 8);
+      if (vp.read_residual)
+        value = value << vp.residual_bits |
+                nibble(format.value_residual, cell * 8 + element % 8, element >= 8);
+      const size_t at = (tile * size_t(format.value_groups) + size_t(c / format.value_group)) * kTile + lane;
+      const Affine a{load_metadata(vp.metadata, page + format.value_scale, at),
+                     load_metadata(vp.metadata, page + format.value_offset, at)};
+      const Served sv = served(vp, a);
+      v_out[t * d + c] = double(value) * sv.step + sv.base;
+    }
+  }
+}
+
+}  // namespace certkv

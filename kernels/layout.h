@@ -1,0 +1,85 @@
+// How keys and values are stored in tier 1: a list of planes, scale groups and metadata types.
+//
+// A layout is data. Quantiser and kernels take it as it is; adding one means adding a row to the
+// table in layout.cc. The order of bytes inside a page is the backend's own (PageFormat below is the
+// CPU backend's). SOURCE: method section 2.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "kernels/base/dtype.h"
+
+namespace certkv {
+
+// A code of `code_bits` bits is cut into a base plane (its high bits) and, if residual_bits > 0, a
+// residual plane (its low bits). The base plane alone decodes at the middle of the codes it covers.
+struct TensorPlanes {
+  int code_bits = 8;      // base + residual
+  int residual_bits = 0;  // 0 or 4
+  bool read_residual = false;
+  DType metadata = DType::F16;  // of scale and offset: F16 or F32
+
+  int base_bits() const { return code_bits - residual_bits; }
+  int levels() const { return (1 << code_bits) - 1; }
+};
+
+struct Layout {
+  std::string_view name;
+  TensorPlanes key;
+  TensorPlanes value;
+  int key_group_tokens = 64;      // tokens that share a key scale (per channel)
+  int value_group_elements = 16;  // elements of a token that share a value scale, at most
+};
+
+// The named layouts: paper, compact, balanced, and the two-plane list `k12v8` on which the precision
+// classes stand.
+std::span<const Layout> layouts();
+// Throws InvalidArgument naming the known ones.
+const Layout& layout_by_name(std::string_view name);
+
+// Measured per block at sealing time on the bytes that will be served, all rounded up, overflow =
+// inf. SOURCE: method section 2, "Annotations".
+struct BlockAnnotations {
+  float eta;    // max_t ||v^_t - v_t||_2, the rounding of the value decode included
+  float nu;     // max_t ||v_t||_2
+  float kappa;  // max_{t,c} |k_tc - k^_tc| / step_c over channels with step > 0 (step: of the planes read)
+  float e;      // max_t ||k_t - k^_t||_2
+  float k_norm; // max_t ||k_t||_2
+};
+
+inline constexpr int kTile = 16;      // tokens of a tile; a block is one or two tiles
+inline constexpr int kMaxHeadDim = 256;
+
+// Offsets of one page: the record of one KV head's scale group (group_tokens tokens).
+// UNITS: bytes from the page's start, every section 64-byte aligned.
+//   key_base      [tiles][head_dim][16] u8
+//   key_residual  [tiles][head_dim][8] two 4-bit codes a byte: token t | token t + 8 << 4
+//   key_scale, key_offset      [head_dim] of key.metadata
+//   value_base    [tiles][head_dim / 16][16 tokens][16 codes of value.base_bits bits]; 4-bit codes
+//                 are packed element i | element i + 8 << 4
+//   value_residual like a 4-bit value_base
+//   value_scale, value_offset  [tiles][value_groups][16 tokens] of value.metadata
+//   annotations   [blocks] BlockAnnotations
+struct PageFormat {
+  Layout layout;
+  int head_dim = 0, block_tokens = 0, group_tokens = 0;
+  int value_group = 0, value_groups = 0;  // elements a group, groups a token
+  size_t key_base = 0, key_residual = 0, key_scale = 0, key_offset = 0;
+  size_t value_base = 0, value_residual = 0, value_scale = 0, value_offset = 0;
+  size_t annotations = 0;
+  size_t page_bytes = 0;      // all sections with their padding
+  size_t payload_bytes = 0;   // without padding: what byte limits are counted in
+
+  int blocks() const { return group_tokens / block_tokens; }
+  int tiles() const { return group_tokens / kTile; }
+  double bytes_per_token() const { return double(payload_bytes) / group_tokens; }
+};
+
+// REQUIRES head_dim in {64, 96, 128, 256}, block_tokens in {16, 32}; throws InvalidArgument.
+// A scale group never is smaller than a block: `paper` with blocks of 32 shares scales over 32.
+PageFormat make_page_format(const Layout& layout, int head_dim, int block_tokens);
+
+}  // namespace certkv

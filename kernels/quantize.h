@@ -1,0 +1,46 @@
+// Sealing: turns the originals of one scale group into a tier-1 page, and back.
+//
+// SOURCE: method sections 2 and 3. Metadata is rounded outward and codes are computed with the
+// stored metadata: offset = round_down(min), scale = round_up((max - offset) / levels),
+// code = clamp(rint((x - offset) / scale), 0, levels).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/layout.h"
+
+namespace certkv {
+
+enum class SealStatus : uint8_t {
+  Sealed,
+  Unquantisable,  // finite, but a scale or offset over- or underflows: serve from originals
+  NonFinite,      // an original is NaN or infinite: the request must fail
+};
+
+// k, v: [group_tokens][head_dim] in `dtype` (F16 or BF16). page: page_bytes, 64-byte aligned; padding
+// is zeroed. On anything but Sealed the page's contents are meaningless.
+SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, const uint16_t* v,
+                     std::byte* page);
+
+// The annotations that hold for originals alone (nu, k_norm), of `tokens` rows; for the open block.
+// eta, kappa and e are 0. Returns NonFinite or Sealed.
+SealStatus annotate_originals(const PageFormat& format, DType dtype, const uint16_t* k,
+                              const uint16_t* v, int tokens, BlockAnnotations* out);
+
+const BlockAnnotations& page_annotations(const PageFormat& format, const std::byte* page,
+                                         int block);
+
+// Scale and offset of one channel as the kernels serve it, planes that are read considered:
+// k^ = code * step + base, code in [0, max_code].
+struct ServedAffine {
+  float step, base;
+  int max_code;
+};
+ServedAffine served_key_affine(const PageFormat& format, const std::byte* page, int channel);
+
+// The served values as real numbers, exact in double for every layout.
+// out: [group_tokens][head_dim]. For audits and tests.
+void decode_page(const PageFormat& format, const std::byte* page, double* k_out, double* v_out);
+
+}  // namespace certkv
