@@ -1,30 +1,35 @@
-// Everything a job can be told. Plain structs, defaults in place; a visitor per struct (see
-// visit_options in options_io.h) gives YAML reading, flags, --help, validation and the echo stored
-// with the results. Each field: meaning, unit, and what a larger value costs.
+// Everything a job can be told. Plain structs, defaults in place; one visitor per struct (runtime/
+// options_visit.h) gives YAML reading, flags, --help, validation and the echo stored with the
+// results (runtime/options_io.h). Each field: meaning, unit, and what a larger value costs.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace certkv {
 
-enum class Policy : uint8_t { Budget, Paper, Naive, Dense };  // method section 5
-const char* policy_name(Policy policy);
+enum class Policy : uint8_t { Budget, Paper, Naive, Dense };    // method section 5
+const char* policy_name(Policy policy);                         // "budget", "paper", ...
+std::optional<Policy> policy_from_name(std::string_view name);  // empty for any other word
 
 // Relative: bound <= relative * S (method E5). Absolute: bound <= absolute. Exactly one is set.
 struct Tolerance {
   bool is_relative = true;
   double value = 0.05;
 };
+inline constexpr double kMaxTolerance = 1e30;
+bool tolerance_allowed(const Tolerance& tolerance);  // 0 to kMaxTolerance; NaN is not
 
 // ---- options that change answers ----------------------------------------------------------------
 
 struct ModelOptions {
-  std::string path;        // Hugging Face folder; a relative path is looked up from the working
-                           // folder first, then from the configuration file's folder
+  std::string path;            // Hugging Face folder; a relative path is looked up from the working
+                               // folder first, then from the configuration file's folder
   std::string dtype = "auto";  // auto (the folder's own), bfloat16, float16: of K and V originals
-  int64_t max_len = 0;     // tokens of prompt + answer; 0: the model's own limit
+  int64_t max_len = 0;         // tokens of prompt + answer; 0: the model's own limit
   std::string chat_template = "auto";  // auto, llama3, qwen, plain
 };
 
@@ -36,57 +41,57 @@ struct CacheOptions {
 struct PaperOptions {  // used by policy paper only (method section 5)
   double tau_cov = 0.995;
   int64_t k_min = 2, k_max = 128;
-  double expand_tail = 0.02;       // expand once to 2 k_max above this estimated tail mass
+  double expand_tail = 0.02;  // expand once to 2 k_max above this estimated tail mass
   double v_tol = 0.05;
   std::string value_rule = "local";  // local, greedy
 };
 
 struct LadderOptions {
-  int max_rounds = 4;          // rung 1 and 2 rounds per head-step before rung 3; more: slower steps
-  double max_share = 0.25;     // of the blocks promoted per head-step before rung 3
-  double value_share = 0.5;    // of the tolerance that E_val may use up before values are promoted
-  int ranking = -1;            // r of method section 6; -1: 1 under paper, 0 elsewhere
-  double exploration = 0.0;    // share of tail blocks promoted at random each step (0.01-0.05: soak)
+  int max_rounds = 4;        // rung 1 and 2 rounds per head-step before rung 3; more: slower steps
+  double max_share = 0.25;   // of the blocks promoted per head-step before rung 3
+  double value_share = 0.5;  // of the tolerance that E_val may use up before values are promoted
+  int ranking = -1;          // r of method section 6; -1: 1 under paper, 0 elsewhere
+  double exploration = 0.0;  // share of tail blocks promoted at random each step (0.01-0.05: soak)
 };
 
 struct SamplingOptions {
   int64_t max_tokens = 64;
-  double temperature = 0.0;    // 0: greedy
+  double temperature = 0.0;  // 0: greedy
   double top_p = 1.0;
-  int64_t top_k = 0;           // 0: off
+  int64_t top_k = 0;  // 0: off
   uint64_t seed = 0;
   std::vector<std::string> stop;
 };
 
 // ---- options that change speed and size ---------------------------------------------------------
 
-struct ScratchOptions {        // originals kept near the compute, per request and layer
-  int64_t key_blocks = 2048;   // blocks, shared equally by the KV heads; more: more memory
+struct ScratchOptions {       // originals kept near the compute, per request and layer
+  int64_t key_blocks = 2048;  // blocks, shared equally by the KV heads; more: more memory
   int64_t value_blocks = 2048;
 };
 
 struct StoreOptions {
-  std::string mode = "auto";   // auto: one per node, started by the first local rank; attach
-  std::string socket;          // attach: the control socket; empty under auto
-  std::string arena = "auto";  // bytes of originals per node, "4GiB"; auto: what the job can need
-  double linger_seconds = 2;   // the store ends itself this long after its last rank is gone
-  double deadline_seconds = 5; // since the last sign of life of the store
+  std::string mode = "auto";    // auto: one per node, started by the first local rank; attach
+  std::string socket;           // attach: the control socket; empty under auto
+  std::string arena = "auto";   // bytes of originals per node, "4GiB"; auto: what the job can need
+  double linger_seconds = 2;    // the store ends itself this long after its last rank is gone
+  double deadline_seconds = 5;  // since the last sign of life of the store
 };
 
 struct ParallelOptions {
-  int tensor = 0;              // T ranks share the heads; 0: ranks / data
-  int data = 1;                // D replicas of the model
-  int threads = 0;             // per rank; 0: cores of the node / ranks on it
-  double deadline_seconds = 5; // since the last sign of life of a peer
+  int tensor = 0;               // T ranks share the heads; 0: ranks / data
+  int data = 1;                 // D replicas of the model
+  int threads = 0;              // per rank; 0: cores of the node / ranks on it
+  double deadline_seconds = 5;  // since the last sign of life of a peer
 };
 
 struct RunOptions {
-  std::string input;           // JSONL
+  std::string input;                   // JSONL
   std::string output = "runs/latest";  // folder for manifest, results, steps, summary
   bool resume = false;
-  int64_t max_batch = 8;       // sequences decoded together; more: more memory, more tokens/s
+  int64_t max_batch = 8;  // sequences decoded together; more: more memory, more tokens/s
   std::string tier1_memory = "auto";  // bytes for quantised KV per rank; auto: half of free memory
-  double progress_seconds = 5; // between progress lines when standard error is no terminal
+  double progress_seconds = 5;        // between progress lines when standard error is no terminal
 };
 
 struct JobOptions {
@@ -98,7 +103,7 @@ struct JobOptions {
   PaperOptions paper;
   LadderOptions ladder;
   SamplingOptions sampling;
-  bool deterministic = false;   // bitwise equal for every T, at some cost in speed (method 8)
+  bool deterministic = false;  // bitwise equal for every T, at some cost in speed (method 8)
   ScratchOptions scratch;
   StoreOptions store;
   ParallelOptions parallel;
