@@ -15,8 +15,8 @@
 //                     anything is enqueued, the group stays whole
 //   DeadlineExceeded  a peer showed no life for longer than the limit; it is named
 //   CommError         the transport failed, or a peer gave up (its reason is in the message)
-// After DeadlineExceeded or CommError the group is broken for all its ranks: peers that wait get
-// CommError, later calls throw the first error again. There is no repair: end the job, resume it.
+// After DeadlineExceeded or CommError all groups of the job are broken on all ranks: whoever waits,
+// and whoever calls later, gets the first error. There is no repair: end the job, resume it.
 //
 // THREADS: one thread per rank calls the operations (the same ones, in the same order, on every
 // rank); alive() and abort() may be called from any thread.
@@ -78,8 +78,8 @@ class Communicator {
   // A sign of life of this rank, in all its groups. Costs one clock read and one store.
   virtual void alive() noexcept = 0;
 
-  // Breaks the group: peers get CommError with this rank's name and the reason. For the rank whose
-  // own work failed. It does not end the process.
+  // Breaks all groups of the job: peers get CommError with this rank's name and the reason. For the
+  // rank whose own work failed. It does not end the process.
   virtual void abort(std::string_view reason) noexcept = 0;
 
   // "rank 1 (node-a)": how errors call a rank of this group.

@@ -1,0 +1,23 @@
+#include "parallel/verdict_reduce.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace certkv {
+
+void merge_verdict_words(uint64_t* into, const uint64_t* from, size_t records) {
+  for (size_t i = 0; i < records; ++i, into += kVerdictWords, from += kVerdictWords) {
+    for (int w = 0; w < kVerdictMaxWords; ++w) into[w] = std::max(into[w], from[w]);
+    for (int w = kVerdictMaxWords; w < kVerdictWords; ++w) into[w] += from[w];
+  }
+}
+
+void merge_verdict(VerdictRecord& into, const VerdictRecord& from) {
+  using Words = std::array<uint64_t, kVerdictWords>;
+  Words a = std::bit_cast<Words>(into);
+  const Words b = std::bit_cast<Words>(from);
+  merge_verdict_words(a.data(), b.data(), 1);
+  into = std::bit_cast<VerdictRecord>(a);
+}
+
+}  // namespace certkv
