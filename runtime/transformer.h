@@ -1,0 +1,102 @@
+// The model's forward pass on one rank of a tensor-parallel group.
+//
+// Prefill runs layer by layer over the whole prompt, so that the originals of one layer only are
+// near the compute at a time; decode runs one token of each sequence of a batch through all layers.
+// Attention of decode belongs to the cache behind KvAttention; attention of prefill is dense over
+// the originals, that is over keys (after RoPE) and values rounded to 16 bits.
+//
+// Every rank of the group constructs one and calls the same functions with the same arguments in
+// the same order. Results are the same on all of them, bit for bit.
+//
+// With `deterministic` logits are also bitwise the same for every number of ranks, provided the
+// cache's answers are. With or without it they do not depend on the number of threads, nor on which
+// other sequences are decoded in the same batch.
+//
+// ERRORS (besides those of the group and the cache)
+//   InvalidArgument  a token outside the vocabulary, a prompt that is empty or beyond the limit
+//   NonFinite        prefill met a NaN or an infinity; the message names the layer
+//   OutOfMemory      no memory for the prompt's activations (prefill_bytes)
+// These are thrown by all ranks at the same point, but for OutOfMemory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/base/dtype.h"
+#include "runtime/layers.h"
+
+namespace certkv {
+
+class KvAttention;
+
+struct TransformerOptions {
+  bool deterministic = false;
+  DType originals = DType::BF16;  // of keys and values: BF16 or F16
+};
+
+struct DecodeInput {
+  int64_t sequence = 0;  // handle of the cache
+  int32_t token = 0;     // the newest token
+  int64_t position = 0;  // its position: tokens the sequence had before it
+};
+
+struct DecodeOutput {
+  std::vector<float> logits;           // [rows, vocab]
+  // Per row: the first layer with a NaN or an infinity, -1 if none. Such a row's logits are not to
+  // be used: its request fails with NonFinite, the others go on.
+  std::vector<int> nonfinite_layer;    // [rows]
+  std::vector<int> fallback_layers;    // [rows]: layers that took rung 4
+};
+
+class Transformer {
+ public:
+  // Called after every chunk of a layer with the tokens of that layer done so far. It may throw:
+  // prefill then ends with that exception (the other ranks are not told).
+  using Progress = std::function<void(int layer, size_t tokens)>;
+
+  // All references must outlive this object.
+  Transformer(const ModelConfig& config, const Weights& weights, Communicator& group,
+              KvAttention& cache, ThreadPool& pool, TransformerOptions options);
+
+  // Runs the whole prompt of a sequence that the cache knows and that is empty. Returns the last
+  // token's logits [vocab].
+  std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens,
+                             const Progress& progress = {});
+
+  // Runs one token of each row. Rows of different sequences; the cache appends their originals.
+  DecodeOutput decode(std::span<const DecodeInput> rows);
+
+  // Host memory that prefill of so many tokens takes on this rank. UNITS: bytes
+  static uint64_t prefill_bytes(const ModelConfig& config, int64_t tensor, int64_t tokens);
+
+  ForwardPhases phases() const { return layers_.phases; }
+  void clear_phases() { layers_.phases = {}; }
+
+ private:
+  struct Prompt;  // activations and originals of a prefill
+  void prefill_layer(size_t layer, Prompt& p, const Progress& progress);
+  void prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows);
+  void decode_layer(size_t layer, std::span<const DecodeInput> rows, DecodeOutput& out);
+  const float* attend_rows(size_t layer, std::span<const DecodeInput> rows, RowFlags* flags,
+                           DecodeOutput& out);
+
+  const ModelConfig& config_;
+  KvAttention& cache_;
+  ThreadPool& pool_;
+  TransformerOptions options_;
+  LayerForward layers_;
+  std::vector<double> frequency_;
+  RopeTable rope_;
+
+  // Decode: one row per sequence, local heads only.
+  std::vector<float> x_;            // [rows, hidden]
+  std::vector<float> q_, out_;      // [rows, local_kv_heads * heads_per_group * head_dim]
+  std::vector<uint16_t> k_, v_;     // [rows, local_kv_heads * head_dim]
+  std::vector<float> sums_;         // of a layer in which rows were repeated
+};
+
+}  // namespace certkv
