@@ -58,8 +58,8 @@ class Communicator {
 
   // One record per sequence: its `max` part becomes the maximum over the ranks, `sum` the sum, word
   // by word as unsigned integers, so that no NaN is lost (method section 8).
-  // ENSURES inout holds failed_verdict() from this call until wait() has returned, and for ever
-  // when it throws. Whoever reads a result first asks verdict_agreed(record, size(), step).
+  // ENSURES inout may be read at any time: it holds failed_verdict() until wait() returns, and for
+  // ever when it throws. Whoever reads a result first asks verdict_agreed(record, size(), step).
   virtual void reduce_verdict(std::span<VerdictRecord> inout, Stream stream) = 0;
 
   // Done when every rank has enqueued it.

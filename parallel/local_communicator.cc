@@ -115,13 +115,13 @@ void LocalGroup::run(Operation& operation) {
       break;
     }
     case Kind::Verdict: {
-      std::vector<VerdictRecord> merged = first.verdicts;
+      std::vector<VerdictRecord>& merged = *first.verdicts;
       for (size_t r = 1; r < requests.size(); ++r) {
-        for (size_t i = 0; i < merged.size(); ++i) merge_verdict(merged[i], requests[r].verdicts[i]);
+        for (size_t i = 0; i < merged.size(); ++i) {
+          merge_verdict(merged[i], (*requests[r].verdicts)[i]);
+        }
       }
-      for (const Request& to : requests) {
-        std::copy(merged.begin(), merged.end(), static_cast<VerdictRecord*>(to.out));
-      }
+      for (size_t r = 1; r < requests.size(); ++r) *requests[r].verdicts = merged;
       break;
     }
     case Kind::Barrier: break;
@@ -208,15 +208,20 @@ class LocalCommunicator final : public Communicator {
                             .out = inout.data, .verdicts = {}});
   }
   void reduce_verdict(std::span<VerdictRecord> inout, Stream) override {
-    std::vector<VerdictRecord> votes(inout.begin(), inout.end());
+    auto votes = std::make_shared<std::vector<VerdictRecord>>(inout.begin(), inout.end());
     std::fill(inout.begin(), inout.end(), failed_verdict());
     group_->enqueue(rank_, {.kind = LocalGroup::Kind::Verdict, .count = inout.size(),
-                            .in = inout.data(), .out = inout.data(), .verdicts = std::move(votes)});
+                            .verdicts = votes});
+    verdicts_.emplace_back(std::move(votes), inout);
   }
   void barrier(Stream) override { group_->enqueue(rank_, {.verdicts = {}}); }
 
   using Communicator::wait;
-  void wait(std::chrono::milliseconds silence) override { group_->wait(rank_, silence); }
+  void wait(std::chrono::milliseconds silence) override {
+    group_->wait(rank_, silence);
+    for (auto& [result, inout] : verdicts_) std::copy(result->begin(), result->end(), inout.begin());
+    verdicts_.clear();
+  }
   void poll_error() override { world_->life().throw_if_broken(); }
   void alive() noexcept override { world_->life().alive(world_rank_); }
   void abort(std::string_view reason) noexcept override { world_->abort(world_rank_, reason); }
@@ -228,6 +233,8 @@ class LocalCommunicator final : public Communicator {
   std::shared_ptr<LocalWorld> world_;
   std::shared_ptr<LocalGroup> group_;
   int world_rank_, rank_ = 0;
+  std::vector<std::pair<std::shared_ptr<std::vector<VerdictRecord>>, std::span<VerdictRecord>>>
+      verdicts_;  // under way, and where they belong
 };
 
 }  // namespace

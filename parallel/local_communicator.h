@@ -27,7 +27,8 @@ class LocalGroup {
     int root = 0;
     void* in = nullptr;
     void* out = nullptr;
-    std::vector<VerdictRecord> verdicts;  // this rank's votes
+    // This rank's votes, later the result; the rank itself copies it to its caller in wait().
+    std::shared_ptr<std::vector<VerdictRecord>> verdicts;
   };
 
   LocalGroup(LifeTable& life, std::vector<int> members);
