@@ -8,6 +8,8 @@
 //  - The sequence is cut into splits of kSplitTokens. Within one, all scores come first, then the
 //    weights about the split's own maximum: no token meets a rescale inside a split, and one
 //    (J = 1) when splits are merged. Splits are merged in double precision, in order.
+//  - Inside a pass values are multiplied by a power of two that brings the largest norm near 1, so
+//    that squares neither overflow (BF16 reaches 3e38) nor vanish; sums leave the pass unscaled.
 //  - Delta_b uses the worst case of eps_w (m - min s >= 104), known before the pass.
 #pragma once
 
@@ -71,6 +73,7 @@ struct PassState {
   int heads = 0, head_dim = 0;
   size_t blocks = 0, tokens = 0;
   std::vector<float> r;            // [head_dim] the centre
+  float unit = 1;                  // power of two the values were multiplied by inside the pass
   std::vector<HeadSums> head;      // [heads]
   std::vector<float> block_sum;    // sum of exp(s - block_ref) over the block
   std::vector<float> block_ref;    // reference the block's weights were computed with
@@ -92,7 +95,8 @@ void attend_pass(const AttendContext& context, const QueryGroup& q, std::span<co
                  const float* r, PassState* state);
 
 // One block's contribution to every head of the group: what the pass adds, and, called again with
-// the same reference and sources, bitwise what a correction must subtract.
+// the same reference, sources and unit, bitwise what a correction must subtract. Sums of values are
+// in units: o, big_a and s1 times unit, m2 times unit^2.
 struct BlockTerms {
   float ref[kMaxGroupHeads];          // in: reference wished; out: reference used
   float sum[kMaxGroupHeads];          // sum p, p = exp(s - ref)
@@ -105,7 +109,7 @@ struct BlockTerms {
 };
 // raise_ref: where a score exceeds the wished reference, that score becomes the reference.
 void block_terms(const AttendContext& context, const QueryGroup& q, const BlockRef& block,
-                 const float* r, bool raise_ref, BlockTerms* out);
+                 const float* r, float unit, bool raise_ref, BlockTerms* out);
 
 // c_b = expm1(Delta_b), rounded up; NaN and overflow propagate.
 CERTKV_HD inline float c_of_delta(float delta) {

@@ -39,6 +39,15 @@ struct ServedAffine {
 };
 ServedAffine served_key_affine(const PageFormat& format, const std::byte* page, int channel);
 
+// How far one block's served values lie from given originals [block_tokens, head_dim], and how large
+// the originals are: max_t ||v^_t - v_t||, max_t ||v_t||, as computed in double (not rounded up). For
+// the canary.
+struct ValueErrors {
+  double error, norm;
+};
+ValueErrors value_errors(const PageFormat& format, const std::byte* page, int block, DType dtype,
+                         const uint16_t* v);
+
 // The served values as real numbers, exact in double for every layout.
 // out: [group_tokens][head_dim]. For audits and tests.
 void decode_page(const PageFormat& format, const std::byte* page, double* k_out, double* v_out);

@@ -112,10 +112,10 @@ void score_block(const AttendContext& context, const QueryGroup& q, const BlockR
   }
 }
 
-// Weighs one block's values. p: [heads, 16] work area. Sums are added to.
+// Weighs one block's values about r (times unit). Sums are added to.
 void weigh_block(const AttendContext& context, const QueryGroup& q, const BlockRef& block,
-                 const float* scores, int stride, const float* ref, const float* r, float* sum,
-                 float* o, float* m2, float* big_a, float* s1) {
+                 const float* scores, int stride, const float* ref, const float* r, float unit,
+                 float* sum, float* o, float* m2, float* big_a, float* s1) {
   const PageFormat& f = *context.format;
   const cpu::TileKernels& k = cpu::tile_kernels();
   float p[kMaxGroupHeads * kTile];
@@ -125,8 +125,8 @@ void weigh_block(const AttendContext& context, const QueryGroup& q, const BlockR
       sum[h] += k.weigh(scores + h * stride + first, tokens, ref[h], p + h * kTile);
     k.weigh_values(f, context.dtype, block.page,
                    (block.index * f.block_tokens + first) / kTile,
-                   block.v != nullptr ? block.v + first * f.head_dim : nullptr, tokens, q.heads, p,
-                   r, o, kMaxHeadDim, m2, big_a, s1);
+                   block.v != nullptr ? block.v + first * f.head_dim : nullptr, unit, tokens, q.heads,
+                   p, r, o, kMaxHeadDim, m2, big_a, s1);
   }
 }
 
@@ -135,6 +135,19 @@ void clear_terms(int heads, int head_dim, BlockTerms* t) {
     t->sum[h] = t->m2[h] = t->big_a[h] = t->s1[h] = 0;
     std::fill_n(t->o[h], head_dim, 0.0f);
   }
+}
+
+void scale_centre(const float* r, int head_dim, float unit, float* out) {
+  for (int c = 0; c < head_dim; ++c) out[c] = r[c] * unit;
+}
+
+// 2^-e with 2^e just above the largest norm in play, within the range of FP32.
+float value_unit(std::span<const BlockRef> blocks, const float* r, int head_dim) {
+  float largest = 0;
+  for (const BlockRef& b : blocks) largest = std::max(largest, b.nu);
+  for (int c = 0; c < head_dim; ++c) largest = std::max(largest, std::abs(r[c]));
+  if (!(largest > 0) || !std::isfinite(largest)) return 1;
+  return std::ldexp(1.0f, std::clamp(-(std::ilogb(largest) + 1), -120, 120));
 }
 
 // NaN-propagating maximum.
@@ -176,7 +189,9 @@ QueryGroup make_query_group(int heads, int head_dim, const float* q) {
 }
 
 void block_terms(const AttendContext& context, const QueryGroup& q, const BlockRef& block,
-                 const float* r, bool raise_ref, BlockTerms* out) {
+                 const float* r, float unit, bool raise_ref, BlockTerms* out) {
+  float centre[kMaxHeadDim];
+  scale_centre(r, q.head_dim, unit, centre);
   std::memset(out->score, 0, sizeof out->score);
   score_block(context, q, block, &page_query_scratch(), out->score[0], 32, out->delta,
               out->score_bound);
@@ -184,8 +199,8 @@ void block_terms(const AttendContext& context, const QueryGroup& q, const BlockR
     for (int h = 0; h < q.heads; ++h)
       for (int t = 0; t < block.tokens; ++t) out->ref[h] = max_nan(out->ref[h], out->score[h][t]);
   clear_terms(q.heads, q.head_dim, out);
-  weigh_block(context, q, block, out->score[0], 32, out->ref, r, out->sum, out->o[0], out->m2,
-              out->big_a, out->s1);
+  weigh_block(context, q, block, out->score[0], 32, out->ref, centre, unit, out->sum, out->o[0],
+              out->m2, out->big_a, out->s1);
 }
 
 void attend_pass(const AttendContext& context, const QueryGroup& q, std::span<const BlockRef> blocks,
@@ -197,6 +212,10 @@ void attend_pass(const AttendContext& context, const QueryGroup& q, std::span<co
   state->head_dim = d;
   state->blocks = n;
   state->r.assign(r, r + d);
+  const float unit = value_unit(blocks, r, d);
+  state->unit = unit;
+  float centre[kMaxHeadDim];
+  scale_centre(r, d, unit, centre);
   state->block_sum.resize(cells);
   state->block_ref.resize(cells);
   state->delta.resize(cells);
@@ -240,8 +259,8 @@ void attend_pass(const AttendContext& context, const QueryGroup& q, std::span<co
     for (size_t b = first; b < last; ++b) {
       const int column = int(b - first) * f.block_tokens;
       clear_terms(heads, d, &terms);
-      weigh_block(context, q, blocks[b], scores.data() + column, kSplitTokens, sums.ref, r,
-                  terms.sum, terms.o[0], terms.m2, terms.big_a, terms.s1);
+      weigh_block(context, q, blocks[b], scores.data() + column, kSplitTokens, sums.ref, centre,
+                  unit, terms.sum, terms.o[0], terms.m2, terms.big_a, terms.s1);
       for (int h = 0; h < heads; ++h) {
         const size_t i = state->at(h, b);
         const float c_b = c_of_delta(state->delta[i]);
@@ -263,7 +282,8 @@ void attend_pass(const AttendContext& context, const QueryGroup& q, std::span<co
   }
   state->tokens = tokens;
 
-  // Merge in order, each split rescaled once (J = 1).
+  // Merge in order, each split rescaled once (J = 1); leave the unit (exact: a power of two).
+  const double inv = 1.0 / unit;
   state->head.resize(size_t(heads));
   for (int h = 0; h < heads; ++h) {
     HeadSums& out = state->head[size_t(h)];
@@ -276,12 +296,12 @@ void attend_pass(const AttendContext& context, const QueryGroup& q, std::span<co
     for (const SplitSums& s : split_sums) {
       const double factor = std::exp(double(s.ref[h]) - out.m);
       out.l += factor * s.l[h];
-      out.m2 += factor * s.m2[h];
-      out.big_a += factor * s.big_a[h];
-      out.s1 += factor * s.s1[h];
+      out.m2 += factor * inv * inv * s.m2[h];
+      out.big_a += factor * inv * s.big_a[h];
+      out.s1 += factor * inv * s.s1[h];
       for (int c = 0; c < d; ++c) {
-        out.o[size_t(c)] += factor * s.o[h][c];
-        out.a[size_t(c)] += factor * s.a[h][c];
+        out.o[size_t(c)] += factor * inv * s.o[h][c];
+        out.a[size_t(c)] += factor * inv * s.a[h][c];
       }
     }
   }

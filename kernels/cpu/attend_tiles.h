@@ -21,11 +21,12 @@ struct TileKernels {
   // p = exp(score - ref) for `tokens` <= 16, 0 beyond; returns their sum.
   float (*weigh)(const float* scores, int tokens, float ref, float* p);
 
-  // values of one tile weighted about r. Source: page and tile, or originals when v is given.
-  // p: [heads, 16]. Adds to o [heads, o_stride], m2, big_a, s1 [heads].
+  // values of one tile, times `unit` (a power of two), weighted about r (already times unit).
+  // Source: page and tile, or originals when v is given. p: [heads, 16].
+  // Adds to o [heads, o_stride], m2, big_a, s1 [heads].
   void (*weigh_values)(const PageFormat& format, DType dtype, const std::byte* page, int tile,
-                       const uint16_t* v, int tokens, int heads, const float* p, const float* r,
-                       float* o, int o_stride, float* m2, float* big_a, float* s1);
+                       const uint16_t* v, float unit, int tokens, int heads, const float* p,
+                       const float* r, float* o, int o_stride, float* m2, float* big_a, float* s1);
 };
 
 const TileKernels& tile_kernels();           // the best this machine runs

@@ -225,40 +225,72 @@ ServedAffine served_key_affine(const PageFormat& format, const std::byte* page, 
   return {s.step, s.base, kp.levels() >> s.shift};
 }
 
-void decode_page(const PageFormat& format, const std::byte* page, double* k_out, double* v_out) {
-  const int d = format.head_dim;
-  const TensorPlanes& kp = format.layout.key;
-  const TensorPlanes& vp = format.layout.value;
-  const auto nibble = [&](size_t section, size_t index, bool high) {
-    const int byte = std::to_integer<int>(page[section + index]);
-    return high ? byte >> 4 : byte & 15;
-  };
-  for (int t = 0; t < format.group_tokens; ++t) {
-    const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
-    for (int c = 0; c < d; ++c) {
-      const size_t row = tile * size_t(d) + size_t(c);
-      int code = std::to_integer<int>(page[format.key_base + row * kTile + lane]);
-      if (kp.read_residual)
-        code = code << kp.residual_bits |
-               nibble(format.key_residual, row * 8 + lane % 8, lane >= 8);
-      const ServedAffine s = served_key_affine(format, page, c);
-      k_out[t * d + c] = double(code) * s.step + s.base;
+namespace {
 
-      const size_t chunk = size_t(c) / 16, element = size_t(c) % 16;
-      const size_t cell = (tile * size_t(d / 16) + chunk) * kTile + lane;
-      int value = vp.base_bits() == 8
-                      ? std::to_integer<int>(page[format.value_base + cell * 16 + element])
-                      : nibble(format.value_base, cell * 8 + element % 8, element >= 8);
-      if (vp.read_residual)
-        value = value << vp.residual_bits |
-                nibble(format.value_residual, cell * 8 + element % 8, element >= 8);
-      const size_t at = (tile * size_t(format.value_groups) + size_t(c / format.value_group)) * kTile + lane;
-      const Affine a{load_metadata(vp.metadata, page + format.value_scale, at),
-                     load_metadata(vp.metadata, page + format.value_offset, at)};
-      const Served sv = served(vp, a);
-      v_out[t * d + c] = double(value) * sv.step + sv.base;
+int nibble(const std::byte* section, size_t index, bool high) {
+  const int byte = std::to_integer<int>(section[index]);
+  return high ? byte >> 4 : byte & 15;
+}
+
+double decode_key(const PageFormat& format, const std::byte* page, int t, int c) {
+  const TensorPlanes& kp = format.layout.key;
+  const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
+  const size_t row = tile * size_t(format.head_dim) + size_t(c);
+  int code = std::to_integer<int>(page[format.key_base + row * kTile + lane]);
+  if (kp.read_residual)
+    code = code << kp.residual_bits |
+           nibble(page + format.key_residual, row * 8 + lane % 8, lane >= 8);
+  const ServedAffine s = served_key_affine(format, page, c);
+  return double(code) * s.step + s.base;
+}
+
+double decode_value(const PageFormat& format, const std::byte* page, int t, int c) {
+  const TensorPlanes& vp = format.layout.value;
+  const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
+  const size_t chunk = size_t(c) / 16, element = size_t(c) % 16;
+  const size_t cell = (tile * size_t(format.head_dim / 16) + chunk) * kTile + lane;
+  int code = vp.base_bits() == 8
+                 ? std::to_integer<int>(page[format.value_base + cell * 16 + element])
+                 : nibble(page + format.value_base, cell * 8 + element % 8, element >= 8);
+  if (vp.read_residual)
+    code = code << vp.residual_bits |
+           nibble(page + format.value_residual, cell * 8 + element % 8, element >= 8);
+  const size_t group = size_t(c / format.value_group);
+  const size_t at = (tile * size_t(format.value_groups) + group) * kTile + lane;
+  const Affine a{load_metadata(vp.metadata, page + format.value_scale, at),
+                 load_metadata(vp.metadata, page + format.value_offset, at)};
+  const Served s = served(vp, a);
+  return double(code) * s.step + s.base;
+}
+
+}  // namespace
+
+ValueErrors value_errors(const PageFormat& format, const std::byte* page, int block, DType dtype,
+                         const uint16_t* v) {
+  ValueErrors worst{0, 0};
+  const auto raise = [](double& largest, double x) {  // NaN, once seen, stays
+    if (!(x <= largest) && largest == largest) largest = x;
+  };
+  for (int t = 0; t < format.block_tokens; ++t) {
+    double error2 = 0, norm2 = 0;
+    for (int c = 0; c < format.head_dim; ++c) {
+      const double x = float_from_16(dtype, v[t * format.head_dim + c]);
+      const double e = x - decode_value(format, page, block * format.block_tokens + t, c);
+      error2 += e * e;
+      norm2 += x * x;
     }
+    raise(worst.error, std::sqrt(error2));
+    raise(worst.norm, std::sqrt(norm2));
   }
+  return worst;
+}
+
+void decode_page(const PageFormat& format, const std::byte* page, double* k_out, double* v_out) {
+  for (int t = 0; t < format.group_tokens; ++t)
+    for (int c = 0; c < format.head_dim; ++c) {
+      k_out[t * format.head_dim + c] = decode_key(format, page, t, c);
+      v_out[t * format.head_dim + c] = decode_value(format, page, t, c);
+    }
 }
 
 }  // namespace certkv

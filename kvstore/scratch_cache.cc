@@ -1,0 +1,83 @@
+#include "kvstore/scratch_cache.h"
+
+#include <algorithm>
+
+namespace certkv {
+
+ScratchCache::ScratchCache(size_t capacity, size_t block_elements)
+    : capacity_(capacity), block_elements_(block_elements) {}
+
+const uint16_t* ScratchCache::find(uint32_t block) const {
+  const auto it = slot_of_.find(block);
+  return it == slot_of_.end() ? nullptr : slots_[it->second].data.get();
+}
+
+uint16_t* ScratchCache::insert(uint32_t block, uint32_t* evicted) {
+  *evicted = kNone;
+  uint32_t index;
+  if (!free_.empty()) {
+    index = free_.back();
+    free_.pop_back();
+  } else if (slots_.size() < capacity_) {
+    index = uint32_t(slots_.size());
+    slots_.emplace_back();
+    slots_.back().data = std::make_unique<uint16_t[]>(block_elements_);
+  } else {
+    // Lowest score leaves; ties by block number, so that the choice is the same on every rank.
+    const Slot* victim = nullptr;
+    for (const Slot& s : slots_)
+      if (s.block != kNone && !s.pinned &&
+          (victim == nullptr || s.score < victim->score ||
+           (s.score == victim->score && s.block < victim->block)))
+        victim = &s;
+    if (victim == nullptr) return nullptr;
+    index = uint32_t(victim - slots_.data());
+    *evicted = victim->block;
+    slot_of_.erase(victim->block);
+  }
+  Slot& s = slots_[index];
+  s.block = block;
+  s.pinned = true;
+  s.score = s.now = 0;
+  slot_of_[block] = index;
+  return s.data.get();
+}
+
+void ScratchCache::erase(uint32_t block) {
+  const auto it = slot_of_.find(block);
+  if (it == slot_of_.end()) return;
+  slots_[it->second].block = kNone;
+  slots_[it->second].pinned = false;
+  free_.push_back(it->second);
+  slot_of_.erase(it);
+}
+
+void ScratchCache::pin(uint32_t block) { slots_[slot_of_.at(block)].pinned = true; }
+
+void ScratchCache::unpin_all() {
+  for (Slot& s : slots_) s.pinned = false;
+}
+
+void ScratchCache::score(uint32_t block, double now) { slots_[slot_of_.at(block)].now = now; }
+
+void ScratchCache::age(double decay, double keep, std::vector<uint32_t>* dropped) {
+  dropped->clear();
+  for (Slot& s : slots_) {
+    if (s.block == kNone) continue;
+    s.score = std::max(decay * s.score, s.now);
+    s.now = 0;
+    if (!(s.score >= keep)) dropped->push_back(s.block);
+  }
+  std::sort(dropped->begin(), dropped->end());
+  for (uint32_t block : *dropped) erase(block);
+}
+
+std::vector<uint32_t> ScratchCache::blocks() const {
+  std::vector<uint32_t> out;
+  out.reserve(slot_of_.size());
+  for (const auto& [block, slot] : slot_of_) out.push_back(block);
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+}  // namespace certkv

@@ -1,0 +1,361 @@
+#include "runtime/certify/head_step.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "kernels/base/log.h"
+#include "runtime/certify/canary.h"
+#include "runtime/certify/learn.h"
+#include "runtime/certify/selector.h"
+
+namespace certkv {
+
+HeadState::HeadState(DeviceTier t, size_t kq, size_t vq)
+    : tier(std::move(t)),
+      keys(kq, size_t(tier.format().block_tokens) * size_t(tier.format().head_dim)),
+      values(vq, size_t(tier.format().block_tokens) * size_t(tier.format().head_dim)),
+      key_quota(kq),
+      value_quota(vq),
+      centre(size_t(tier.format().head_dim), 0.0f) {}
+
+HeadState HeadState::fork() const {
+  HeadState copy(tier.fork(), key_quota, value_quota);
+  copy.centre = centre;
+  return copy;
+}
+
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Everything one head_step works on.
+struct Step {
+  const StepRules& rules;
+  const StepWhere& where;
+  HeadState& state;
+  HeadOriginals& originals;
+  GroupReport& report;
+  AttendContext context;
+  QueryGroup q;
+  float* out;  // [heads, head_dim]
+  PassState pass;
+  std::vector<CorrectionLog> logs;
+
+  float* out_of(int h) { return out + size_t(h) * size_t(q.head_dim); }
+  std::span<const BlockRef> blocks() const { return state.tier.blocks(); }
+
+  void run_pass() {
+    attend_pass(context, q, blocks(), state.centre.data(), &pass);
+    logs.assign(size_t(q.heads), {});
+  }
+  Certificate judge(int h) {
+    finish_output(pass, h, out_of(h));
+    return certify(context, pass, h, blocks(), logs[size_t(h)], out_of(h));
+  }
+  bool fits(const Certificate& c) const {
+    return within_tolerance(c, rules.tolerance.is_relative, rules.tolerance.value);
+  }
+  // The largest numerator of E4 that would be certified.
+  double allowed(const Certificate& c) const {
+    const double limit = rules.tolerance.value * (rules.tolerance.is_relative ? c.s_lo : 1.0);
+    return limit * c.den / (1 + 0x1p-10);
+  }
+  bool page_in(std::span<const uint32_t> blocks, BlockPart part);
+  bool check_canary(uint32_t block, const BlockTerms& before, const BlockTerms& after,
+                    const BlockRef& was, const BlockRef& now);
+  bool promote(std::span<const uint32_t> keys, std::span<const uint32_t> values, uint32_t mask);
+};
+
+// Brings the blocks' originals into the scratch and lets the next pass use them.
+// Returns false if they do not fit the quota, or could not be had (then report.broken).
+bool Step::page_in(std::span<const uint32_t> blocks, BlockPart part) {
+  ScratchCache& cache = part == BlockPart::K ? state.keys : state.values;
+  std::vector<uint32_t> missing;
+  for (uint32_t b : blocks) {
+    if (cache.find(b) != nullptr) {
+      cache.pin(b);
+      ++report.scratch_hits;
+    } else {
+      missing.push_back(b);
+    }
+  }
+  const auto use = [&](uint32_t b, const uint16_t* p) {
+    part == BlockPart::K ? state.tier.use_key(b, p) : state.tier.use_value(b, p);
+  };
+  if (blocks.size() > cache.capacity()) return false;
+  std::vector<Destination> destinations(missing.size());
+  for (size_t i = 0; i < missing.size(); ++i) {
+    uint32_t evicted;
+    uint16_t* slot = cache.insert(missing[i], &evicted);
+    if (evicted != ScratchCache::kNone) use(evicted, nullptr);
+    if (slot == nullptr) {  // every slot is needed by this very step
+      for (size_t j = 0; j < i; ++j) cache.erase(missing[j]);
+      return false;
+    }
+    destinations[i] = {.part = part,
+                       .k = part == BlockPart::K ? slot : nullptr,
+                       .v = part == BlockPart::V ? slot : nullptr};
+  }
+  std::vector<BlockResult> results;
+  originals.read(missing, destinations, &results);
+  bool all = true;
+  for (size_t i = 0; i < missing.size(); ++i) {
+    if (results[i].status != BlockStatus::Ok) {
+      cache.erase(missing[i]);
+      ++report.digest;
+      report.broken = true;
+      all = false;
+      log_warning("sequence {} layer {} KV head {} block {}: originals are {}; the layer goes dense",
+                  where.sequence, where.layer, where.kv_head, missing[i],
+                  block_status_name(results[i].status));
+    } else {
+      ++report.scratch_misses;
+      report.paged_bytes += uint64_t(state.tier.format().block_tokens) * size_t(q.head_dim) * 2;
+    }
+  }
+  return all;
+}
+
+bool Step::check_canary(uint32_t block, const BlockTerms& before, const BlockTerms& after,
+                        const BlockRef& was, const BlockRef& now) {
+  const CanaryResult result = canary(context, q.heads, before, after, was, now);
+  if (result.ok) return true;
+  ++report.canary;
+  report.broken = true;
+  log_error("canary: sequence {} layer {} KV head {} block {}: {}; the layer goes dense",
+            where.sequence, where.layer, where.kv_head, block, result.what);
+  return false;
+}
+
+// Rungs 1 and 2 for the heads in `mask`: subtract-and-replace. Returns false where the ladder must
+// go on to rung 3 (quota) or the layer to rung 4 (report.broken).
+bool Step::promote(std::span<const uint32_t> keys, std::span<const uint32_t> values, uint32_t mask) {
+  if (!page_in(keys, BlockPart::K) || !page_in(values, BlockPart::V)) return false;
+  thread_local BlockTerms before, after;
+  std::vector<uint32_t> all;
+  std::set_union(keys.begin(), keys.end(), values.begin(), values.end(), std::back_inserter(all));
+  bool corrected = true;
+  for (uint32_t b : all) {
+    const BlockRef was = blocks()[b];
+    BlockRef now = was;
+    const bool want_key = std::binary_search(keys.begin(), keys.end(), b);
+    const bool want_value = std::binary_search(values.begin(), values.end(), b);
+    if (want_key) now.k = state.keys.find(b);
+    if (want_value) now.v = state.values.find(b);
+    // Heads may differ in what their sums were built from: group them by it.
+    for (uint8_t used = 0; used < 4; ++used) {
+      uint32_t same = 0;
+      for (int h = 0; h < q.heads; ++h)
+        if ((mask >> h & 1) != 0 && pass.used[pass.at(h, b)] == used) same |= 1u << h;
+      if (same == 0) continue;
+      BlockRef source = was, target = now;
+      source.k = (used & kUsedKey) != 0 ? was.k : nullptr;
+      source.v = (used & kUsedValue) != 0 ? was.v : nullptr;
+      if (!want_key) target.k = source.k;  // not asked for: leave it as the head has it
+      if (!want_value) target.v = source.v;
+      if (target.k == source.k && target.v == source.v) continue;
+      corrected = corrected && correct_block(context, q, b, source, target, same, &pass, logs,
+                                             &before, &after);
+      if (corrected && !check_canary(b, before, after, source, target)) return false;
+    }
+    state.tier.use_key(b, now.k);
+    state.tier.use_value(b, now.v);
+  }
+  bool rerun = !corrected;
+  for (int h = 0; h < q.heads; ++h)
+    rerun = rerun || ((mask >> h & 1) != 0 && must_rerun(pass, h, logs[size_t(h)]));
+  if (rerun) {  // cancellation ate the state: one more pass, with everything promoted so far
+    PassState fresh;
+    attend_pass(context, q, blocks(), state.centre.data(), &fresh);
+    for (int h = 0; h < q.heads; ++h) {
+      if ((mask >> h & 1) == 0) continue;
+      for (size_t b = 0; b < pass.blocks; ++b) {
+        const size_t i = pass.at(h, b);
+        pass.block_sum[i] = fresh.block_sum[i];
+        pass.block_ref[i] = fresh.block_ref[i];
+        pass.delta[i] = fresh.delta[i];
+        pass.score_bound[i] = fresh.score_bound[i];
+        pass.used[i] = fresh.used[i];
+      }
+      pass.head[size_t(h)] = fresh.head[size_t(h)];
+      logs[size_t(h)] = {};
+    }
+  }
+  return true;
+}
+
+std::vector<uint32_t> merge(std::span<const uint32_t> a, std::span<const uint32_t> b) {
+  std::vector<uint32_t> out;
+  std::set_union(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(out));
+  return out;
+}
+
+// Counts promotions of one head: blocks whose codes its sums stood on until now.
+void count_promotions(const PassState& pass, int h, std::span<const uint32_t> keys,
+                      std::span<const uint32_t> values, HeadReport* r) {
+  for (uint32_t b : keys)
+    if ((pass.used[pass.at(h, b)] & kUsedKey) == 0) {
+      ++r->promoted_keys;
+      r->rung = std::max(r->rung, 1);
+    }
+  for (uint32_t b : values)
+    if ((pass.used[pass.at(h, b)] & kUsedValue) == 0) {
+      ++r->promoted_values;
+      r->rung = std::max(r->rung, 2);
+    }
+}
+
+// Policy budget: rungs 1 and 2 until every head fits, or has to go dense. Returns the heads that do.
+uint32_t climb(Step* s) {
+  const int heads = s->q.heads, ranking = s->rules.ranking();
+  const size_t cap = size_t(std::ceil(s->rules.ladder.max_share * double(s->pass.blocks)));
+  uint32_t dense = 0;
+  for (int round = 0;; ++round) {
+    std::vector<uint32_t> keys, values;
+    uint32_t mask = 0;
+    for (int h = 0; h < heads; ++h) {
+      if ((dense >> h & 1) != 0) continue;
+      HeadReport& r = s->report.heads[size_t(h)];
+      if (!std::isfinite(r.returned.out_norm)) {  // NaN or Inf in the pass: a broken precondition
+        s->report.broken = true;
+        return dense;
+      }
+      const bool fits = s->fits(r.returned);
+      const auto undecided =
+          ranking_unresolved(s->context, s->q, s->pass, h, s->blocks(), ranking);
+      if (fits && undecided.empty()) continue;
+      Promotions p;
+      if (!fits)
+        p = select_for_budget(s->context, s->pass, h, s->blocks(), r.returned,
+                              s->allowed(r.returned), s->rules.ladder.value_share);
+      p.keys = merge(p.keys, undecided);
+      const size_t promoted =
+          size_t(r.promoted_keys + r.promoted_values) + p.keys.size() + p.values.size();
+      if (round >= s->rules.ladder.max_rounds || !p.enough || promoted > cap ||
+          (p.keys.empty() && p.values.empty()) || p.keys.size() > s->state.key_quota ||
+          p.values.size() > s->state.value_quota) {
+        dense |= 1u << h;
+        continue;
+      }
+      mask |= 1u << h;
+      keys = merge(keys, p.keys);
+      values = merge(values, p.values);
+    }
+    if (mask == 0) return dense;
+    for (int h = 0; h < heads; ++h)
+      if ((mask >> h & 1) != 0)
+        count_promotions(s->pass, h, keys, values, &s->report.heads[size_t(h)]);
+    if (!s->promote(keys, values, mask)) return s->report.broken ? dense : dense | mask;
+    for (int h = 0; h < heads; ++h)
+      if ((mask >> h & 1) != 0) s->report.heads[size_t(h)].returned = s->judge(h);
+  }
+}
+
+// Seeded random share of tail blocks, so that the canary sees the whole cache over time (method 7).
+std::vector<uint32_t> explore(const Step& s) {
+  std::vector<uint32_t> out;
+  if (!(s.rules.ladder.exploration > 0)) return out;
+  for (uint32_t b = 0; b < s.pass.blocks; ++b) {
+    const BlockRef& ref = s.blocks()[b];
+    if (ref.page == nullptr || ref.k != nullptr || ref.v != nullptr) continue;
+    if (counter_uniform(s.rules.exploration_seed, s.where, b) < s.rules.ladder.exploration)
+      out.push_back(b);
+  }
+  return out;
+}
+
+// Policy paper: two phases; the candidate's pass was the scoring phase. Returns heads for rung 3.
+uint32_t paper_phase_two(Step* s) {
+  const int heads = s->q.heads;
+  const PaperOptions& o = s->rules.paper;
+  const PaperRule rule{o.tau_cov, o.expand_tail, o.v_tol, o.k_min, o.k_max, o.value_rule == "greedy"};
+  std::vector<uint32_t> keys, values;
+  std::vector<std::vector<double>> scored(static_cast<size_t>(heads));
+  for (int h = 0; h < heads; ++h) {
+    keys = merge(keys, select_paper_keys(s->pass, h, s->blocks(), rule));
+    values = merge(values, select_paper_values(s->context, s->pass, h, s->blocks(), rule));
+    for (size_t b = 0; b < s->pass.blocks; ++b)
+      scored[size_t(h)].push_back(block_log_mass(s->pass, h, b));
+  }
+  const uint32_t everyone = (1u << heads) - 1;
+  for (int h = 0; h < heads; ++h) count_promotions(s->pass, h, keys, values, &s->report.heads[size_t(h)]);
+  if (!s->promote(keys, values, everyone)) return s->report.broken ? 0 : everyone;
+  uint32_t dense = 0;
+  for (int h = 0; h < heads; ++h) {
+    s->report.heads[size_t(h)].returned = s->judge(h);
+    const int r = s->rules.ranking();
+    if (!ranking_unresolved(s->context, s->q, s->pass, h, s->blocks(), r).empty() ||
+        !same_order_under_codes(s->pass, h, scored[size_t(h)], r))
+      dense |= 1u << h;
+  }
+  return dense;
+}
+
+}  // namespace
+
+void head_step(const StepRules& rules, const StepWhere& where, int heads, const float* q,
+               HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass_out,
+               GroupReport* report) {
+  const auto start = std::chrono::steady_clock::now();
+  *report = {};
+  report->heads.resize(size_t(heads));
+  const uint32_t everyone = (1u << heads) - 1;
+  if (rules.policy == Policy::Dense) {
+    dense_step(where, heads, everyone, 3, q, state, originals, out, report);
+    for (HeadReport& r : report->heads) r.candidate = r.returned;
+    report->pass_seconds = seconds_since(start);
+    return;
+  }
+  Step s{rules, where, *state, originals, *report,
+         {&state->tier.format(), state->tier.dtype()},
+         make_query_group(heads, state->tier.format().head_dim, q), out, {}, {}};
+  if (rules.policy == Policy::Budget) {  // under the others the pass starts from codes alone
+    report->f_blocks = state->keys.resident();
+    report->x_blocks = state->values.resident();
+    report->scratch_hits += report->f_blocks + report->x_blocks;
+  }
+
+  s.run_pass();
+  for (int h = 0; h < heads; ++h) {
+    HeadReport& r = report->heads[size_t(h)];
+    r.candidate = r.returned = s.judge(h);
+    if (block_log_mass_out != nullptr)
+      for (size_t b = 0; b < s.pass.blocks; ++b)
+        block_log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
+  }
+  report->pass_seconds = seconds_since(start);
+
+  uint32_t dense = 0;
+  if (rules.policy == Policy::Budget) {
+    const std::vector<uint32_t> tail = explore(s);
+    if (!tail.empty() && s.promote(tail, tail, everyone) && !report->broken)
+      for (int h = 0; h < heads; ++h) report->heads[size_t(h)].returned = s.judge(h);
+    if (!report->broken) dense = climb(&s);
+  } else if (rules.policy == Policy::Paper) {
+    dense = paper_phase_two(&s);
+  }
+  if (rules.policy == Policy::Naive)
+    for (const HeadReport& r : report->heads)
+      if (!std::isfinite(r.returned.out_norm)) report->broken = true;
+  if (report->broken) return;  // dense_step follows, on all ranks
+
+  const bool enforces = rules.policy == Policy::Budget;
+  for (int h = 0; h < heads; ++h) {
+    HeadReport& r = report->heads[size_t(h)];
+    r.outcome = s.fits(r.returned) ? Outcome::Certified : Outcome::Over;
+    if (enforces && r.outcome == Outcome::Over) dense |= 1u << h;  // no fourth outcome
+  }
+  if (rules.policy != Policy::Naive) {
+    std::vector<double> allowed;
+    for (int h = 0; h < heads; ++h) allowed.push_back(s.allowed(report->heads[size_t(h)].returned));
+    learn(s.context, s.pass, s.blocks(), allowed, rules.policy == Policy::Paper, state);
+  }
+  if (dense != 0) dense_step(where, heads, dense, 3, q, state, originals, out, report);
+  remember_centre(heads, out, &state->centre);
+  report->ladder_seconds = seconds_since(start) - report->pass_seconds;
+}
+
+}  // namespace certkv

@@ -1,0 +1,86 @@
+// One decode step of one KV head: the speculative pass, the judgement, and the ladder.
+// SOURCE: method sections 5, 6 and 7; rung 4 is decided by all ranks, outside (runtime/engine).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/arith/verdict.h"
+#include "kvstore/device_tier.h"
+#include "kvstore/reader.h"
+#include "kvstore/scratch_cache.h"
+#include "runtime/certify/certificate.h"
+#include "runtime/options.h"
+
+namespace certkv {
+
+// Originals of the sealed blocks of one KV head of one sequence at one layer.
+class HeadOriginals {
+ public:
+  virtual ~HeadOriginals() = default;
+  // results[i] for blocks[i]; nothing is Ok before its digest was verified on this side.
+  virtual void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
+                    std::vector<BlockResult>* results) = 0;
+};
+
+// What a request asks for, fixed over its life.
+struct StepRules {
+  Policy policy = Policy::Budget;
+  Tolerance tolerance;
+  PaperOptions paper;
+  LadderOptions ladder;
+  uint64_t exploration_seed = 0;
+  int ranking() const { return ladder.ranking >= 0 ? ladder.ranking : policy == Policy::Paper; }
+};
+
+// Tier 1, scratch and memory of one KV head.
+struct HeadState {
+  HeadState(DeviceTier tier, size_t key_quota, size_t value_quota);
+  HeadState fork() const;  // shares sealed pages; scratch and F start empty
+
+  DeviceTier tier;
+  ScratchCache keys, values;
+  size_t key_quota, value_quota;
+  std::vector<float> centre;  // [head_dim] mean of the heads' last outputs; zeros at first
+};
+
+struct HeadReport {
+  Certificate candidate;  // of the speculative pass, before the ladder acted
+  Certificate returned;
+  Outcome outcome = Outcome::Failed;
+  int rung = 0;
+  int64_t promoted_keys = 0, promoted_values = 0;  // blocks, by this step's ladder
+};
+
+struct GroupReport {
+  std::vector<HeadReport> heads;
+  uint64_t scratch_hits = 0, scratch_misses = 0, paged_bytes = 0;
+  uint64_t canary = 0, digest = 0;   // failures
+  uint64_t f_blocks = 0, x_blocks = 0;  // resident originals the pass used (open block excluded)
+  bool broken = false;               // a precondition broke: rung 4 must be entered
+  double pass_seconds = 0, ladder_seconds = 0;
+};
+
+// Identity of the step, for log lines and exploration.
+struct StepWhere {
+  int64_t sequence = 0;
+  int layer = 0, kv_head = 0;
+  uint64_t step = 0;
+};
+
+// q, out: [heads, head_dim]. block_log_mass: nullptr or [heads, blocks], of the candidate.
+// The current token has been appended to state.tier already. REQUIRES at least one token.
+// ENSURES every head's out is certified, exact, over (policies that do not enforce) or failed (out
+// is then zero), unless report->broken: then out is unspecified and dense_step must follow.
+void head_step(const StepRules& rules, const StepWhere& where, int heads, const float* q,
+               HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass,
+               GroupReport* report);
+
+// Rungs 3 and 4 and policy `dense`: attention over originals for the heads in `mask`. Heads whose
+// originals cannot be had end as failed, with a zero out; nothing is thrown for it.
+void dense_step(const StepWhere& where, int heads, uint32_t mask, int rung, const float* q,
+                HeadState* state, HeadOriginals& originals, float* out, GroupReport* report);
+
+}  // namespace certkv

@@ -1,0 +1,91 @@
+#include "runtime/certify/learn.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/quantize.h"
+#include "runtime/certify/selector.h"
+
+namespace certkv {
+namespace {
+
+constexpr double kDecay = 0.85;       // a block idle for 20 steps keeps 4 % of its score
+constexpr double kKeepShare = 0.25;   // all dropped blocks together would cost a quarter of the budget
+
+}  // namespace
+
+void learn(const AttendContext& context, const PassState& pass, std::span<const BlockRef> blocks,
+           std::span<const double> allowed, bool by_mass, HeadState* state) {
+  std::vector<std::vector<double>> rho(allowed.size());
+  for (size_t h = 0; h < allowed.size(); ++h) block_masses(pass, int(h), &rho[h]);
+  const auto nu_plus = [&](size_t b) { return 2.0 * blocks[b].nu; };  // ||O|| is at most about nu
+  for (uint32_t b : state->keys.blocks()) {
+    double now = 0;
+    for (size_t h = 0; h < allowed.size(); ++h) {
+      const double c_b = c_of_delta(pass.score_bound[pass.at(int(h), b)] + float(kEpsW));
+      now = std::max(now, c_b * rho[h][b] * nu_plus(b) / allowed[h]);
+    }
+    state->keys.score(b, now);
+  }
+  for (uint32_t b : state->values.blocks()) {
+    double now = 0;
+    const double eta = page_annotations(*context.format, blocks[b].page, blocks[b].index).eta;
+    for (size_t h = 0; h < allowed.size(); ++h) now = std::max(now, rho[h][b] * eta / allowed[h]);
+    state->values.score(b, now);
+  }
+  std::vector<uint32_t> dropped;
+  const auto keep = [](const ScratchCache& c) { return kKeepShare / double(std::max<size_t>(c.capacity(), 1)); };
+  state->keys.unpin_all();
+  state->values.unpin_all();
+  state->keys.age(kDecay, keep(state->keys), &dropped);
+  for (uint32_t b : dropped) state->tier.use_key(b, nullptr);
+  state->values.age(kDecay, keep(state->values), &dropped);
+  for (uint32_t b : dropped) state->tier.use_value(b, nullptr);
+  if (by_mass) {  // the published policy scores everything from codes at every step
+    for (uint32_t b : state->keys.blocks()) state->tier.use_key(b, nullptr);
+    for (uint32_t b : state->values.blocks()) state->tier.use_value(b, nullptr);
+  }
+}
+
+void remember_centre(int heads, const float* out, std::vector<float>* centre) {
+  const size_t d = centre->size();
+  std::vector<float> mean(d, 0.0f);
+  for (int h = 0; h < heads; ++h)
+    for (size_t c = 0; c < d; ++c) mean[c] += out[size_t(h) * d + c] / float(heads);
+  for (float x : mean)
+    if (!std::isfinite(x)) return;
+  *centre = std::move(mean);
+}
+
+double counter_uniform(uint64_t seed, const StepWhere& where, uint32_t block) {
+  uint64_t x = seed;
+  for (uint64_t part : {uint64_t(where.step), uint64_t(where.layer) << 32 | uint32_t(where.kv_head),
+                        uint64_t(block)}) {
+    x ^= part;  // splitmix64's finaliser after each part
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    x ^= x >> 31;
+  }
+  return double(x >> 11) * 0x1p-53;
+}
+
+bool same_order_under_codes(const PassState& pass, int head, std::span<const double> scored, int r) {
+  std::vector<uint32_t> inside;
+  for (size_t b = 0; b < pass.blocks; ++b)
+    if ((pass.used[pass.at(head, b)] & kUsedKey) != 0) inside.push_back(uint32_t(b));
+  const size_t n = std::min(inside.size(), size_t(std::max(r, 0)));
+  std::vector<uint32_t> by_codes = inside;
+  const auto heavier = [](auto mass) {
+    return [mass](uint32_t a, uint32_t b) {
+      const double x = mass(a), y = mass(b);
+      return x != y ? x > y : a < b;
+    };
+  };
+  std::sort(inside.begin(), inside.end(),
+            heavier([&](uint32_t b) { return block_log_mass(pass, head, b); }));
+  std::sort(by_codes.begin(), by_codes.end(), heavier([&](uint32_t b) { return scored[b]; }));
+  return std::equal(inside.begin(), inside.begin() + long(n), by_codes.begin());
+}
+
+}  // namespace certkv
