@@ -33,9 +33,9 @@ struct BlockId {
   uint64_t boot_nonce = 0;  // of the store that holds it: random per start of the store
   OwnerId owner;
   uint32_t layer = 0;
-  uint32_t kv_head = 0;     // global index, whatever the number of ranks
-  uint32_t block = 0;       // index in the context: tokens [block * block_tokens, ...)
-  uint32_t version = 0;     // number of the reservation, counted by the store: no two share one
+  uint32_t kv_head = 0;  // global index, whatever the number of ranks
+  uint32_t block = 0;    // index in the context: tokens [block * block_tokens, ...)
+  uint32_t version = 0;  // number of the reservation, counted by the store: no two share one
   friend auto operator<=>(const BlockId&, const BlockId&) = default;
 };
 static_assert(sizeof(BlockId) == 40 && std::is_trivially_copyable_v<BlockId>);
@@ -56,10 +56,10 @@ struct BlockHeader {
   uint16_t format = 0;
   uint16_t header_bytes = 0;
   BlockId id;
-  uint64_t fence = 0;         // session of the writer: the store's fencing token
-  uint8_t dtype = 0;          // DType of the elements: F16 or BF16
+  uint64_t fence = 0;  // session of the writer: the store's fencing token
+  uint8_t dtype = 0;   // DType of the elements: F16 or BF16
   uint8_t reserved0 = 0;
-  uint16_t tokens = 0;        // rows in use, 1 .. block_tokens; the other rows are zero
+  uint16_t tokens = 0;  // rows in use, 1 .. block_tokens; the other rows are zero
   uint16_t block_tokens = 0;
   uint16_t head_dim = 0;
   uint64_t k_digest = 0;      // kernels/digest.h, over all block_tokens * head_dim elements of K
@@ -74,6 +74,7 @@ static_assert(offsetof(BlockHeader, id) == 8 && offsetof(BlockHeader, fence) == 
 static_assert(offsetof(BlockHeader, dtype) == 56 && offsetof(BlockHeader, tokens) == 58);
 static_assert(offsetof(BlockHeader, block_tokens) == 60 && offsetof(BlockHeader, head_dim) == 62);
 static_assert(offsetof(BlockHeader, k_digest) == 64 && offsetof(BlockHeader, v_digest) == 72);
+static_assert(uint8_t(DType::F16) == 1 && uint8_t(DType::BF16) == 2);
 static_assert(offsetof(BlockHeader, reserved) == 80 && offsetof(BlockHeader, seal) == 120);
 
 // Shape of the blocks of one model. All blocks of one reservation have the same.

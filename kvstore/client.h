@@ -49,6 +49,7 @@ OwnerId content_owner(std::span<const int32_t> tokens, uint64_t model_digest,
                       uint64_t layout_digest);
 
 class StoreClient;
+struct StoreClientState;
 
 // A cheap, shared handle of reserved space. Copies share it (forks of one prompt hold the same
 // prefix); the last one to go frees it. A moved-from or default handle is empty.
@@ -98,13 +99,15 @@ class StoreClient {
   // thread. Retries a refused connection until the deadline. Throws StoreLost, DeadlineExceeded,
   // InvalidArgument (malformed socket name) or CommError (the peer is not a store of this format).
   static std::shared_ptr<StoreClient> attach(const StoreClientOptions& options, Deadline deadline);
-  ~StoreClient();  // detaches in good order: private space of this rank is freed at once
+  // Detaches in good order: private space of this rank is freed at once. Spans that are still about
+  // become useless, as after detach().
+  ~StoreClient();
   StoreClient(const StoreClient&) = delete;
   StoreClient& operator=(const StoreClient&) = delete;
 
   // Throws OutOfMemory (says how much was asked, how much is free, and names store.arena),
   // InvalidArgument (shape, range, or an overlap with a live span of the same owner), StoreLost,
-  // DeadlineExceeded. The client lives until its last span is gone.
+  // DeadlineExceeded.
   OriginalsSpan reserve(const ReserveRequest& request);
 
   StoreCapacity capacity();
@@ -130,10 +133,8 @@ class StoreClient {
 
  private:
   friend class OriginalsSpan;
-  friend class ArenaReader;
-  struct State;
-  explicit StoreClient(std::shared_ptr<State> state);
-  std::shared_ptr<State> state_;
+  explicit StoreClient(std::shared_ptr<StoreClientState> state);
+  std::shared_ptr<StoreClientState> state_;
 };
 
 }  // namespace certkv

@@ -26,16 +26,20 @@ enum class BlockStatus : uint8_t {
 const char* block_status_name(BlockStatus status);
 
 enum class BlockPart : uint8_t { K = 1, V = 2, Both = 3 };
-constexpr bool wants_k(BlockPart p) { return (uint8_t(p) & 1) != 0; }
-constexpr bool wants_v(BlockPart p) { return (uint8_t(p) & 2) != 0; }
+constexpr bool wants_k(BlockPart p) {
+  return (uint8_t(p) & 1) != 0;
+}
+constexpr bool wants_v(BlockPart p) {
+  return (uint8_t(p) & 2) != 0;
+}
 
 // Where one block goes. Buffers hold block_tokens * head_dim elements of 16 bits,
 // [block_tokens, head_dim], host memory.
 struct Destination {
   BlockPart part = BlockPart::Both;
-  // true: a pointer into memory that the reader's source keeps will do, and the buffers may be null.
-  // A source that cannot show its memory uses the buffers, and refuses (InvalidArgument) if there
-  // are none. A view stays valid while the handle of the block's reservation is held.
+  // true: a pointer into memory that the reader's source keeps will do, and the buffers may be
+  // null. A source that cannot show its memory uses the buffers, and refuses (InvalidArgument) if
+  // there are none. A view stays valid while the handle of the block's reservation is held.
   bool view = false;
   uint16_t* k = nullptr;
   uint16_t* v = nullptr;
@@ -46,7 +50,7 @@ struct BlockResult {
   uint16_t tokens = 0;          // rows in use; rows beyond are zero
   const uint16_t* k = nullptr;  // when Ok and asked for: Destination::k or a view
   const uint16_t* v = nullptr;
-  uint64_t k_digest = 0;        // as sealed: to verify again after a further move
+  uint64_t k_digest = 0;  // as sealed: to verify again after a further move
   uint64_t v_digest = 0;
 };
 

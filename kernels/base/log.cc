@@ -21,8 +21,9 @@ struct Logger {
     log->set_error_handler([](const std::string&) {});  // a full disk must not end a step
     set_rank(-1);
   }
-  void set_rank(int rank) {
-    const std::string who = rank < 0 ? host : host + ":" + std::to_string(rank);
+  void set_rank(int rank) { set_name(rank < 0 ? std::string() : std::to_string(rank)); }
+  void set_name(const std::string& name) {
+    const std::string who = name.empty() ? host : host + ":" + name;
     log->set_pattern("[%Y-%m-%dT%H:%M:%S.%e][%l][" + who + "] %v");
   }
   std::string host;
@@ -48,6 +49,7 @@ spdlog::level::level_enum to_spdlog(LogLevel level) {
 
 void log_set_level(LogLevel level) { logger().log->set_level(to_spdlog(level)); }
 void log_set_rank(int rank) { logger().set_rank(rank); }
+void log_set_name(std::string_view name) { logger().set_name(std::string(name)); }
 void log_line(LogLevel level, std::string_view text) noexcept {
   try {
     logger().log->log(to_spdlog(level), spdlog::string_view_t(text.data(), text.size()));

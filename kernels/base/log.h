@@ -12,6 +12,7 @@ enum class LogLevel { Debug, Info, Warning, Error };
 
 void log_set_level(LogLevel level);
 void log_set_rank(int rank);  // -1 (default): no rank known yet, prints the host name alone
+void log_set_name(std::string_view name);  // in the place of a rank, for other processes
 void log_line(LogLevel level, std::string_view text) noexcept;
 
 template <typename... Args>

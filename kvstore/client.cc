@@ -1,0 +1,301 @@
+#include "kvstore/client.h"
+
+#include <xxhash.h>
+
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <shared_mutex>
+#include <utility>
+
+#include "kernels/base/error.h"
+#include "kernels/base/log.h"
+#include "kernels/digest.h"
+#include "kvstore/arena.h"
+#include "kvstore/arena_reader.h"
+#include "kvstore/client_channel.h"
+#include "kvstore/span_directory.h"
+
+namespace certkv {
+
+// Mapping and directory outlive the client for as long as a span or a reader needs them.
+struct StoreClientState {
+  StoreClientState(const StoreClientOptions& o, Deadline deadline)
+      : channel(o.socket, o.rank, o.deadline, o.heartbeat, deadline),
+        arena(Arena::map(channel.take_arena_fd(), channel.attached().arena_bytes,
+                         channel.attached().boot_nonce)) {}
+
+  void throw_if_lost() const {
+    CERTKV_EXPECT(!gone.load(std::memory_order_acquire), StoreLost,
+                  "this rank has detached from its node's store");
+    CERTKV_EXPECT(!channel.lost().load(std::memory_order_acquire), StoreLost, "{}",
+                  channel.lost_reason());
+  }
+
+  ClientChannel channel;
+  Arena arena;
+  SpanDirectory directory;
+  std::atomic<bool> gone{false};
+};
+
+struct OriginalsSpan::State {
+  std::shared_ptr<StoreClientState> client;
+  SpanRecord record;
+
+  ~State() {
+    if (client == nullptr) return;
+    client->directory.remove(&record);
+    const ReleaseRequest release{record.version, 0};
+    client->channel.post(ControlOp::Release, payload_of(release));
+  }
+
+  std::byte* slot(uint32_t layer, uint32_t kv_head, uint32_t block) const {
+    const ReserveRequest& r = record.request;
+    CERTKV_EXPECT(record.contains(layer, kv_head, block), InvalidArgument,
+                  "block (layer {}, KV head {}, block {}) lies outside the reservation of layers "
+                  "{}+{}, KV heads {}+{}, blocks {}+{}",
+                  layer, kv_head, block, r.first_layer, r.layers, r.first_kv_head, r.kv_heads,
+                  r.first_block, r.blocks);
+    return record.slot(layer, kv_head, block);
+  }
+  std::byte* unsealed_slot(uint32_t layer, uint32_t kv_head, uint32_t block) const {
+    client->throw_if_lost();
+    std::byte* s = slot(layer, kv_head, block);
+    CERTKV_EXPECT(load_seal(s) == 0, InvalidArgument,
+                  "block (layer {}, KV head {}, block {}) is sealed already and never changes",
+                  layer, kv_head, block);
+    return s;
+  }
+  void expect_tokens(uint16_t tokens) const {
+    CERTKV_EXPECT(tokens >= 1 && tokens <= record.request.shape.block_tokens, InvalidArgument,
+                  "{} tokens in a block of {}", tokens, record.request.shape.block_tokens);
+  }
+  void publish(std::byte* slot_bytes, const BlockId& id, uint16_t tokens, uint64_t k_digest,
+               uint64_t v_digest) const;
+};
+
+void OriginalsSpan::State::publish(std::byte* slot_bytes, const BlockId& id, uint16_t tokens,
+                                   uint64_t k_digest, uint64_t v_digest) const {
+  const BlockShape& shape = record.request.shape;
+  BlockHeader header;
+  header.magic = kBlockMagic;
+  header.format = kFormatVersion;
+  header.header_bytes = uint16_t(kBlockHeaderBytes);
+  header.id = id;
+  header.fence = record.fence;
+  header.dtype = uint8_t(shape.dtype);
+  header.tokens = tokens;
+  header.block_tokens = shape.block_tokens;
+  header.head_dim = shape.head_dim;
+  header.k_digest = k_digest;
+  header.v_digest = v_digest;
+  std::memcpy(slot_bytes, &header, offsetof(BlockHeader, seal));
+  // A store that took this rank for dead may have given the space away.
+  client->throw_if_lost();
+  publish_seal(slot_bytes, block_seal(header));
+}
+
+const ReserveRequest& OriginalsSpan::request() const {
+  return state_->record.request;
+}
+
+bool OriginalsSpan::contains(uint32_t layer, uint32_t kv_head, uint32_t block) const {
+  return state_->record.contains(layer, kv_head, block);
+}
+
+BlockId OriginalsSpan::id(uint32_t layer, uint32_t kv_head, uint32_t block) const {
+  state_->slot(layer, kv_head, block);
+  return state_->record.id(layer, kv_head, block);
+}
+
+void OriginalsSpan::seal_block(uint32_t layer, uint32_t kv_head, uint32_t block, const uint16_t* k,
+                               const uint16_t* v, uint16_t tokens) {
+  const BlockShape& shape = request().shape;
+  state_->expect_tokens(tokens);
+  const std::shared_lock lock(state_->client->directory.mutex());  // detaching waits for us
+  std::byte* slot = state_->unsealed_slot(layer, kv_head, block);
+  const size_t bytes = shape.payload_bytes(), used = size_t(tokens) * shape.head_dim * 2;
+  const auto put = [&](std::byte* to, const uint16_t* from) {
+    std::memcpy(to, from, used);
+    std::memset(to + used, 0, bytes - used);
+    // Of the source where that is possible, so that a flip on the way is noticed later.
+    return used == bytes ? payload_digest(from, bytes) : payload_digest(to, bytes);
+  };
+  const uint64_t k_digest = put(slot + shape.k_offset(), k);
+  const uint64_t v_digest = put(slot + shape.v_offset(), v);
+  state_->publish(slot, state_->record.id(layer, kv_head, block), tokens, k_digest, v_digest);
+}
+
+OriginalsSpan::Rows OriginalsSpan::rows(uint32_t layer, uint32_t kv_head, uint32_t block) {
+  std::byte* slot = state_->unsealed_slot(layer, kv_head, block);
+  const BlockShape& shape = request().shape;
+  return {reinterpret_cast<uint16_t*>(slot + shape.k_offset()),
+          reinterpret_cast<uint16_t*>(slot + shape.v_offset())};
+}
+
+void OriginalsSpan::seal_in_place(uint32_t layer, uint32_t kv_head, uint32_t block,
+                                  uint16_t tokens) {
+  const BlockShape& shape = request().shape;
+  state_->expect_tokens(tokens);
+  const std::shared_lock lock(state_->client->directory.mutex());  // detaching waits for us
+  std::byte* slot = state_->unsealed_slot(layer, kv_head, block);
+  const size_t bytes = shape.payload_bytes(), used = size_t(tokens) * shape.head_dim * 2;
+  const auto digest = [&](std::byte* rows) {
+    std::memset(rows + used, 0, bytes - used);
+    return payload_digest(rows, bytes);
+  };
+  const uint64_t k_digest = digest(slot + shape.k_offset());
+  const uint64_t v_digest = digest(slot + shape.v_offset());
+  state_->publish(slot, state_->record.id(layer, kv_head, block), tokens, k_digest, v_digest);
+}
+
+bool OriginalsSpan::sealed(uint32_t layer, uint32_t kv_head, uint32_t block) const {
+  return load_seal(state_->slot(layer, kv_head, block)) != 0;
+}
+
+uint64_t reservation_bytes(const ReserveRequest& request) {
+  const uint64_t most = std::numeric_limits<uint64_t>::max();
+  uint64_t bytes = 0;
+  if (__builtin_mul_overflow(request.runs(), uint64_t(request.blocks), &bytes) ||
+      __builtin_mul_overflow(bytes, uint64_t(request.shape.slot_bytes()), &bytes) ||
+      bytes > most - kArenaGranule) {
+    return most;
+  }
+  return (bytes + kArenaGranule - 1) / kArenaGranule * kArenaGranule;
+}
+
+OwnerId private_owner() {
+  OwnerId owner;
+  do {
+    owner = {random_u64() & ~(uint64_t(1) << 63), random_u64()};
+  } while (owner.is_nobody());
+  return owner;
+}
+
+OwnerId content_owner(std::span<const int32_t> tokens, uint64_t model_digest,
+                      uint64_t layout_digest) {
+  // Lengths and digests first: no two different inputs are the same bytes.
+  const uint64_t head[3] = {model_digest, layout_digest, tokens.size()};
+  const XXH128_hash_t seed = XXH3_128bits(head, sizeof head);
+  const XXH128_hash_t a = XXH3_128bits_withSeed(tokens.data(), tokens.size_bytes(), seed.low64);
+  const uint64_t words[4] = {seed.high64, seed.low64, a.high64, a.low64};
+  const XXH128_hash_t h = XXH3_128bits(words, sizeof words);
+  return {h.high64 | uint64_t(1) << 63, h.low64};
+}
+
+StoreClient::StoreClient(std::shared_ptr<StoreClientState> state) : state_(std::move(state)) {}
+
+std::shared_ptr<StoreClient> StoreClient::attach(const StoreClientOptions& options,
+                                                 Deadline deadline) {
+  return std::shared_ptr<StoreClient>(
+      new StoreClient(std::make_shared<StoreClientState>(options, deadline)));
+}
+
+StoreClient::~StoreClient() {
+  detach();
+}
+
+OriginalsSpan StoreClient::reserve(const ReserveRequest& request) {
+  state_->throw_if_lost();
+  const AllocateRequest wire{request.owner,
+                             request.first_layer,
+                             request.layers,
+                             request.first_kv_head,
+                             request.kv_heads,
+                             request.first_block,
+                             request.blocks,
+                             uint16_t(request.shape.dtype),
+                             request.shape.block_tokens,
+                             request.shape.head_dim,
+                             0};
+  const std::string defect = allocation_defect(wire);
+  CERTKV_EXPECT(defect.empty(), InvalidArgument, "reserving space for originals: {}", defect);
+  const auto reply = state_->channel.request(ControlOp::Allocate, payload_of(wire));
+  CERTKV_EXPECT(reply.status != ControlStatus::NoSpace, OutOfMemory,
+                "the node's store has no room for these originals: {}. Raise store.arena, or let "
+                "fewer or shorter requests run at once",
+                reply.text());
+  CERTKV_EXPECT(reply.status == ControlStatus::Ok, InvalidArgument, "the store refused: {}",
+                reply.text());
+
+  // Whatever goes wrong from here on, the state's destructor gives the space back.
+  auto span = std::make_shared<OriginalsSpan::State>();
+  AllocateReply head;
+  const bool whole = reply.payload.size() >= sizeof head;
+  if (whole) std::memcpy(&head, reply.payload.data(), sizeof head);
+  CERTKV_EXPECT(whole && head.runs == request.runs() && head.run_bytes == run_bytes(wire) &&
+                    reply.payload.size() == sizeof head + head.runs * sizeof(uint64_t),
+                CommError, "the store's answer to a reservation has the wrong form");
+  SpanRecord& record = span->record;
+  record.request = request;
+  record.boot_nonce = state_->channel.attached().boot_nonce;
+  record.fence = state_->channel.attached().session;
+  record.version = head.version;
+  span->client = state_;
+  record.runs.reserve(head.runs);
+  for (size_t i = 0; i < head.runs; ++i) {
+    uint64_t offset = 0;
+    std::memcpy(&offset, reply.payload.data() + sizeof head + i * sizeof offset, sizeof offset);
+    record.runs.push_back(state_->arena.at(offset, head.run_bytes));
+  }
+  CERTKV_EXPECT(state_->directory.add(&record), InvalidArgument,
+                "the owner has a live reservation that overlaps layers {}+{}, KV heads {}+{}, "
+                "blocks {}+{}: share its handle, or use another owner",
+                request.first_layer, request.layers, request.first_kv_head, request.kv_heads,
+                request.first_block, request.blocks);
+  OriginalsSpan handle;
+  handle.state_ = std::move(span);
+  return handle;
+}
+
+StoreCapacity StoreClient::capacity() {
+  const auto reply = state_->channel.request(ControlOp::Capacity, {});
+  CapacityReply c;
+  CERTKV_EXPECT(reply.status == ControlStatus::Ok && parse_payload(reply.payload, c), CommError,
+                "the store's answer to a query of its capacity has the wrong form");
+  return {c.total_bytes, c.free_bytes, c.largest_bytes};
+}
+
+std::string StoreClient::status_json() {
+  return state_->channel.request(ControlOp::Status, {}).text();
+}
+
+bool StoreClient::lost() const {
+  return state_->channel.lost().load(std::memory_order_acquire);
+}
+std::string StoreClient::lost_reason() const {
+  return state_->channel.lost_reason();
+}
+void StoreClient::throw_if_lost() const {
+  state_->throw_if_lost();
+}
+void StoreClient::stamp_progress() {
+  state_->channel.stamp_progress();
+}
+
+std::shared_ptr<BlockReader> StoreClient::reader() {
+  return std::make_shared<ArenaReader>(state_, state_->directory, state_->gone,
+                                       state_->channel.lost());
+}
+
+uint64_t StoreClient::boot_nonce() const {
+  return state_->channel.attached().boot_nonce;
+}
+uint64_t StoreClient::session() const {
+  return state_->channel.attached().session;
+}
+int64_t StoreClient::store_pid() const {
+  return int64_t(state_->channel.attached().store_pid);
+}
+
+void StoreClient::detach() noexcept {
+  {
+    // Once this lock was had, no read is under way, and none that begins later touches the arena.
+    const std::unique_lock lock(state_->directory.mutex());
+    if (state_->gone.exchange(true, std::memory_order_acq_rel)) return;
+  }
+  state_->channel.close();
+}
+
+}  // namespace certkv

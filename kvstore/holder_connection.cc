@@ -1,0 +1,162 @@
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "kernels/base/log.h"
+#include "kvstore/holder_state.h"
+
+namespace certkv {
+namespace {
+
+// Sends all of `bytes` and a file descriptor in one message. A fresh socket's buffer has room for
+// the few bytes of an attach reply, so anything short of that is a failure.
+bool send_with_fd(int socket, std::span<const std::byte> bytes, int fd) {
+  iovec part{const_cast<std::byte*>(bytes.data()), bytes.size()};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr message{};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  cmsghdr* c = CMSG_FIRSTHDR(&message);
+  c->cmsg_level = SOL_SOCKET;
+  c->cmsg_type = SCM_RIGHTS;
+  c->cmsg_len = CMSG_LEN(sizeof(int));
+  std::memcpy(CMSG_DATA(c), &fd, sizeof fd);
+  ssize_t sent;
+  do {
+    sent = sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+  } while (sent < 0 && errno == EINTR);
+  return sent == ssize_t(bytes.size());
+}
+
+}  // namespace
+
+HolderPeer peer_of(int fd) {
+  ucred credentials{};
+  socklen_t length = sizeof credentials;
+  if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) return {};
+  return {credentials.uid, credentials.pid};
+}
+
+void HolderConnection::handle() {
+  const std::span<const std::byte> payload(payload_.data(), header_.payload_bytes);
+  if (!checksum_matches(header_, payload)) return reject("checksum");
+  if (header_.sequence != last_sequence_ + 1) return reject("sequence number");
+  last_sequence_ = header_.sequence;
+  if (header_.session != session_) return reject("session");
+  const auto op = ControlOp(header_.op);
+  if (op == ControlOp::Attach) return handle_attach(payload);
+  if (!attached()) return reject("a request before attaching");
+  if (detached_) return reject("a request after detaching");
+  switch (op) {
+    case ControlOp::Attach:
+      break;
+    case ControlOp::Allocate:
+      return handle_allocate(payload);
+    case ControlOp::Release:
+      return handle_release(payload);
+    case ControlOp::Heartbeat:
+      return handle_heartbeat(payload);
+    case ControlOp::Capacity: {
+      if (!payload.empty()) break;
+      const ExtentTable& e = holder_.extents;
+      const CapacityReply r{e.total_bytes(), e.free_bytes(), e.largest_bytes()};
+      return reply(ControlStatus::Ok, payload_of(r));
+    }
+    case ControlOp::Status:
+      if (!payload.empty()) break;
+      return reply(ControlStatus::Ok, text_payload(holder_.status()));
+    case ControlOp::Detach:
+      if (!payload.empty()) break;
+      detached_ = true;
+      holder_.extents.release_session(session_, ExtentTable::Clock::now());
+      holder_.scrub();
+      return reply(ControlStatus::Ok, {});
+  }
+  reject("unknown operation or wrong payload");
+}
+
+void HolderConnection::handle_attach(std::span<const std::byte> payload) {
+  AttachRequest request;
+  if (attached() || !parse_payload(payload, request) || request.reserved != 0) {
+    return reject("attach");
+  }
+  rank_ = request.rank;
+  session_ = holder_.next_session++;
+  ++holder_.attached;
+  holder_.life_timer.cancel();
+  const AttachReply answer{holder_.boot_nonce, session_, holder_.arena.bytes(), uint64_t(getpid())};
+  out_ = make_frame(uint16_t(header_.op | kReplyBit), ControlStatus::Ok, header_.sequence, session_,
+                    payload_of(answer));
+  if (!send_with_fd(socket_.native_handle(), out_, holder_.arena.fd())) {
+    return close("the arena could not be handed over");
+  }
+  lift_limit();
+  log_debug("rank {} (pid {}) attached as session {}", rank_, peer_.pid, session_);
+  wait();
+}
+
+void HolderConnection::handle_allocate(std::span<const std::byte> payload) {
+  AllocateRequest request;
+  if (!parse_payload(payload, request)) return reject("allocate");
+  if (const std::string defect = allocation_defect(request); !defect.empty()) return refuse(defect);
+  const auto got = holder_.extents.allocate(session_, request);
+  if (!got) {
+    const ExtentTable& e = holder_.extents;
+    const std::string text =
+        fmt::format("{} bytes were asked for, {} of {} are free (largest piece {})",
+                    run_bytes(request) * request.layers * request.kv_heads, e.free_bytes(),
+                    e.total_bytes(), e.largest_bytes());
+    return reply(ControlStatus::NoSpace, text_payload(text));
+  }
+  const AllocateReply head{got->version, uint32_t(got->offsets.size()), got->run_bytes};
+  std::vector<std::byte> answer(sizeof head + got->offsets.size() * sizeof(uint64_t));
+  std::memcpy(answer.data(), &head, sizeof head);
+  std::memcpy(answer.data() + sizeof head, got->offsets.data(), answer.size() - sizeof head);
+  reply(ControlStatus::Ok, answer);
+}
+
+void HolderConnection::handle_release(std::span<const std::byte> payload) {
+  ReleaseRequest request;
+  if (!parse_payload(payload, request) || request.reserved != 0) return reject("release");
+  if (!holder_.extents.release(session_, request.version)) {
+    return refuse(fmt::format("this session holds no reservation {}", request.version));
+  }
+  holder_.scrub();
+  reply(ControlStatus::Ok, {});
+}
+
+void HolderConnection::handle_heartbeat(std::span<const std::byte> payload) {
+  HeartbeatFrame beat;
+  if (!parse_payload(payload, beat)) return reject("heartbeat");
+  progress_ = beat.progress;
+  const HeartbeatFrame answer{holder_.arena.progress()};
+  reply(ControlStatus::Ok, payload_of(answer));
+}
+
+void HolderConnection::close(const std::string& why) {
+  if (std::exchange(closed_, true)) return;
+  const auto self = shared_from_this();
+  timer_.cancel();
+  ErrorCode ignored;
+  socket_.close(ignored);
+  holder_.connections.erase(this);
+  if (!attached()) {
+    if (!holder_.ended) log_warning("connection of pid {} dropped: {}", peer_.pid, why);
+    return;
+  }
+  --holder_.attached;
+  if (!detached_) {
+    holder_.extents.orphan_session(session_, ExtentTable::Clock::now());
+    ++holder_.dead_ranks;
+    if (!holder_.ended) {
+      log_error("rank {} (pid {}) is lost: its connection ended without a farewell ({})", rank_,
+                peer_.pid, why);
+    }
+  }
+  if (holder_.attached == 0) holder_.last_rank_gone();
+}
+
+}  // namespace certkv
