@@ -133,12 +133,14 @@ std::string OptionTable::help() const {
       out += fmt::format(", --{0}-relative X, --{0}-absolute X", field.key);
     }
     out += '\n';
-    std::string text = field.doc.meaning;
-    text += words(field.doc.allowed, ": ", ", ");
-    text += " [";
+    const bool is_word = *field.doc.allowed != '\0' || std::holds_alternative<bool*>(field.target);
+    std::string text = fmt::format("{} [", field.doc.meaning);
     if (*field.doc.unit != '\0') text += fmt::format("{}; ", field.doc.unit);
+    if (*field.doc.allowed != '\0') text += words(field.doc.allowed, "", ", ") + "; ";
     text += fmt::format("default {}", field.default_text.empty() ? "none" : field.default_text);
-    if (*field.doc.cost != '\0') text += fmt::format("; larger: {}", field.doc.cost);
+    if (*field.doc.cost != '\0') {
+      text += fmt::format("; {}: {}", is_word ? "cost" : "larger", field.doc.cost);
+    }
     out += wrapped(text + "]", 6, 100);
   }
   return out;

@@ -339,14 +339,15 @@ OptionTable::Parsed OptionTable::read_arguments(std::span<const std::string> arg
     std::string value;
   };
   Parsed parsed;
+  for (const std::string& argument : arguments) {
+    if (argument == "--") break;
+    parsed.help = parsed.help || argument == "--help" || argument == "-h";
+  }
+  if (parsed.help) return parsed;
   std::vector<Given> given;
   bool flags_ended = false;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const std::string& argument = arguments[i];
-    if (!flags_ended && (argument == "--help" || argument == "-h")) {
-      parsed.help = true;
-      return parsed;
-    }
     if (!flags_ended && argument == "--") {
       flags_ended = true;
       continue;

@@ -74,7 +74,7 @@ inline void visit_options(CacheOptions& o, OptionVisitor& v) {
            .allowed = "compact balanced paper",
            .flags = "kv-cache-dtype layout"});
   v.field("block_tokens", &o.block_tokens,
-          {.meaning = "tokens of a block, the unit of selection and paging; 16 or 32",
+          {.meaning = "tokens of a block, the unit of selection and paging",
            .unit = "tokens",
            .cost = "fewer, larger promotions: more bytes paged for each",
            .allowed = "16 32",
@@ -316,7 +316,7 @@ inline void visit_options(JobOptions& o, OptionVisitor& v) {
       "tolerance", &o.tolerance,
       {.meaning = "largest error bound of one head at one step: {relative: x} of the mean value "
                   "norm S, or {absolute: x}; a bare number means relative",
-       .unit = "share of S, or L2 norm of the output",
+       .unit = "share of S or output norm",
        .cost = "faster, and larger errors are allowed",
        .min = 0,
        .max = kMaxTolerance});
