@@ -1,0 +1,336 @@
+#include "runtime/certified_cache.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <mutex>
+
+#include "kernels/arith/rounding.h"
+#include "kernels/base/log.h"
+#include "parallel/communicator.h"
+
+namespace certkv {
+
+struct CertifiedCache::Sequence {
+  int64_t handle = 0;
+  int64_t id = 0;            // of the request: for log lines and exploration
+  StepRules rules;
+  OriginalsSpan prefix, own;  // blocks of the prompt (shared by forks), and those after it
+  uint32_t prefix_blocks = 0;
+  std::vector<HeadState> heads;           // [layers, local_kv_heads]
+  std::vector<GroupReport> groups;        // [local_kv_heads], of the layer under way
+  SequenceReport report;
+  std::mutex error_mutex;
+
+  bool failed() const { return report.error.has_value(); }
+};
+
+// Originals of one KV head, wherever in the two spans they lie.
+class CertifiedCache::Originals : public HeadOriginals {
+ public:
+  Originals(const CertifiedCache& cache, const Sequence& s, int layer, int head)
+      : cache_(cache), s_(s), layer_(uint32_t(layer)),
+        kv_head_(uint32_t(cache.heads_.begin + head)) {}
+
+  void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
+            std::vector<BlockResult>* results) override {
+    results->assign(blocks.size(), {});
+    if (blocks.empty()) return;
+    std::vector<BlockId> ids(blocks.size());
+    for (size_t i = 0; i < blocks.size(); ++i)
+      ids[i] = (blocks[i] < s_.prefix_blocks ? s_.prefix : s_.own).id(layer_, kv_head_, blocks[i]);
+    ReadTicket ticket = cache_.reader_->read(ids, destinations,
+                                             Deadline::after(cache_.options_.read_deadline));
+    const auto got = BlockReader::wait(ticket);
+    results->assign(got.begin(), got.end());
+  }
+
+ private:
+  const CertifiedCache& cache_;
+  const Sequence& s_;
+  uint32_t layer_, kv_head_;
+};
+
+CertifiedCache::CertifiedCache(const ModelConfig& config, ShardRange heads,
+                               CertifiedCacheOptions options, ThreadPool& pool,
+                               std::shared_ptr<StoreClient> store, Communicator& group)
+    : config_(config),
+      heads_(heads),
+      options_(std::move(options)),
+      pool_(pool),
+      store_(std::move(store)),
+      group_(group),
+      format_(std::make_shared<PageFormat>(make_page_format(layout_by_name(options_.cache.layout),
+                                                            int(config.head_dim),
+                                                            options_.cache.block_tokens))),
+      account_(std::make_shared<TierAccount>()) {
+  CERTKV_EXPECT(config.heads_per_group() <= kMaxGroupHeads, InvalidArgument,
+                "{} query heads share a KV head: at most {} are supported",
+                config.heads_per_group(), kMaxGroupHeads);
+  if (store_ != nullptr) reader_ = store_->reader();
+}
+
+CertifiedCache::~CertifiedCache() = default;
+
+CacheNeed cache_need(const ModelConfig& config, int64_t kv_heads,
+                     const CertifiedCacheOptions& options, int64_t prompt, int64_t max_tokens,
+                     int forks) {
+  const PageFormat format = make_page_format(layout_by_name(options.cache.layout),
+                                             int(config.head_dim), options.cache.block_tokens);
+  const uint64_t heads = uint64_t(config.layers) * uint64_t(kv_heads), n = uint64_t(forks);
+  const uint64_t group = uint64_t(format.group_tokens), d = uint64_t(format.head_dim);
+  const auto pages = [&](int64_t tokens) { return (uint64_t(tokens) + group - 1) / group; };
+  const uint64_t open = 4 * group * d;
+  const uint64_t quota = uint64_t(options.scratch.key_blocks / config.kv_heads) +
+                         uint64_t(options.scratch.value_blocks / config.kv_heads);
+  const uint64_t block = uint64_t(format.block_tokens) * d * 2;
+  const uint64_t blocks = uint64_t(format.blocks());
+  const BlockShape shape{options.dtype, uint16_t(format.block_tokens), uint16_t(format.head_dim)};
+  // A fork seals at most the groups that its own tokens complete.
+  CacheNeed need;
+  need.tier1 = heads * (pages(prompt) * format.page_bytes + open +
+                        n * (pages(max_tokens) * format.page_bytes + open));
+  const uint64_t all_blocks = pages(prompt + max_tokens) * blocks;
+  need.scratch = n * heads * std::min(quota, 2 * all_blocks) * block;
+  need.arena = heads * shape.slot_bytes() * blocks * (pages(prompt) + n * (pages(max_tokens) + 1));
+  return need;
+}
+
+CertifiedCache::Sequence& CertifiedCache::at(int64_t sequence) const {
+  const auto it = sequences_.find(sequence);
+  CERTKV_EXPECT(it != sequences_.end(), InvalidArgument, "no sequence {} in the cache", sequence);
+  return *it->second;
+}
+
+OriginalsSpan CertifiedCache::reserve(uint32_t first_block, uint32_t blocks) {
+  if (blocks == 0 || store_ == nullptr) return {};
+  ReserveRequest r;
+  r.owner = private_owner();
+  r.shape = {options_.dtype, uint16_t(format_->block_tokens), uint16_t(format_->head_dim)};
+  r.layers = uint32_t(config_.layers);
+  r.first_kv_head = uint32_t(heads_.begin);
+  r.kv_heads = uint32_t(heads_.count());
+  r.first_block = first_block;
+  r.blocks = blocks;
+  return store_->reserve(r);
+}
+
+int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id) {
+  auto s = std::make_unique<Sequence>();
+  const int64_t groups = prompt_tokens / format_->group_tokens;  // only whole groups are sealed
+  s->handle = next_++;
+  s->id = sequence_id;
+  s->prefix_blocks = uint32_t(groups * format_->blocks());
+  s->prefix = reserve(0, s->prefix_blocks);
+  const size_t key_quota = size_t(options_.scratch.key_blocks / config_.kv_heads);
+  const size_t value_quota = size_t(options_.scratch.value_blocks / config_.kv_heads);
+  for (int64_t i = 0; i < config_.layers * heads_.count(); ++i)
+    s->heads.emplace_back(DeviceTier(format_, options_.dtype, account_), key_quota, value_quota);
+  const int64_t handle = s->handle;
+  sequences_[handle] = std::move(s);
+  return handle;
+}
+
+int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
+  const Sequence& from = at(sequence);
+  auto s = std::make_unique<Sequence>();
+  s->handle = next_++;
+  s->id = from.id;
+  s->rules = rules;
+  s->prefix = from.prefix;
+  s->prefix_blocks = from.prefix_blocks;
+  const int64_t open = int64_t(from.heads[0].tier.tokens()) -
+                       int64_t(from.prefix_blocks) * format_->block_tokens;
+  const int64_t groups = (open + max_tokens) / format_->group_tokens;
+  s->own = reserve(s->prefix_blocks, uint32_t(groups * format_->blocks()));
+  s->heads.reserve(from.heads.size());
+  for (const HeadState& h : from.heads) s->heads.push_back(h.fork());
+  const int64_t handle = s->handle;
+  sequences_[handle] = std::move(s);
+  return handle;
+}
+
+void CertifiedCache::drop(int64_t sequence) { sequences_.erase(sequence); }
+
+SealSink CertifiedCache::sink(Sequence& s, int layer, int head) {
+  return [this, &s, layer, head](uint32_t first, int blocks, const uint16_t* k, const uint16_t* v) {
+    const size_t rows = size_t(format_->block_tokens) * size_t(format_->head_dim);
+    for (int b = 0; b < blocks; ++b) {
+      const uint32_t block = first + uint32_t(b);
+      OriginalsSpan& span = block < s.prefix_blocks ? s.prefix : s.own;
+      span.seal_block(uint32_t(layer), uint32_t(heads_.begin + head), block, k + size_t(b) * rows,
+                      v + size_t(b) * rows);
+    }
+    group_.alive();
+    if (store_ != nullptr) store_->stamp_progress();
+  };
+}
+
+void CertifiedCache::fail(Sequence& s, ErrorKind kind, const std::string& text) const {
+  std::lock_guard lock(s.error_mutex);
+  if (s.report.error) return;
+  s.report.error = kind;
+  s.report.error_text = text;
+}
+
+void CertifiedCache::store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
+                                   const uint16_t* v) {
+  Sequence& s = at(sequence);
+  const size_t d = size_t(format_->head_dim), heads = size_t(heads_.count());
+  pool_.parallel_for(heads, [&](size_t h) {
+    DeviceTier& tier = s.heads[size_t(layer) * heads + h].tier;
+    tier.append(k + h * tokens * d, v + h * tokens * d, tokens, sink(s, layer, int(h)));
+  });
+}
+
+void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequences) {
+  step_ = step;
+  const size_t cells = size_t(config_.layers) * size_t(heads_.count() * config_.heads_per_group());
+  for (int64_t handle : sequences) {
+    Sequence& s = at(handle);
+    const auto error = s.report.error;  // a failed sequence stays failed
+    const std::string text = s.report.error_text;
+    s.report = {};
+    s.report.error = error;
+    s.report.error_text = text;
+    s.report.figures.assign(cells, HeadFigures{});
+    s.groups.resize(size_t(heads_.count()));
+  }
+}
+
+const SequenceReport& CertifiedCache::report(int64_t sequence) const { return at(sequence).report; }
+
+void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* flags) {
+  const size_t heads = size_t(heads_.count()), d = size_t(format_->head_dim);
+  const size_t per_group = size_t(config_.heads_per_group());
+  pool_.parallel_for(rows.size() * heads, [&](size_t task) {
+    const size_t row = task / heads, h = task % heads;
+    Sequence& s = at(rows[row].sequence);
+    HeadState& state = s.heads[size_t(layer) * heads + h];
+    GroupReport& g = s.groups[h];
+    float* out = rows[row].out + h * per_group * d;
+    const StepWhere where{s.id, layer, int(heads_.begin) + int(h), step_};
+    g = {};
+    g.heads.resize(per_group);
+    if (!s.failed()) {
+      try {
+        state.tier.append(rows[row].k + h * d, rows[row].v + h * d, 1, sink(s, layer, int(h)));
+        Originals originals(*this, s, layer, int(h));
+        head_step(s.rules, where, int(per_group), rows[row].q + h * per_group * d, &state,
+                  originals, out, nullptr, &g);
+      } catch (const Error& e) {
+        if (e.kind() == ErrorKind::StoreLost) throw;  // ends the job, not the request
+        fail(s, e.kind(), e.what());
+      }
+    }
+    if (s.failed()) {
+      std::fill_n(out, per_group * d, 0.0f);
+      g.broken = false;
+    }
+    group_.alive();
+  });
+  for (size_t row = 0; row < rows.size(); ++row) {
+    Sequence& s = at(rows[row].sequence);
+    bool broken = false;
+    for (size_t h = 0; h < heads; ++h) broken = broken || s.groups[h].broken;
+    flags[row] = broken && !s.failed() ? 1.0f : 0.0f;
+    // Other ranks may still ask for rung 4: then decode_dense counts these heads anew.
+    for (size_t h = 0; h < heads; ++h) account(layer, s, h, s.groups[h]);
+  }
+}
+
+void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
+  const size_t heads = size_t(heads_.count()), d = size_t(format_->head_dim);
+  const size_t per_group = size_t(config_.heads_per_group());
+  pool_.parallel_for(rows.size() * heads, [&](size_t task) {
+    const size_t row = task / heads, h = task % heads;
+    Sequence& s = at(rows[row].sequence);
+    if (s.failed()) {
+      std::fill_n(rows[row].out + h * per_group * d, per_group * d, 0.0f);
+      return;
+    }
+    Originals originals(*this, s, layer, int(h));
+    const StepWhere where{s.id, layer, int(heads_.begin) + int(h), step_};
+    GroupReport& g = s.groups[h];
+    dense_step(where, int(per_group), (1u << per_group) - 1, 4,
+               rows[row].q + h * per_group * d, &s.heads[size_t(layer) * heads + h], originals,
+               rows[row].out + h * per_group * d, &g);
+    group_.alive();
+  });
+  for (const DecodeRow& row : rows) {
+    Sequence& s = at(row.sequence);
+    for (size_t h = 0; h < heads; ++h) account(layer, s, h, s.groups[h]);
+  }
+}
+
+// Writes the heads' figures; the verdict is counted from the figures of all layers at the end, so a
+// layer that is repeated on rung 4 replaces what its first attempt said.
+void CertifiedCache::account(int layer, Sequence& s, size_t head, const GroupReport& g) {
+  const size_t per_group = size_t(config_.heads_per_group());
+  const size_t local_heads = size_t(heads_.count()) * per_group;
+  s.report.layers.resize(size_t(config_.layers) * size_t(heads_.count()));
+  s.report.layers[size_t(layer) * size_t(heads_.count()) + head] = g;
+  for (size_t i = 0; i < per_group; ++i) {
+    const HeadReport& r = g.heads[i];
+    s.report.figures[size_t(layer) * local_heads + head * per_group + i] = {
+        float_up(r.candidate.bound),  float_up(r.candidate.relative), float_up(r.returned.bound),
+        float_up(r.returned.relative), float_up(r.returned.e_key),     float_up(r.returned.e_val),
+        float_up(r.returned.e_fp),     float_up(r.returned.e_key_paper)};
+    if (r.outcome == Outcome::Failed && !g.broken && !s.failed())
+      fail(s, g.digest > 0 ? ErrorKind::OriginalsLost : ErrorKind::Uncertifiable,
+           fmt::format("layer {} KV head {}: {}", layer, heads_.begin + int64_t(head),
+                       g.digest > 0 ? "originals are corrupt or lost, and no copy is left"
+                                    : "no finite output with a finite bound exists"));
+  }
+}
+
+VerdictRecord CertifiedCache::verdict(int64_t sequence) const {
+  const Sequence& s = at(sequence);
+  VerdictRecord v;
+  v.sum.votes = 1;
+  set_step(v, step_);
+  for (const GroupReport& g : s.report.layers) {
+    for (const HeadReport& r : g.heads) {
+      const Outcome outcome = s.failed() ? Outcome::Failed : r.outcome;
+      v.max.severity = std::max(v.max.severity, severity(outcome));
+      v.max.bound = std::max(v.max.bound, bound_key(float_up(r.returned.bound)));
+      v.max.relative = std::max(v.max.relative, bound_key(float_up(r.returned.relative)));
+      v.max.candidate = std::max(v.max.candidate, bound_key(float_up(r.candidate.bound)));
+      v.max.candidate_relative =
+          std::max(v.max.candidate_relative, bound_key(float_up(r.candidate.relative)));
+      switch (outcome) {
+        case Outcome::Certified: ++v.sum.certified; break;
+        case Outcome::Exact: ++v.sum.exact; break;
+        case Outcome::Over: ++v.sum.over; break;
+        case Outcome::Failed: ++v.sum.failed; break;
+      }
+      ++v.sum.rungs[size_t(r.rung)];
+      v.sum.promoted_keys += uint64_t(r.promoted_keys);
+      v.sum.promoted_values += uint64_t(r.promoted_values);
+    }
+    v.sum.scratch_hits += g.scratch_hits;
+    v.sum.scratch_misses += g.scratch_misses;
+    v.sum.paged_bytes += g.paged_bytes;
+    v.sum.canary += g.canary;
+    v.sum.digest += g.digest;
+  }
+  if (s.report.error) {
+    v.max.error = 1 + uint64_t(*s.report.error);
+    v.max.severity = severity(Outcome::Failed);
+  }
+  return v;
+}
+
+uint64_t CertifiedCache::tier1_bytes() const { return account_->bytes; }
+uint64_t CertifiedCache::tier1_bytes(int64_t sequence) const {
+  uint64_t sum = 0;
+  for (const HeadState& h : at(sequence).heads) sum += h.tier.bytes();
+  return sum;
+}
+uint64_t CertifiedCache::dense_bytes(int64_t sequence) const {
+  uint64_t sum = 0;
+  for (const HeadState& h : at(sequence).heads) sum += h.tier.dense_bytes();
+  return sum;
+}
+
+}  // namespace certkv

@@ -1,0 +1,113 @@
+// The certified KV cache of one rank: tier 1 of the local KV heads, their scratch, their originals in
+// the node store, and the decode step with its verdicts.
+//
+// THREADS: calls come from one thread; the work inside is spread over the rank's pool, one task per
+// (sequence, KV head), each on state of its own.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/base/error.h"
+#include "kernels/base/thread_pool.h"
+#include "kvstore/client.h"
+#include "parallel/shard.h"
+#include "runtime/certify/head_step.h"
+#include "runtime/kv_attention.h"
+#include "runtime/model_config.h"
+
+namespace certkv {
+
+class Communicator;
+
+struct CertifiedCacheOptions {
+  CacheOptions cache;
+  ScratchOptions scratch;
+  DType dtype = DType::BF16;  // of the originals
+  std::chrono::milliseconds read_deadline{5000};
+};
+
+// Figures of one query head at one layer of one step, as they travel to the leader: rounded up.
+struct HeadFigures {
+  float candidate, candidate_relative, returned, returned_relative;
+  float e_key, e_val, e_fp, e_key_paper;
+};
+static_assert(sizeof(HeadFigures) == 8 * sizeof(float));
+
+// What one sequence's step did on this rank.
+struct SequenceReport {
+  std::vector<GroupReport> layers;   // [layers, local_kv_heads]
+  std::vector<HeadFigures> figures;  // [layers, local_query_heads]
+  std::optional<ErrorKind> error;    // first one; the request must fail
+  std::string error_text;
+};
+
+// Room that a request takes on a rank that holds `kv_heads` of the model's KV heads, at its largest:
+// its prompt, and `forks` decodes of it. UNITS: bytes
+struct CacheNeed {
+  uint64_t tier1 = 0, scratch = 0, arena = 0;
+};
+CacheNeed cache_need(const ModelConfig& config, int64_t kv_heads,
+                     const CertifiedCacheOptions& options, int64_t prompt_tokens,
+                     int64_t max_tokens, int forks);
+
+class CertifiedCache : public KvAttention {
+ public:
+  // heads: the KV heads of this rank, global indices. `store` may be null only where no sequence
+  // ever holds a sealed block (tests). All references must outlive the cache.
+  CertifiedCache(const ModelConfig& config, ShardRange heads, CertifiedCacheOptions options,
+                 ThreadPool& pool, std::shared_ptr<StoreClient> store, Communicator& group);
+  ~CertifiedCache() override;
+
+  // A sequence that will be prefilled with `prompt_tokens`: reserves its originals.
+  // Throws OutOfMemory where the arena has no room.
+  int64_t create(int64_t prompt_tokens, int64_t sequence_id);
+  // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more.
+  int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules);
+  void drop(int64_t sequence);
+
+  // Starts a step: clears the reports of the sequences named.
+  void begin_step(uint64_t step, std::span<const int64_t> sequences);
+  const SequenceReport& report(int64_t sequence) const;
+  // This rank's vote on the step, counted over local query heads.
+  VerdictRecord verdict(int64_t sequence) const;
+
+  uint64_t tier1_bytes() const;                 // all sequences, shared pages once
+  uint64_t tier1_bytes(int64_t sequence) const;
+  uint64_t dense_bytes(int64_t sequence) const;
+  const PageFormat& format() const { return *format_; }
+
+  void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
+                     const uint16_t* v) override;
+  void decode(int layer, std::span<const DecodeRow> rows, float* flags) override;
+  void decode_dense(int layer, std::span<const DecodeRow> rows) override;
+
+ private:
+  struct Sequence;
+  class Originals;
+  Sequence& at(int64_t sequence) const;
+  void account(int layer, Sequence& s, size_t head, const GroupReport& g);
+  void fail(Sequence& s, ErrorKind kind, const std::string& text) const;
+  OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
+  SealSink sink(Sequence& s, int layer, int head);
+
+  const ModelConfig& config_;
+  ShardRange heads_;
+  CertifiedCacheOptions options_;
+  ThreadPool& pool_;
+  std::shared_ptr<StoreClient> store_;
+  std::shared_ptr<BlockReader> reader_;
+  Communicator& group_;
+  std::shared_ptr<const PageFormat> format_;
+  std::shared_ptr<TierAccount> account_;
+  std::map<int64_t, std::unique_ptr<Sequence>> sequences_;
+  int64_t next_ = 1;
+  uint64_t step_ = 0;
+};
+
+}  // namespace certkv

@@ -1,0 +1,470 @@
+#include "runtime/certified_engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <list>
+#include <map>
+
+#include "kernels/arith/rounding.h"
+#include "kernels/base/log.h"
+#include "kernels/base/thread_pool.h"
+#include "kernels/sample.h"
+#include "parallel/communicator.h"
+#include "runtime/byte_size.h"
+#include "runtime/certified_cache.h"
+#include "runtime/generation.h"
+#include "runtime/host_memory.h"
+#include "runtime/request_wire.h"
+#include "runtime/step_figures.h"
+#include "runtime/transformer.h"
+#include "runtime/weights.h"
+
+namespace certkv {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+std::chrono::milliseconds milliseconds_of(double seconds) {
+  return std::chrono::milliseconds(int64_t(seconds * 1000));
+}
+
+CertifiedCacheOptions cache_options(const JobOptions& o, const ModelConfig& config) {
+  return {.cache = o.cache,
+          .scratch = o.scratch,
+          .dtype = originals_dtype(o, config),
+          .read_deadline = milliseconds_of(o.store.deadline_seconds)};
+}
+
+// What the leader tells its group at the start of every step.
+enum class Action : uint64_t { Done, Stop, Admit, Decode };
+struct Plan {
+  uint64_t action = 0;
+  uint64_t bytes = 0;   // of the request that follows, for Admit
+  uint64_t policy = 0;  // for Decode
+  uint64_t step = 0;
+};
+static_assert(sizeof(Plan) == 4 * 8);
+
+class CertifiedEngine : public Engine {
+ public:
+  CertifiedEngine(const JobOptions& options, EngineParts parts)
+      : options_(options),
+        parts_(std::move(parts)),
+        pool_(parts_.threads),
+        group_(*parts_.group),
+        heads_(kv_heads_of_rank(parts_.config->kv_heads, group_.size(), group_.rank())),
+        cache_(*parts_.config, heads_, cache_options(options, *parts_.config), pool_, parts_.store,
+               group_),
+        transformer_(*parts_.config, *parts_.weights, group_, cache_, pool_,
+                     {.deterministic = options.deterministic,
+                      .originals = originals_dtype(options, *parts_.config)}) {
+    if (options.run.tier1_memory == "auto") {
+      tier1_capacity_ = available_memory_bytes() / 2 / uint64_t(parts_.local_ranks);
+    } else {
+      const std::optional<uint64_t> bytes = parse_byte_size(options.run.tier1_memory);
+      CERTKV_EXPECT(bytes.has_value(), InvalidArgument,
+                    "run.tier1_memory is '{}': write auto or a size such as 8GiB",
+                    options.run.tier1_memory);
+      tier1_capacity_ = *bytes;
+    }
+  }
+
+  void submit(Request request) override;
+  bool step(bool stop) override;
+  Load load() const override;
+
+ private:
+  bool leader() const { return group_.rank() == 0; }
+  Plan make_plan(bool stop, std::vector<std::byte>* payload);
+  void share_plan(Plan* plan, std::vector<std::byte>* payload);
+  void admit(const Request& request);
+  EngineNeed need(const Request& request) const;
+  int64_t reserve(const Request& request, std::string* why);
+  void prefill(const Request& request, int64_t prompt);
+  void decode(Policy policy);
+  void finish(std::list<Generation>::iterator g);
+  void fail(Generation& g, ErrorKind kind, const std::string& text);
+  StepRules rules_of(const Request& request, Policy policy) const;
+  uint64_t claimed() const;
+
+  const JobOptions options_;
+  EngineParts parts_;
+  ThreadPool pool_;
+  Communicator& group_;
+  ShardRange heads_;
+  CertifiedCache cache_;
+  Transformer transformer_;
+
+  std::deque<Request> waiting_;          // leader only
+  std::list<Generation> running_;        // the same on every rank, in the same order
+  std::map<uint64_t, uint64_t> claims_;  // request id -> bytes of memory counted for it
+  std::map<uint64_t, int> open_forks_;   // request id -> generations not finished
+  uint64_t tier1_capacity_ = 0;
+  uint64_t step_ = 0;
+  uint64_t tokens_ = 0;
+  size_t next_policy_ = 0;
+  bool blocked_ = false;                 // the first waiting request waits for room
+};
+
+std::vector<Policy> policies_of(const Request& r) {
+  return r.compare.empty() ? std::vector<Policy>{r.policy} : r.compare;
+}
+
+void CertifiedEngine::submit(Request r) {
+  const int64_t limit = engine_token_limit(options_, *parts_.config);
+  const int64_t prompt = int64_t(r.prompt.size());
+  CERTKV_EXPECT(prompt >= 1, InvalidArgument, "the prompt is empty");
+  CERTKV_EXPECT(r.sampling.max_tokens >= 1, InvalidArgument,
+                "max_tokens is {}: at least 1 is needed", r.sampling.max_tokens);
+  CERTKV_EXPECT(r.sampling.max_tokens <= limit && prompt + r.sampling.max_tokens <= limit,
+                InvalidArgument,
+                "prompt of {} tokens and max_tokens {} are longer than the limit of {} tokens: "
+                "shorten the prompt or max_tokens, or raise model.max_len (the model allows {})",
+                prompt, r.sampling.max_tokens, limit, parts_.config->max_tokens);
+  for (int32_t t : r.prompt)
+    CERTKV_EXPECT(t >= 0 && t < parts_.config->vocab, InvalidArgument,
+                  "token {} of the prompt is outside the model's vocabulary of {}: the tokenizer "
+                  "does not belong to this model",
+                  t, parts_.config->vocab);
+  const EngineNeed n = need(r);
+  CERTKV_EXPECT(n.tier1 + n.scratch <= tier1_capacity_, OutOfMemory,
+                "a prompt of {} tokens needs {} of tier 1 and scratch on each rank, {} are allowed: "
+                "raise run.tier1_memory, or use more ranks (parallel.tensor)",
+                prompt, byte_size_text(n.tier1 + n.scratch),
+                byte_size_text(tier1_capacity_));
+  waiting_.push_back(std::move(r));
+}
+
+Engine::Load CertifiedEngine::load() const {
+  Load l;
+  l.waiting = waiting_.size();
+  l.running = running_.size();
+  l.tokens = tokens_;
+  l.tier1_bytes = cache_.tier1_bytes();
+  l.tier1_capacity = tier1_capacity_;
+  if (parts_.store != nullptr) {
+    const StoreCapacity c = parts_.store->capacity();
+    l.arena_capacity = c.total_bytes;
+    l.arena_bytes = c.total_bytes - c.free_bytes;
+  }
+  return l;
+}
+
+uint64_t CertifiedEngine::claimed() const {
+  uint64_t sum = 0;
+  for (const auto& [id, bytes] : claims_) sum += bytes;
+  return sum;
+}
+
+StepRules CertifiedEngine::rules_of(const Request& r, Policy policy) const {
+  return {.policy = policy,
+          .tolerance = r.tolerance,
+          .paper = options_.paper,
+          .ladder = options_.ladder,
+          .exploration_seed = r.sampling.seed};
+}
+
+Plan CertifiedEngine::make_plan(bool stop, std::vector<std::byte>* payload) {
+  Plan plan;
+  plan.step = step_;
+  if (stop) {
+    plan.action = uint64_t(Action::Stop);
+    return plan;
+  }
+  if (!waiting_.empty() && !blocked_) {
+    const Request& r = waiting_.front();
+    const int forks = int(policies_of(r).size());
+    const EngineNeed n = need(r);
+    const bool room = running_.size() + size_t(forks) <=
+                          size_t(options_.run.max_batch) * size_t(forks) &&
+                      claimed() + n.tier1 + n.scratch <= tier1_capacity_;
+    if (room || running_.empty()) {
+      *payload = encode_request(r);
+      plan.action = uint64_t(Action::Admit);
+      plan.bytes = payload->size();
+      return plan;
+    }
+    blocked_ = true;
+  }
+  if (running_.empty()) {
+    plan.action = uint64_t(Action::Done);
+    return plan;
+  }
+  // Policies take turns: a step decodes sequences of one policy, so that its figures are its own.
+  for (size_t i = 0; i < 4; ++i) {
+    const Policy policy = Policy((next_policy_ + i) % 4);
+    if (std::any_of(running_.begin(), running_.end(),
+                    [&](const Generation& g) { return g.policy == policy; })) {
+      plan.action = uint64_t(Action::Decode);
+      plan.policy = uint64_t(policy);
+      next_policy_ = size_t(policy) + 1;
+      return plan;
+    }
+  }
+  return plan;
+}
+
+void CertifiedEngine::share_plan(Plan* plan, std::vector<std::byte>* payload) {
+  group_.broadcast(view_u64(reinterpret_cast<uint64_t*>(plan), sizeof(Plan) / 8), 0, {});
+  group_.wait();
+  if (plan->bytes == 0) return;
+  payload->resize(size_t(plan->bytes));
+  group_.broadcast({payload->data(), payload->size(), DType::U8, MemoryKind::Host}, 0, {});
+  group_.wait();
+}
+
+bool CertifiedEngine::step(bool stop) {
+  if (parts_.store != nullptr) parts_.store->throw_if_lost();
+  Plan plan;
+  std::vector<std::byte> payload;
+  if (leader()) plan = make_plan(stop, &payload);
+  share_plan(&plan, &payload);
+  switch (Action(plan.action)) {
+    case Action::Done:
+    case Action::Stop: return false;
+    case Action::Admit: admit(decode_request(payload)); return true;
+    case Action::Decode: decode(Policy(plan.policy)); return true;
+  }
+  CERTKV_THROW(CommError, "the leader asks for step kind {}, which is not known", plan.action);
+}
+
+EngineNeed CertifiedEngine::need(const Request& r) const {
+  return engine_need(options_, *parts_.config, group_.size(), int64_t(r.prompt.size()),
+                     r.sampling.max_tokens, int(policies_of(r).size()));
+}
+
+// The handle of the new prompt, or 0 with a reason where this rank has no room.
+int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
+  const EngineNeed n = need(r);
+  const uint64_t free = available_memory_bytes();
+  if (free != 0 && !(n.tier1 + n.prefill < free)) {
+    *why = fmt::format("a prompt of {} tokens needs {} for prefill and tier 1, {} are free on {}",
+                       r.prompt.size(), byte_size_text(n.tier1 + n.prefill), byte_size_text(free),
+                       group_.peer_name(group_.rank()));
+    return 0;
+  }
+  try {
+    return cache_.create(int64_t(r.prompt.size()), int64_t(r.id));
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::OutOfMemory) throw;
+    *why = e.what();
+    return 0;
+  }
+}
+
+void CertifiedEngine::admit(const Request& r) {
+  const std::vector<Policy> policies = policies_of(r);
+  std::string why = "another rank has no room; its log says more";
+  const int64_t prompt = reserve(r, &why);
+  const bool here = prompt != 0;
+  uint64_t refused = here ? 0 : 1;
+  group_.all_reduce_sum(view_u64(&refused, 1), {});
+  group_.wait();
+  if (refused != 0) {  // all ranks or none
+    if (here) cache_.drop(prompt);
+    if (!here) log_warning("request {}: {}", r.id, why);
+    if (!leader()) return;
+    if (running_.empty()) {  // nothing will ever free more
+      Completion c;
+      c.id = r.id;
+      c.failed = true;
+      c.error_kind = error_kind_name(ErrorKind::OutOfMemory);
+      c.error = why;
+      c.outcome = Outcome::Failed;
+      c.prompt_tokens = r.prompt.size();
+      waiting_.pop_front();
+      for (Policy p : policies) {
+        c.policy = p;
+        if (on_completion) on_completion(Completion(c));
+      }
+    } else {
+      blocked_ = true;
+    }
+    return;
+  }
+  if (leader()) waiting_.pop_front();
+  const EngineNeed n = need(r);
+  claims_[r.id] = n.tier1 + n.scratch;
+  prefill(r, prompt);
+}
+
+void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
+  const auto start = Clock::now();
+  const std::vector<Policy> policies = policies_of(r);
+  std::vector<float> logits;
+  std::optional<Error> error;
+  try {
+    logits = transformer_.prefill(prompt, r.prompt, [&](int, size_t) { group_.alive(); });
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::NonFinite) throw;  // thrown by all ranks at the same point
+    error = e;
+  }
+  const double seconds = seconds_since(start);
+  open_forks_[r.id] = int(policies.size());
+  for (Policy policy : policies) {
+    Generation g(r, policy, parts_.tokenizer, parts_.config->eos_ids);
+    g.prefill_seconds = seconds;
+    uint64_t failed = 0;
+    std::string why = "another rank has no room in its arena; its log says more";
+    if (!error) {
+      try {
+        g.handle = cache_.fork(prompt, r.sampling.max_tokens, rules_of(r, policy));
+      } catch (const Error& e) {
+        if (e.kind() != ErrorKind::OutOfMemory) throw;
+        failed = 1;
+        why = e.what();
+      }
+    }
+    group_.all_reduce_sum(view_u64(&failed, 1), {});
+    group_.wait();
+    running_.push_back(std::move(g));
+    const auto last = std::prev(running_.end());
+    if (error) {
+      fail(*last, ErrorKind::NonFinite, error->what());
+    } else if (failed != 0) {
+      fail(*last, ErrorKind::OutOfMemory, why);
+    } else {
+      last->accept(sample_token(logits, last->sample_options(), last->uniform()));
+      ++tokens_;
+    }
+    if (last->finished) finish(last);
+  }
+  cache_.drop(prompt);
+}
+
+void CertifiedEngine::decode(Policy policy) {
+  const auto start = Clock::now();
+  ++step_;
+  transformer_.clear_phases();
+  std::vector<std::list<Generation>::iterator> rows;
+  for (auto g = running_.begin(); g != running_.end(); ++g)
+    if (g->policy == policy && rows.size() < size_t(options_.run.max_batch)) rows.push_back(g);
+  std::vector<DecodeInput> inputs;
+  std::vector<int64_t> handles;
+  for (auto g : rows) {
+    inputs.push_back({g->handle, g->tokens.back(), g->position()});
+    handles.push_back(g->handle);
+  }
+  cache_.begin_step(step_, handles);
+  const DecodeOutput out = transformer_.decode(inputs);
+
+  // The step's verdict: agreed upon before anything of it is used.
+  const auto agreeing = Clock::now();
+  std::vector<VerdictRecord> verdicts;
+  for (int64_t handle : handles) verdicts.push_back(cache_.verdict(handle));
+  group_.reduce_verdict(verdicts, {});
+  group_.wait();
+  StepFigures figures(*parts_.config, heads_, group_.size());
+  figures.gather(cache_, handles, group_);
+  const double agree_seconds = seconds_since(agreeing);
+
+  const auto sampling = Clock::now();
+  StepRecord record;
+  record.step = step_;
+  record.policy = policy;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    Generation& g = *rows[i];
+    const VerdictRecord& v = verdicts[i];
+    CERTKV_EXPECT(verdict_agreed(v, uint64_t(group_.size()), step_), CommError,
+                  "step {}: the ranks do not agree on the step ({} of {} votes)", step_, v.sum.votes,
+                  group_.size());
+    g.count(v);
+    record.counts.add(v);
+    figures.add_to(i, &g.returned, &g.candidate);
+    const Outcome outcome = outcome_of_severity(v.max.severity);
+    if (out.nonfinite_layer[i] >= 0) {
+      fail(g, ErrorKind::NonFinite,
+           fmt::format("layer {}: a NaN or an infinity in the activations", out.nonfinite_layer[i]));
+    } else if (outcome == Outcome::Failed) {
+      const SequenceReport& mine = cache_.report(g.handle);
+      const ErrorKind kind = v.max.error > 0 ? ErrorKind(v.max.error - 1) : ErrorKind::Uncertifiable;
+      fail(g, kind, mine.error ? mine.error_text : "on another rank of the group; its log says more");
+    } else {
+      const size_t vocab = size_t(parts_.config->vocab);
+      g.accept(sample_token({out.logits.data() + i * vocab, vocab}, g.sample_options(), g.uniform()));
+      ++tokens_;
+      ++record.tokens;
+    }
+  }
+  const double sample_seconds = seconds_since(sampling);
+  record.sequences = rows.size();
+  record.seconds = seconds_since(start);
+  for (auto g : rows) g->decode_seconds += record.seconds / double(rows.size());
+  if (leader() && on_step) {
+    const ForwardPhases p = transformer_.phases();
+    figures.fill(&record);
+    record.phase_seconds = {.projections = p.projections,
+                            .attention = p.attention - figures.ladder_seconds(),
+                            .ladder = figures.ladder_seconds(),
+                            .communicate = p.communicate + agree_seconds,
+                            .sample = sample_seconds,
+                            .other = 0};
+    record.phase_seconds.other =
+        std::max(0.0, record.seconds - p.projections - p.attention - p.communicate - agree_seconds -
+                          sample_seconds);
+    on_step(record);
+  }
+  for (auto g : rows)
+    if (g->finished) finish(g);
+}
+
+void CertifiedEngine::fail(Generation& g, ErrorKind kind, const std::string& text) {
+  g.finished = true;
+  g.error = kind;
+  g.error_text = text;
+}
+
+void CertifiedEngine::finish(std::list<Generation>::iterator g) {
+  Completion c = g->completion();
+  if (g->handle != 0) {
+    // KV heads are shared out evenly: what one rank holds is what every rank holds.
+    c.tier1_bytes = cache_.tier1_bytes(g->handle) * uint64_t(group_.size());
+    c.dense_bytes = cache_.dense_bytes(g->handle) * uint64_t(group_.size());
+    cache_.drop(g->handle);
+  }
+  if (--open_forks_[g->request_id] == 0) {
+    open_forks_.erase(g->request_id);
+    claims_.erase(g->request_id);
+  }
+  running_.erase(g);
+  blocked_ = false;
+  if (leader() && on_completion) on_completion(std::move(c));
+}
+
+}  // namespace
+
+int64_t engine_token_limit(const JobOptions& options, const ModelConfig& config) {
+  return options.model.max_len > 0 ? std::min(options.model.max_len, config.max_tokens)
+                                   : config.max_tokens;
+}
+
+DType originals_dtype(const JobOptions& options, const ModelConfig& config) {
+  const std::string& name = options.model.dtype;
+  if (name == "bfloat16") return DType::BF16;
+  if (name == "float16") return DType::F16;
+  CERTKV_EXPECT(name == "auto", InvalidArgument,
+                "model.dtype is '{}': use auto, bfloat16 or float16", name);
+  return config.dtype == DType::F16 ? DType::F16 : DType::BF16;
+}
+
+EngineNeed engine_need(const JobOptions& options, const ModelConfig& config, int tensor,
+                       int64_t prompt_tokens, int64_t max_tokens, int forks) {
+  const CacheNeed c = cache_need(config, config.kv_heads / tensor, cache_options(options, config),
+                                 prompt_tokens, max_tokens, forks);
+  return {.tier1 = c.tier1,
+          .scratch = c.scratch,
+          .arena = c.arena,
+          .prefill = Transformer::prefill_bytes(config, tensor, prompt_tokens)};
+}
+
+std::unique_ptr<Engine> make_engine(const JobOptions& options, EngineParts parts) {
+  return std::make_unique<CertifiedEngine>(options, std::move(parts));
+}
+
+}  // namespace certkv

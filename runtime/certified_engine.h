@@ -1,0 +1,42 @@
+// The Engine of runtime/engine.h over the certified cache: one per rank of a tensor-parallel group.
+#pragma once
+
+#include <memory>
+
+#include "runtime/engine.h"
+
+namespace certkv {
+
+class Communicator;
+class StoreClient;
+class Tokenizer;
+struct ModelConfig;
+struct Weights;
+
+struct EngineParts {
+  std::shared_ptr<const ModelConfig> config;
+  std::shared_ptr<const Weights> weights;        // this rank's shard
+  std::shared_ptr<const Tokenizer> tokenizer;
+  Communicator* group = nullptr;                 // tensor-parallel group; must outlive the engine
+  std::shared_ptr<StoreClient> store;            // attached
+  int threads = 1;
+  int local_ranks = 1;                           // that share this node's memory
+};
+
+// Tokens of prompt + answer that a request may have. model.max_len, bounded by the model's own.
+int64_t engine_token_limit(const JobOptions& options, const ModelConfig& config);
+
+// DType of the originals: model.dtype, or the folder's (BF16 where that is F32).
+// Throws InvalidArgument.
+DType originals_dtype(const JobOptions& options, const ModelConfig& config);
+
+// What a rank takes for a given request shape. UNITS: bytes
+struct EngineNeed {
+  uint64_t tier1 = 0, scratch = 0, arena = 0, prefill = 0;
+};
+EngineNeed engine_need(const JobOptions& options, const ModelConfig& config, int tensor,
+                       int64_t prompt_tokens, int64_t max_tokens, int forks);
+
+std::unique_ptr<Engine> make_engine(const JobOptions& options, EngineParts parts);
+
+}  // namespace certkv

@@ -1,0 +1,58 @@
+// One answer being generated: tokens, text, stop conditions and what its head-steps added up to.
+// The same on every rank of a group, because logits and verdicts are.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/base/error.h"
+#include "kernels/sample.h"
+#include "runtime/engine.h"
+#include "runtime/tokenizer.h"
+
+namespace certkv {
+
+struct Generation {
+  Generation(const Request& request, Policy policy, std::shared_ptr<const Tokenizer> tokenizer,
+             const std::vector<int32_t>& eos_ids);
+
+  // Takes the next token: appends it, or finishes (EOS, stop string, length).
+  void accept(int32_t token);
+  void count(const VerdictRecord& verdict);
+  Completion completion() const;
+
+  SampleOptions sample_options() const {
+    return {sampling.temperature, sampling.top_k, sampling.top_p};
+  }
+  // The draw for the next token: depends on seed, request and position alone.
+  double uniform() const { return uniform_at(sampling.seed, request_id, tokens.size()); }
+  // Position of the newest token.
+  int64_t position() const { return int64_t(prompt_tokens + tokens.size()) - 1; }
+
+  uint64_t request_id;
+  Policy policy;
+  SamplingOptions sampling;
+  uint64_t prompt_tokens;
+  int64_t handle = 0;              // in the cache
+  std::vector<int32_t> tokens;
+  std::string text;                // decoded so far; cut at the stop string
+  bool finished = false;
+  std::string finish_reason;
+  std::optional<ErrorKind> error;
+  std::string error_text;
+  Outcome outcome = Outcome::Certified;
+  HeadStepCounts counts;
+  Completion::Distribution returned, candidate;
+  double bound_max = 0, relative_max = 0, bound_sum = 0, relative_sum = 0;
+  uint64_t steps = 0;
+  double prefill_seconds = 0, decode_seconds = 0;
+
+ private:
+  std::vector<int32_t> eos_ids_;
+  StreamingDecoder decoder_;
+};
+
+}  // namespace certkv
