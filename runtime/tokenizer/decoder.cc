@@ -61,7 +61,7 @@ Decoder Decoder::for_sentencepiece(const std::vector<std::string>& names, bool s
     d.pieces_.push_back(replaced(n, kLowerOneEighthBlock, " "));
   }
   d.byte_fallback_ = d.fused_ = true;
-  d.strip_ = " ";
+  d.strip_.assign(1, ' ');  // gcc 12 misreads the assignment of a literal
   d.strip_count_ = strip_first ? 1 : 0;
   return d;
 }
