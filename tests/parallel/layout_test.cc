@@ -5,6 +5,8 @@
 #include <cstdlib>
 
 #include "kernels/base/error.h"
+#include "parallel/mpi_session.h"
+#include "parallel/rank_layout.h"
 #include "parallel/shard.h"
 #include "parallel/topology.h"
 #include "tests/support/thread_ranks.h"
@@ -48,6 +50,70 @@ TEST(Shard, ATensorSizeThatDoesNotDivideNamesTheOnesThatDo) {
   EXPECT_THROW(kv_heads_of_rank(8, 16, 0), Error);
   EXPECT_THROW(kv_heads_of_rank(8, 0, 0), Error);
 }
+
+// ---- tensor groups and replicas -----------------------------------------------------------------
+
+std::string refusal_of(int tensor, int data, int world) {
+  try {
+    plan_ranks(tensor, data, world);
+    return "none";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::InvalidArgument);
+    return error.what();
+  }
+}
+
+TEST(RankLayout, RanksOfATensorGroupAreConsecutive) {
+  const RankLayout layout = plan_ranks(4, 2, 8);
+  EXPECT_EQ(layout.members(1), (std::vector{4, 5, 6, 7}));
+  EXPECT_EQ(layout.leaders(), (std::vector{0, 4}));
+  EXPECT_EQ(layout.replica(5), 1);
+  EXPECT_EQ(layout.tensor_rank(5), 1);
+  EXPECT_TRUE(layout.is_leader(4));
+  EXPECT_FALSE(layout.is_leader(5));
+}
+
+TEST(RankLayout, TensorZeroTakesWhatTheReplicasLeave) {
+  EXPECT_EQ(plan_ranks(0, 1, 6).tensor, 6);
+  EXPECT_EQ(plan_ranks(0, 3, 6).tensor, 2);
+  EXPECT_EQ(plan_ranks(1, 1, 1).world(), 1);
+}
+
+TEST(RankLayout, NumbersThatDoNotFitAreNamedWithWhatFits) {
+  EXPECT_THAT(refusal_of(2, 1, 4), HasSubstr("parallel.tensor 2 times parallel.data 1 needs 2"));
+  EXPECT_THAT(refusal_of(2, 1, 4), HasSubstr("set parallel.data to 2"));
+  EXPECT_THAT(refusal_of(4, 1, 2), HasSubstr("mpirun -np 4"));
+  EXPECT_THAT(refusal_of(0, 3, 4), HasSubstr("parallel.data is 3"));
+  EXPECT_THAT(refusal_of(-1, 1, 4), HasSubstr("parallel.tensor is -1"));
+  EXPECT_THAT(refusal_of(1, 0, 4), HasSubstr("parallel.data is 0"));
+  EXPECT_THAT(refusal_of(1 << 20, 1 << 20, 4), HasSubstr("needs 1099511627776 ranks"));
+}
+
+// ---- launchers ----------------------------------------------------------------------------------
+
+TEST(MpiLaunch, ABatchScriptIsNoRankButAStepIs) {
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "SLURM_STEP_ID"}) {
+    unsetenv(name);
+  }
+  setenv("SLURM_PROCID", "0", 1);
+  EXPECT_FALSE(detect_mpi_launch().by_launcher);
+  setenv("SLURM_STEP_ID", "0", 1);
+  setenv("SLURM_PROCID", "3", 1);
+  setenv("SLURM_STEP_NUM_TASKS", "8", 1);
+  EXPECT_TRUE(detect_mpi_launch().by_launcher);
+  EXPECT_EQ(detect_mpi_launch().rank, 3);
+  EXPECT_EQ(detect_mpi_launch().size, 8);
+  setenv("OMPI_COMM_WORLD_SIZE", "2", 1);
+  setenv("OMPI_COMM_WORLD_RANK", "1", 1);
+  EXPECT_EQ(detect_mpi_launch().launcher, "mpirun");
+  EXPECT_EQ(detect_mpi_launch().rank, 1);
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID",
+                           "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"}) {
+    unsetenv(name);
+  }
+}
+
+// ---- nodes and cores ----------------------------------------------------------------------------
 
 TEST(Topology, CoresAreSharedFairly) {
   EXPECT_EQ(fair_threads({{0, 1, 2, 3}}, 0, 0), 4);
