@@ -254,7 +254,7 @@ void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
     GroupReport& g = s.groups[h];
     dense_step(where, int(per_group), (1u << per_group) - 1, 4,
                rows[row].q + h * per_group * d, &s.heads[size_t(layer) * heads + h], originals,
-               rows[row].out + h * per_group * d, &g);
+               rows[row].out + h * per_group * d, nullptr, &g);
     group_.alive();
   });
   for (const DecodeRow& row : rows) {

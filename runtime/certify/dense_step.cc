@@ -4,12 +4,13 @@
 
 #include "kernels/base/log.h"
 #include "runtime/certify/head_step.h"
-#include "runtime/certify/learn.h"
+#include "runtime/certify/selector.h"
 
 namespace certkv {
 
 void dense_step(const StepWhere& where, int heads, uint32_t mask, int rung, const float* q,
-                HeadState* state, HeadOriginals& originals, float* out, GroupReport* report) {
+                HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass_out,
+                GroupReport* report) {
   const int d = state->tier.format().head_dim;
   const AttendContext context{&state->tier.format(), state->tier.dtype()};
   report->heads.resize(size_t(heads));
@@ -55,6 +56,10 @@ void dense_step(const StepWhere& where, int heads, uint32_t mask, int rung, cons
     r.outcome = Outcome::Failed;
     if (have_all) {
       finish_output(pass, int(i), o);
+      if (block_log_mass_out != nullptr)
+        for (size_t b = 0; b < pass.blocks; ++b)
+          block_log_mass_out[size_t(chosen[i]) * pass.blocks + b] =
+              float(block_log_mass(pass, int(i), b));
       r.returned = certify(context, pass, int(i), refs, {}, o);
       // `exact` needs verified originals, a finite output and a stated rounding bound.
       if (std::isfinite(r.returned.bound)) r.outcome = Outcome::Exact;

@@ -304,7 +304,7 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
   report->heads.resize(size_t(heads));
   const uint32_t everyone = (1u << heads) - 1;
   if (rules.policy == Policy::Dense) {
-    dense_step(where, heads, everyone, 3, q, state, originals, out, report);
+    dense_step(where, heads, everyone, 3, q, state, originals, out, block_log_mass_out, report);
     for (HeadReport& r : report->heads) r.candidate = r.returned;
     report->pass_seconds = seconds_since(start);
     return;
@@ -353,7 +353,8 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
     for (int h = 0; h < heads; ++h) allowed.push_back(s.allowed(report->heads[size_t(h)].returned));
     learn(s.context, s.pass, s.blocks(), allowed, rules.policy == Policy::Paper, state);
   }
-  if (dense != 0) dense_step(where, heads, dense, 3, q, state, originals, out, report);
+  if (dense != 0)
+    dense_step(where, heads, dense, 3, q, state, originals, out, nullptr, report);
   remember_centre(heads, out, &state->centre);
   report->ladder_seconds = seconds_since(start) - report->pass_seconds;
 }

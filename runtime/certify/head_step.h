@@ -80,7 +80,9 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
 
 // Rungs 3 and 4 and policy `dense`: attention over originals for the heads in `mask`. Heads whose
 // originals cannot be had end as failed, with a zero out; nothing is thrown for it.
+// block_log_mass: nullptr or [heads, blocks], written for the heads in `mask`.
 void dense_step(const StepWhere& where, int heads, uint32_t mask, int rung, const float* q,
-                HeadState* state, HeadOriginals& originals, float* out, GroupReport* report);
+                HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass,
+                GroupReport* report);
 
 }  // namespace certkv
