@@ -27,9 +27,9 @@ struct Gpu {
   uint64_t memory_bytes = 0;
 };
 struct CudaDriver {
-  bool loaded = false;      // libcuda.so.1 was found
-  std::string error;        // why it cannot be used, empty if it can
-  int version = 0;          // 12040 for 12.4, 0 if unknown
+  bool loaded = false;  // libcuda.so.1 was found
+  std::string error;    // why it cannot be used, empty if it can
+  int version = 0;      // 12040 for 12.4, 0 if unknown
   std::vector<Gpu> gpus;
 };
 CudaDriver cuda_driver();
