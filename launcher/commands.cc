@@ -9,6 +9,8 @@ namespace certkv {
 namespace {
 
 constexpr Command kCommands[] = {
+    {"ask", "one question about one text, in this process alone", ask_command},
+    {"attend", "one certified attention step on your own tensors", attend_command},
     {"doctor", "what this machine has, and whether a configuration fits it", doctor_command},
     {"make-model", "write a demo model whose answers are known", make_model_command},
     {"store", "serve a node's originals to its ranks (a job starts it by itself)", store_command},

@@ -45,6 +45,8 @@ int dispatch(Args& args, const std::vector<std::string>& command_line);
 int exit_code_of(ErrorKind kind);
 constexpr int kExitDone = 0, kExitOther = 1, kExitUsage = 2, kExitNo = 3, kExitStopped = 4;
 
+int ask_command(Args& args);
+int attend_command(Args& args);
 int doctor_command(Args& args);
 int make_model_command(Args& args);
 int store_command(Args& args);

@@ -64,6 +64,8 @@ class CertifiedEngine : public Engine {
         transformer_(*parts_.config, *parts_.weights, group_, cache_, pool_,
                      {.deterministic = options.deterministic,
                       .originals = originals_dtype(options, *parts_.config)}) {
+    stop_ids_ = parts_.config->eos_ids;
+    stop_ids_.insert(stop_ids_.end(), parts_.stop_ids.begin(), parts_.stop_ids.end());
     if (options.run.tier1_memory == "auto") {
       tier1_capacity_ = available_memory_bytes() / 2 / uint64_t(parts_.local_ranks);
     } else {
@@ -105,6 +107,7 @@ class CertifiedEngine : public Engine {
   std::list<Generation> running_;        // the same on every rank, in the same order
   std::map<uint64_t, uint64_t> claims_;  // request id -> bytes of memory counted for it
   std::map<uint64_t, int> open_forks_;   // request id -> generations not finished
+  std::vector<int32_t> stop_ids_;
   uint64_t tier1_capacity_ = 0;
   uint64_t step_ = 0;
   uint64_t tokens_ = 0;
@@ -308,7 +311,7 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
   const double seconds = seconds_since(start);
   open_forks_[r.id] = int(policies.size());
   for (Policy policy : policies) {
-    Generation g(r, policy, parts_.tokenizer, parts_.config->eos_ids);
+    Generation g(r, policy, parts_.tokenizer, stop_ids_);
     g.prefill_seconds = seconds;
     uint64_t failed = 0;
     std::string why = "another rank has no room in its arena; its log says more";

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "runtime/engine.h"
 
@@ -17,6 +18,7 @@ struct EngineParts {
   std::shared_ptr<const ModelConfig> config;
   std::shared_ptr<const Weights> weights;        // this rank's shard
   std::shared_ptr<const Tokenizer> tokenizer;
+  std::vector<int32_t> stop_ids;                 // that end an answer, besides the model's EOS
   Communicator* group = nullptr;                 // tensor-parallel group; must outlive the engine
   std::shared_ptr<StoreClient> store;            // attached
   int threads = 1;

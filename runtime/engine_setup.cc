@@ -1,0 +1,136 @@
+#include "runtime/engine_setup.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/base/error.h"
+#include "kernels/base/log.h"
+#include "kvstore/client.h"
+#include "kvstore/store_process.h"
+#include "parallel/communicator.h"
+#include "runtime/byte_size.h"
+#include "runtime/certified_engine.h"
+#include "runtime/host_memory.h"
+#include "runtime/tokenizer.h"
+#include "runtime/weights.h"
+
+namespace certkv {
+namespace {
+
+std::chrono::milliseconds milliseconds_of(double seconds) {
+  return std::chrono::milliseconds(int64_t(seconds * 1000));
+}
+
+// What a rank tells the others of its node about the store that it started.
+struct StoreNote {
+  char socket[240] = {};
+  char error[760] = {};
+  uint64_t kind = 0;  // 1 + ErrorKind of a failure
+};
+
+void copy_text(const std::string& text, char* out, size_t room) {
+  const size_t n = std::min(text.size(), room - 1);
+  std::memcpy(out, text.data(), n);
+  out[n] = '\0';
+}
+
+uint64_t arena_bytes_of(const JobOptions& options, uint64_t automatic) {
+  if (options.store.arena == "auto") return automatic;
+  const std::optional<uint64_t> bytes = parse_byte_size(options.store.arena);
+  CERTKV_EXPECT(bytes.has_value(), InvalidArgument,
+                "store.arena is '{}': write auto or a size such as 8GiB", options.store.arena);
+  return *bytes;
+}
+
+// The socket of the node's store. The first local rank starts it; all ranks learn how it went, so
+// that they fail together and say the same.
+std::string start_store(const JobOptions& options, Communicator& world, const Topology& topology,
+                        uint64_t arena_bytes) {
+  StoreNote mine;
+  if (topology.first_local_rank()) {
+    try {
+      StoreProcessOptions o;
+      o.arena_bytes = arena_bytes;
+      o.linger = milliseconds_of(options.store.linger_seconds);
+      const SpawnedStore store = spawn_store(o, milliseconds_of(options.store.deadline_seconds));
+      copy_text(store.socket, mine.socket, sizeof mine.socket);
+      log_info("store of this node: process {}, {} of originals, socket {}", store.pid,
+               byte_size_text(arena_bytes), store.socket);
+    } catch (const Error& e) {
+      mine.kind = 1 + uint64_t(e.kind());
+      copy_text(e.what(), mine.error, sizeof mine.error);
+    }
+  }
+  std::vector<StoreNote> all(static_cast<size_t>(world.size()));
+  world.all_gather({&mine, sizeof mine, DType::U8, MemoryKind::Host},
+                   {all.data(), all.size() * sizeof(StoreNote), DType::U8, MemoryKind::Host}, {});
+  world.wait(std::chrono::minutes(2));  // a large arena takes its time to be allocated
+  for (const StoreNote& note : all)
+    if (note.kind != 0) throw Error(ErrorKind(note.kind - 1), note.error, __FILE__, __LINE__);
+  for (size_t r = 0; r < all.size(); ++r)
+    if (topology.node_of_rank[r] == topology.node && all[r].socket[0] != '\0') return all[r].socket;
+  CERTKV_THROW(StoreLost, "no rank of node {} started a store", topology.node);
+}
+
+}  // namespace
+
+LoadedModel load_model(const JobOptions& options, int tensor) {
+  CERTKV_EXPECT(!options.model.path.empty(), InvalidArgument,
+                "model.path is not set: name a model folder with --model");
+  LoadedModel m;
+  m.config = std::make_shared<const ModelConfig>(load_model_config(options.model.path));
+  if (tensor > 0) kv_heads_of_rank(m.config->kv_heads, tensor, 0);
+  m.tokenizer = load_tokenizer(options.model.path);
+  m.chat = choose_chat_template(options.model.chat_template, m.config->model_type, *m.tokenizer);
+  m.token_limit = engine_token_limit(options, *m.config);
+  return m;
+}
+
+uint64_t arena_demand(const JobOptions& options, const ModelConfig& config, int tensor,
+                      int local_ranks, std::span<const RequestShape> requests) {
+  std::vector<uint64_t> each;
+  for (const RequestShape& r : requests)
+    each.push_back(
+        engine_need(options, config, tensor, r.prompt_tokens, r.max_tokens, r.forks).arena);
+  std::sort(each.rbegin(), each.rend());
+  uint64_t sum = 0;
+  for (size_t i = 0; i < each.size() && i < size_t(options.run.max_batch); ++i) sum += each[i];
+  constexpr uint64_t kHeader = 1 << 20;  // of the arena, and for rounding up of extents
+  return uint64_t(local_ranks) * sum + kHeader;
+}
+
+EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, Communicator& world,
+                          Communicator& group, const Topology& topology, uint64_t arena_bytes) {
+  const ModelConfig& config = *model.config;
+  check_weights_fit(config, group.size(), topology.local_size, available_memory_bytes());
+  world.barrier({});
+  world.wait();
+
+  EngineSetup out;
+  std::string socket = options.store.socket;
+  if (options.store.mode == "auto")
+    socket = start_store(options, world, topology, arena_bytes_of(options, arena_bytes));
+  StoreClientOptions client;
+  client.socket = socket;
+  client.rank = world.rank();
+  client.deadline = milliseconds_of(options.store.deadline_seconds);
+  out.store = StoreClient::attach(client, Deadline::after(client.deadline));
+
+  EngineParts parts;
+  parts.config = model.config;
+  parts.weights = std::make_shared<const Weights>(
+      load_weights(options.model.path, config, group.size(), group.rank()));
+  world.alive();
+  parts.tokenizer = model.tokenizer;
+  parts.stop_ids = model.chat.stop_ids(*model.tokenizer);
+  parts.group = &group;
+  parts.store = out.store;
+  parts.threads = options.parallel.threads > 0 ? options.parallel.threads : topology.threads;
+  parts.local_ranks = topology.local_size;
+  world.barrier({});  // loading takes each rank its own time
+  world.wait(std::chrono::minutes(10));
+  out.engine = make_engine(options, std::move(parts));
+  return out;
+}
+
+}  // namespace certkv
