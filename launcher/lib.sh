@@ -87,7 +87,6 @@ choose_build() {
     if driver_answers; then
       if find_nvcc >/dev/null; then
         preset=cuda
-        configure_args+=(-DCMAKE_CUDA_ARCHITECTURES=native)
       else
         say "an NVIDIA driver answers, but no nvcc was found (PATH, CUDACXX, CUDA_HOME," \
           "/usr/local/cuda): building the CPU backend"

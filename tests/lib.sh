@@ -9,6 +9,8 @@ select_tests() {
   local preset=$1 what=$2
   if [[ $what == long ]]; then
     printf '%s\n' -L '^long$'
+  elif [[ $what == cuda ]]; then
+    printf '%s\n' -L '^cuda$' -LE '^long$'
   elif [[ $preset == asan || $preset == tsan ]]; then
     printf '%s\n' -L '^(unit|ranks)$' -LE '^(slow|long)$'
   else
@@ -22,8 +24,13 @@ run_stage() {
   local wanted=$1 jobs=$2 filter=$3 what=${4:-default} started=$SECONDS selection targets=()
   choose_build "$wanted"
   # CI compiles for one architecture whatever machine it runs on.
-  [[ ${tier:-} != ci || $preset != cuda ]] || configure_args+=(-DCMAKE_CUDA_ARCHITECTURES=90)
-  [[ $preset != asan && $preset != tsan ]] || targets=(certkv_sanitized_tests)
+  if [[ ${tier:-} == ci && $preset == cuda ]]; then
+    configure_args+=(-DCERTKV_CUDA_ARCHITECTURES=90)
+    targets=(certkv_cuda_tests)
+    what=cuda
+  elif [[ $preset == asan || $preset == tsan ]]; then
+    targets=(certkv_sanitized_tests)
+  fi
   if ! configure_and_build "$jobs" "${targets[@]}"; then
     failed=$((failed + 1))
     return 0
