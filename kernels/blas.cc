@@ -2,6 +2,7 @@
 
 #include <cblas.h>
 
+#include <algorithm>
 #include <climits>
 
 #include "kernels/base/error.h"
@@ -19,6 +20,10 @@ blasint to_blas(size_t value, const char* what) {
 void product(CBLAS_TRANSPOSE transpose_b, size_t m, size_t n, size_t k, const float* a,
              size_t a_stride, const float* b, size_t b_stride, bool add, float* c,
              size_t c_stride) {
+  if (k == 0) {  // OpenBLAS would refuse the strides of empty matrices
+    for (size_t r = 0; r < m && !add; ++r) std::fill(c + r * c_stride, c + r * c_stride + n, 0.0f);
+    return;
+  }
   static const bool single_threaded = (openblas_set_num_threads(1), true);
   (void)single_threaded;
   cblas_sgemm(CblasRowMajor, CblasNoTrans, transpose_b, to_blas(m, "rows"), to_blas(n, "columns"),
