@@ -40,6 +40,14 @@ function(certkv_test_environment variable)
   set(${variable} "${environment}" PARENT_SCOPE)
 endfunction()
 
+# How many of ctest's jobs a test counts for: those that start ranks take two.
+function(certkv_processors variable)
+  set(${variable} 1 PARENT_SCOPE)
+  if("mpi" IN_LIST ARGN OR "e2e" IN_LIST ARGN)
+    set(${variable} 2 PARENT_SCOPE)
+  endif()
+endfunction()
+
 # certkv_test(name [TIMEOUT s] LABELS l... LIBRARIES t... SOURCES s...)
 # A GoogleTest program, one ctest per case. Under a sanitizer its time-out is five times as long.
 function(certkv_test name)
@@ -66,9 +74,10 @@ function(certkv_test name)
   # that ctest reads after the list of cases.
   gtest_discover_tests(${name} TEST_LIST ${name}_cases DISCOVERY_TIMEOUT 60)
   certkv_test_environment(environment ${A_LABELS})
+  certkv_processors(processors ${A_LABELS})
   set(script "${CMAKE_CURRENT_BINARY_DIR}/${name}_properties.cmake")
   file(GENERATE OUTPUT "${script}" CONTENT "if(${name}_cases)
-  set_tests_properties(\${${name}_cases} PROPERTIES TIMEOUT ${A_TIMEOUT}
+  set_tests_properties(\${${name}_cases} PROPERTIES TIMEOUT ${A_TIMEOUT} PROCESSORS ${processors}
     LABELS [==[${A_LABELS}]==]
     ENVIRONMENT [==[${environment}]==])
 endif()
@@ -88,7 +97,8 @@ function(certkv_check name)
     set(A_TIMEOUT 120)
   endif()
   certkv_test_environment(environment ${A_LABELS})
+  certkv_processors(processors ${A_LABELS})
   add_test(NAME ${name} COMMAND ${Python3_EXECUTABLE} ${A_COMMAND})
-  set_tests_properties(${name} PROPERTIES TIMEOUT ${A_TIMEOUT} LABELS "${A_LABELS}"
-    ENVIRONMENT "${environment}")
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${A_TIMEOUT} PROCESSORS ${processors}
+    LABELS "${A_LABELS}" ENVIRONMENT "${environment}")
 endfunction()
