@@ -29,7 +29,8 @@ using std::chrono::milliseconds;
 
 constexpr int kReadyFd = 3;  // where the child finds the pipe
 
-// ---- the line protocol of the ready pipe: "memory BYTES", "ready SOCKET", "error KIND TEXT"
+// ---- the line protocol of the ready pipe: "pid N", "memory BYTES", "ready SOCKET", "error KIND
+// TEXT"
 // ------
 
 void tell(int fd, const std::string& line) {
@@ -76,6 +77,15 @@ std::string one_line(std::string text) {
   sigprocmask(SIG_SETMASK, &none, nullptr);
   for (const int s : {SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGCHLD}) std::signal(s, SIG_DFL);
   if (chdir("/") != 0) _exit(127);
+  // Said before exec, so that whatever hangs afterwards can be ended.
+  char line[32] = "pid ";
+  size_t length = 4;
+  char digits[24];
+  size_t count = 0;
+  for (pid_t rest = getpid(); rest > 0; rest /= 10) digits[count++] = char('0' + rest % 10);
+  while (count > 0) line[length++] = digits[--count];
+  line[length++] = '\n';
+  if (write(kReadyFd, line, length) != ssize_t(length)) _exit(127);
   execv(executable, argv);
   _exit(127);
 }
@@ -225,7 +235,6 @@ int run_store(const StoreProcessOptions& options) {
   std::signal(SIGHUP, SIG_IGN);
   log_set_name("store");
   try {
-    tell(ready.get(), fmt::format("pid {}", getpid()));
     const uint64_t boot_nonce = random_u64() | 1;
     HolderOptions holder_options;
     holder_options.socket = options.socket;
