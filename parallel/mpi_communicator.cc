@@ -13,6 +13,8 @@
 namespace certkv {
 namespace {
 
+constexpr size_t kSumPiece = size_t(1) << 19;  // elements
+
 int mpi_count(size_t count, const char* what, const char* unit = "elements") {
   CERTKV_EXPECT(count <= size_t(INT_MAX), InvalidArgument,
                 "{}: {} {}; one operation over MPI moves at most {}: use several", what, count, unit,
@@ -40,27 +42,15 @@ class MpiCommunicator final : public Communicator {
 
   void all_reduce_sum(TensorView inout, Stream) override {
     check_sum(inout);
-    const int count = mpi_count(inout.count, "all_reduce_sum");
-    if (inout.dtype == DType::F32 || inout.dtype == DType::U64) {
-      const MPI_Datatype type = inout.dtype == DType::F32 ? MPI_FLOAT : MPI_UINT64_T;
-      enqueue("all_reduce_sum", inout.bytes(), [&](Operation& op) {
-        return MPI_Iallreduce(MPI_IN_PLACE, inout.data, count, type, MPI_SUM, comm_, &op.request);
-      });
-      return;
-    }
-    mpi_count(inout.count * members_.size(), "all_reduce_sum");
-    enqueue("all_reduce_sum", inout.bytes() * members_.size(), [&](Operation& op) {
-      op.staging.resize(inout.bytes() * members_.size());
-      op.finish = [this, inout](Operation& done) {
-        std::vector<const void*> parts;
-        for (size_t r = 0; r < members_.size(); ++r) {
-          parts.push_back(done.staging.data() + r * inout.bytes());
-        }
-        ordered_sum(inout.dtype, parts.data(), parts.size(), inout.count, inout.data);
-      };
-      return MPI_Iallgather(inout.data, count, MPI_UINT16_T, op.staging.data(), count, MPI_UINT16_T,
-                            comm_, &op.request);
-    });
+    // In pieces, so that counts stay far below an int and the pieces overlap on the wire.
+    size_t at = 0;
+    do {
+      TensorView piece = inout;
+      piece.data = static_cast<char*>(inout.data) + at * dtype_bytes(inout.dtype);
+      piece.count = std::min(kSumPiece, inout.count - at);
+      sum_piece(piece);
+      at += piece.count;
+    } while (at < inout.count);
   }
 
   void all_gather(TensorView in, TensorView out, Stream) override {
@@ -122,6 +112,29 @@ class MpiCommunicator final : public Communicator {
     std::vector<char> staging;
     std::function<void(Operation&)> finish;  // once it is done
   };
+
+  void sum_piece(TensorView inout) {
+    const int count = int(inout.count);
+    if (inout.dtype == DType::F32 || inout.dtype == DType::U64) {
+      const MPI_Datatype type = inout.dtype == DType::F32 ? MPI_FLOAT : MPI_UINT64_T;
+      enqueue("all_reduce_sum", inout.bytes(), [&](Operation& op) {
+        return MPI_Iallreduce(MPI_IN_PLACE, inout.data, count, type, MPI_SUM, comm_, &op.request);
+      });
+      return;
+    }
+    enqueue("all_reduce_sum", inout.bytes() * members_.size(), [&](Operation& op) {
+      op.staging.resize(inout.bytes() * members_.size());
+      op.finish = [this, inout](Operation& done) {
+        std::vector<const void*> parts;
+        for (size_t r = 0; r < members_.size(); ++r) {
+          parts.push_back(done.staging.data() + r * inout.bytes());
+        }
+        ordered_sum(inout.dtype, parts.data(), parts.size(), inout.count, inout.data);
+      };
+      return MPI_Iallgather(inout.data, count, MPI_UINT16_T, op.staging.data(), count, MPI_UINT16_T,
+                            comm_, &op.request);
+    });
+  }
 
   template <typename Start>
   void enqueue(const char* name, size_t bytes, Start&& start);

@@ -2,8 +2,8 @@
 // watched. Host memory only.
 //
 // F32 sums use MPI's own order, which in Open MPI gives every rank the same bits; 16-bit sums gather
-// and add in rank order. One sum has at most 2^31 - 1 elements (16-bit ones counted over all ranks),
-// one gather or broadcast as many bytes (InvalidArgument above).
+// and add in rank order. One gather (its output) or broadcast has at most 2^31 - 1 bytes
+// (InvalidArgument above); sums may be of any size.
 #pragma once
 
 #include <memory>

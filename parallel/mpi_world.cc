@@ -127,9 +127,9 @@ int MpiWorld::next_group_slot() {
 
 void PollPause::pause() {
   ++polls_;
-  if (polls_ <= 50) {
+  if (polls_ <= 500) {  // under a millisecond; a yield costs peers on the same core nothing
     sched_yield();
-  } else if (polls_ <= 1000) {
+  } else if (polls_ <= 20000) {
     std::this_thread::sleep_for(std::chrono::microseconds(20));
   } else {
     std::this_thread::sleep_for(std::chrono::microseconds(100));
