@@ -1,0 +1,116 @@
+#include "kernels/sample.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "kernels/base/error.h"
+
+namespace certkv {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+ErrorKind error_of(std::span<const float> logits, SampleOptions options, double uniform = 0.5) {
+  try {
+    sample_token(logits, options, uniform);
+  } catch (const Error& e) {
+    return e.kind();
+  }
+  return ErrorKind::Stopped;  // none
+}
+
+TEST(Greedy, TakesTheLargestAndTheLowestIdAmongEquals) {
+  EXPECT_EQ(sample_greedy(std::array{1.0f, 3.0f, 2.0f}), 1);
+  EXPECT_EQ(sample_greedy(std::array{3.0f, 1.0f, 3.0f}), 0);
+  EXPECT_EQ(sample_greedy(std::array{-kInf, -5.0f, -5.0f}), 1);
+  EXPECT_EQ(sample_greedy(std::array{-0.0f, 0.0f}), 0);
+}
+
+TEST(Sample, LogitsThatAreNotNumbersAreAnErrorWhateverTheTemperature) {
+  for (double temperature : {0.0, 1.0}) {
+    for (const auto& logits : {std::array{1.0f, kNan}, std::array{kNan, 1.0f},
+                               std::array{1.0f, kInf}, std::array{-kInf, -kInf}})
+      EXPECT_EQ(error_of(logits, {.temperature = temperature}), ErrorKind::NonFinite);
+  }
+}
+
+TEST(Sample, OptionsOutsideTheirRangeAreRefused) {
+  const std::array logits{1.0f, 2.0f};
+  for (double bad : {-1.0, double(kNan), double(kInf)})
+    EXPECT_EQ(error_of(logits, {.temperature = bad}), ErrorKind::InvalidArgument);
+  for (double bad : {0.0, -0.5, 1.5, double(kNan)})
+    EXPECT_EQ(error_of(logits, {.temperature = 1, .top_p = bad}), ErrorKind::InvalidArgument);
+  EXPECT_EQ(error_of(logits, {.temperature = 1, .top_k = -1}), ErrorKind::InvalidArgument);
+  for (double bad : {-0.1, 1.0, double(kNan)})
+    EXPECT_EQ(error_of(logits, {.temperature = 1}, bad), ErrorKind::InvalidArgument);
+  EXPECT_EQ(error_of({}, {}), ErrorKind::InvalidArgument);
+}
+
+// Share of ids drawn when `uniform` runs evenly through [0, 1).
+std::vector<double> shares(std::span<const float> logits, SampleOptions options) {
+  constexpr int kDraws = 20000;
+  std::vector<double> share(logits.size());
+  for (int i = 0; i < kDraws; ++i)
+    share[size_t(sample_token(logits, options, (i + 0.5) / kDraws))] += 1.0 / kDraws;
+  return share;
+}
+constexpr double kShareTolerance = 2.0 / 20000;  // one draw at either end of a token's interval
+
+TEST(Sample, SharesAreThoseOfTheSoftmaxAtTheTemperature) {
+  const std::array logits{0.5f, -1.0f, 2.0f, -kInf, 2.0f};
+  for (double temperature : {0.3, 1.0, 2.5}) {
+    double total = 0;
+    for (float l : logits) total += std::exp(double(l) / temperature);
+    const auto share = shares(logits, {.temperature = temperature});
+    for (size_t i = 0; i < logits.size(); ++i)
+      EXPECT_NEAR(share[i], std::exp(double(logits[i]) / temperature) / total, kShareTolerance);
+  }
+}
+
+TEST(Sample, TopKKeepsTheLargestAndTheLowestIdsAmongEquals) {
+  const std::array logits{1.0f, 2.0f, 0.0f, 2.0f, 2.0f};
+  const auto two = shares(logits, {.temperature = 1, .top_k = 2});
+  EXPECT_NEAR(two[1], 0.5, kShareTolerance);
+  EXPECT_NEAR(two[3], 0.5, kShareTolerance);
+  EXPECT_NEAR(shares(logits, {.temperature = 1, .top_k = 1})[1], 1, 1e-9);
+  EXPECT_GT(shares(logits, {.temperature = 1, .top_k = 100})[2], 0);
+}
+
+TEST(Sample, TopPKeepsTheSmallestPrefixThatReachesIt) {
+  // Masses 0.5, 0.3, 0.2.
+  const std::array logits{std::log(0.3f), std::log(0.5f), std::log(0.2f)};
+  const auto share = shares(logits, {.temperature = 1, .top_p = 0.7});
+  EXPECT_NEAR(share[1], 0.5 / 0.8, kShareTolerance);
+  EXPECT_NEAR(share[0], 0.3 / 0.8, kShareTolerance);
+  EXPECT_EQ(share[2], 0);
+  EXPECT_NEAR(shares(logits, {.temperature = 1, .top_p = 1e-9})[1], 1, 1e-9);
+}
+
+TEST(Sample, AVanishingTemperatureIsGreedy) {
+  EXPECT_EQ(sample_token(std::array{1.0f, 1.001f}, {.temperature = 1e-300}, 0.999), 1);
+}
+
+TEST(UniformAt, DependsOnEveryPartAndIsSpreadEvenly) {
+  EXPECT_EQ(uniform_at(1, 2, 3), uniform_at(1, 2, 3));
+  std::set<double> seen;
+  std::array<int, 16> bins{};
+  for (uint64_t seed = 0; seed < 20; ++seed)
+    for (uint64_t request = 0; request < 20; ++request)
+      for (uint64_t position = 0; position < 40; ++position) {
+        const double u = uniform_at(seed, request, position);
+        ASSERT_GE(u, 0);
+        ASSERT_LT(u, 1);
+        seen.insert(u);
+        ++bins[size_t(u * 16)];
+      }
+  EXPECT_EQ(seen.size(), 16000u);  // 2^53 values: a collision has probability 1.4e-8
+  for (int b : bins) EXPECT_NEAR(b, 1000, 5 * std::sqrt(1000.0));  // five standard deviations
+}
+
+}  // namespace
+}  // namespace certkv
