@@ -108,7 +108,9 @@ bool inside(const fs::path& file, const fs::path& folder) {
   return !rel.empty() && *rel.begin() != ".." && *rel.begin() != ".";
 }
 
-const char* kind_of(const json& value) { return value.type_name(); }
+const char* kind_of(const json& value) {
+  return value.type_name();
+}
 
 }  // namespace
 
@@ -186,7 +188,8 @@ int64_t json_integer(const json& object, const char* key, int64_t least, int64_t
   const json& value = json_member(object, key, name);
   CERTKV_EXPECT(value.is_number_integer(), BadFile, "{}: '{}' must be an integer, found {}", name,
                 key, value.is_number() ? value.dump() : kind_of(value));
-  const bool fits = value.is_number_unsigned() ? value.get<uint64_t>() <= uint64_t(INT64_MAX) : true;
+  const bool fits =
+      value.is_number_unsigned() ? value.get<uint64_t>() <= uint64_t(INT64_MAX) : true;
   CERTKV_EXPECT(fits && value.get<int64_t>() >= least && value.get<int64_t>() <= most, BadFile,
                 "{}: '{}' is {}; it must lie in [{}, {}]", name, key, value.dump(), least, most);
   return value.get<int64_t>();

@@ -1,8 +1,8 @@
 // JSON that somebody else wrote, read within limits.
 //
 // nlohmann's parser itself takes any depth, size and number of values, and lets the last of two
-// equal keys win; whoever copies the result then overflows the stack. Here a text is refused by name
-// before it becomes large: bytes, depth, values, equal keys, invalid UTF-8, trailing garbage.
+// equal keys win; whoever copies the result then overflows the stack. Here a text is refused by
+// name before it becomes large: bytes, depth, values, equal keys, invalid UTF-8, trailing garbage.
 //
 // THREADS: all functions are stateless.
 #pragma once

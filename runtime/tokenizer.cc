@@ -48,7 +48,8 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
         ids.push_back(part.id);
         continue;
       }
-      const std::string_view between = view.substr(part.span.begin, part.span.end - part.span.begin);
+      const std::string_view between =
+          view.substr(part.span.begin, part.span.end - part.span.begin);
       if (p.pieces) {
         p.pieces->encode(between, ids);
         continue;
@@ -73,10 +74,18 @@ std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) c
   return out;
 }
 
-size_t Tokenizer::vocab_size() const { return parts_->names.size(); }
-std::optional<int32_t> Tokenizer::bos_id() const { return parts_->bos; }
-std::optional<int32_t> Tokenizer::eos_id() const { return parts_->eos; }
-bool Tokenizer::is_special(int32_t id) const { return parts_->added.is_special(id); }
+size_t Tokenizer::vocab_size() const {
+  return parts_->names.size();
+}
+std::optional<int32_t> Tokenizer::bos_id() const {
+  return parts_->bos;
+}
+std::optional<int32_t> Tokenizer::eos_id() const {
+  return parts_->eos;
+}
+bool Tokenizer::is_special(int32_t id) const {
+  return parts_->added.is_special(id);
+}
 
 std::optional<int32_t> Tokenizer::token_id(std::string_view token) const {
   const auto at = parts_->ids.find(token);

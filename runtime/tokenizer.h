@@ -1,7 +1,7 @@
 // Text to token ids and back, as the model folder's tokenizer.json or tokenizer.model says.
 //
-// Supported: tokenizer.json with a BPE model, byte-level (Llama 3, Qwen2, Qwen3, GPT-2 splitting) or
-// of SentencePiece's kind (byte fallback; Llama 2, Mistral); where there is no tokenizer.json,
+// Supported: tokenizer.json with a BPE model, byte-level (Llama 3, Qwen2, Qwen3, GPT-2 splitting)
+// or of SentencePiece's kind (byte fallback; Llama 2, Mistral); where there is no tokenizer.json,
 // tokenizer.model through libsentencepiece. Anything else is refused by name when loading. Ids and
 // text are those of Hugging Face's `tokenizers`.
 //
@@ -46,9 +46,9 @@ class Tokenizer {
   size_t vocab_size() const;  // 1 + the largest id
   std::optional<int32_t> bos_id() const;
   std::optional<int32_t> eos_id() const;
-  bool is_special(int32_t id) const;                        // added and marked special
+  bool is_special(int32_t id) const;                              // added and marked special
   std::optional<int32_t> token_id(std::string_view token) const;  // by its name in the vocabulary
-  std::string token_name(int32_t id) const;                 // empty where the id has no token
+  std::string token_name(int32_t id) const;                       // empty where the id has no token
   // The folder's own Jinja template, if it has one.
   const std::optional<std::string>& chat_template_text() const;
 
@@ -67,7 +67,8 @@ std::shared_ptr<const Tokenizer> load_tokenizer_from_json_text(
     const std::string& name = "tokenizer.json");
 
 // Decodes ids one by one. ENSURES what push() and finish() return, put together, is decode() of all
-// ids; nothing returned ever ends inside a character. Text is held back while it could still change.
+// ids; nothing returned ever ends inside a character. Text is held back while it could still
+// change.
 class StreamingDecoder {
  public:
   StreamingDecoder(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special);

@@ -54,9 +54,9 @@ std::vector<AddedToken> read_added_tokens_decoder(const json& object, const std:
   for (const auto& [key, spec] : object.items()) {
     int64_t id = -1;
     const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
-    CERTKV_EXPECT(error == std::errc() && end == key.data() + key.size() && id >= 0 &&
-                      id <= kMaxTokenId,
-                  BadFile, "{}: '{:.40}' is no id in [0, {}]", where, key, kMaxTokenId);
+    CERTKV_EXPECT(
+        error == std::errc() && end == key.data() + key.size() && id >= 0 && id <= kMaxTokenId,
+        BadFile, "{}: '{:.40}' is no id in [0, {}]", where, key, kMaxTokenId);
     tokens.push_back(read_token(spec, id, where));
   }
   return tokens;

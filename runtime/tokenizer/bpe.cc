@@ -17,7 +17,9 @@ using nlohmann::json;
 constexpr uint32_t kNone = UINT32_MAX;
 constexpr size_t kMaxWordBytes = size_t(256) << 20;
 
-bool upper_hex(char c) { return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'F'); }
+bool upper_hex(char c) {
+  return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'F');
+}
 
 void refuse_affix(const json& spec, const char* key, const std::string& name) {
   const auto at = spec.find(key);
@@ -34,9 +36,8 @@ BpeModel::BpeModel(const json& spec, bool byte_level, const std::string& name)
   CERTKV_EXPECT(spec.is_object(), BadFile, "{}: must be an object", where);
   // Files older than the field "type" hold a BPE where there are merges.
   const auto type = spec.find("type");
-  const std::string kind = type == spec.end() && spec.contains("merges")
-                               ? "BPE"
-                               : json_string(spec, "type", where);
+  const std::string kind =
+      type == spec.end() && spec.contains("merges") ? "BPE" : json_string(spec, "type", where);
   CERTKV_EXPECT(kind == "BPE", BadFile, "{}: type '{:.40}' is not supported; supported: BPE", where,
                 kind);
   refuse_affix(spec, "continuing_subword_prefix", name);
@@ -202,7 +203,7 @@ void BpeModel::merge(std::vector<Symbol>& symbols) const {
   for (uint32_t i = 0; i < count; ++i)
     if (const auto c = consider(i)) heap.push_back(*c);
   std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue(std::greater<>{},
-                                                                              std::move(heap));
+                                                                               std::move(heap));
   while (!queue.empty()) {
     const Candidate best = queue.top();
     queue.pop();

@@ -67,8 +67,8 @@ class BpeModel {
 
   std::string name_;
   bool byte_level_ = false, byte_fallback_ = false, fuse_unknown_ = false, ignore_merges_ = false;
-  TokenIds names_;   // as the file writes them
-  TokenIds by_bytes_;  // byte level: the same by the bytes they stand for
+  TokenIds names_;      // as the file writes them
+  TokenIds by_bytes_;   // byte level: the same by the bytes they stand for
   size_t longest_ = 0;  // bytes of the longest key that a word can be
   std::unordered_map<uint64_t, Merge, PairHash> merges_;
   std::optional<int32_t> unknown_;

@@ -30,7 +30,9 @@ static_assert(kTables.character[255] == 255 && kTables.character[' '] == 0x120);
 
 }  // namespace
 
-char32_t alphabet_character(uint8_t byte) { return kTables.character[byte]; }
+char32_t alphabet_character(uint8_t byte) {
+  return kTables.character[byte];
+}
 
 std::optional<std::string> alphabet_to_bytes(std::string_view key) {
   std::string bytes;

@@ -39,11 +39,11 @@ class Decoder {
   void flush_bytes(Progress& p, std::string& out) const;
   void emit(std::string_view text, Progress& p, std::string& out) const;
 
-  bool byte_level_ = false;      // pieces are bytes
-  bool byte_fallback_ = false;   // pieces named <0xNN> are bytes
+  bool byte_level_ = false;     // pieces are bytes
+  bool byte_fallback_ = false;  // pieces named <0xNN> are bytes
   bool fused_ = false;
   bool metaspace_first_ = false;  // the first token loses its replacement characters
-  std::string strip_;            // the character taken from the start, at most strip_count_ times
+  std::string strip_;             // the character taken from the start, at most strip_count_ times
   size_t strip_count_ = 0;
   std::vector<std::string> pieces_;        // by id
   std::vector<std::string> first_pieces_;  // by id, where metaspace_first_

@@ -77,14 +77,17 @@ struct Normalizer::Step {
 
   std::string apply(std::string_view in) const {
     switch (kind) {
-      case Kind::Form: return unicode_normalized(in, form);
-      case Kind::Prepend: return in.empty() ? std::string() : content + std::string(in);
-      case Kind::ReplaceText: return replace(in, [&] {
-        std::vector<TextSpan> found;
-        for (size_t at = in.find(text); at != in.npos; at = in.find(text, at + text.size()))
-          found.push_back({at, at + text.size()});
-        return found;
-      }());
+      case Kind::Form:
+        return unicode_normalized(in, form);
+      case Kind::Prepend:
+        return in.empty() ? std::string() : content + std::string(in);
+      case Kind::ReplaceText:
+        return replace(in, [&] {
+          std::vector<TextSpan> found;
+          for (size_t at = in.find(text); at != in.npos; at = in.find(text, at + text.size()))
+            found.push_back({at, at + text.size()});
+          return found;
+        }());
       case Kind::ReplacePattern: {
         std::vector<TextSpan> found;
         pattern->find_all(in, found);
@@ -113,7 +116,9 @@ Normalizer::~Normalizer() = default;
 Normalizer::Normalizer(Normalizer&&) noexcept = default;
 Normalizer& Normalizer::operator=(Normalizer&&) noexcept = default;
 
-Normalizer::Normalizer(const json& spec, const std::string& name) { add(spec, name); }
+Normalizer::Normalizer(const json& spec, const std::string& name) {
+  add(spec, name);
+}
 
 void Normalizer::add(const json& spec, const std::string& name) {
   if (spec.is_null()) return;
@@ -124,15 +129,16 @@ void Normalizer::add(const json& spec, const std::string& name) {
     for (const json& one : list) add(one, name);
     return;
   }
-  CERTKV_EXPECT(steps_.size() < kMaxSteps, BadFile, "{}: more than {} normalizers", name, kMaxSteps);
+  CERTKV_EXPECT(steps_.size() < kMaxSteps, BadFile, "{}: more than {} normalizers", name,
+                kMaxSteps);
   auto step = std::make_unique<Step>();
   static const std::array<std::pair<const char*, UnicodeForm>, 4> kForms{
       {{"NFC", UnicodeForm::Nfc},
        {"NFD", UnicodeForm::Nfd},
        {"NFKC", UnicodeForm::Nfkc},
        {"NFKD", UnicodeForm::Nfkd}}};
-  const auto form = std::find_if(kForms.begin(), kForms.end(),
-                                 [&](const auto& f) { return type == f.first; });
+  const auto form =
+      std::find_if(kForms.begin(), kForms.end(), [&](const auto& f) { return type == f.first; });
   if (form != kForms.end()) {
     step->form = form->second;
   } else if (type == "Prepend") {

@@ -23,12 +23,12 @@ struct Tokenizer::Parts {
   Normalizer normalizer;
   PreTokenizer pre_tokenizer;
   AddedTokens added;
-  std::unique_ptr<const BpeModel> bpe;              // exactly one of these two
+  std::unique_ptr<const BpeModel> bpe;  // exactly one of these two
   std::unique_ptr<const SentencePieceModel> pieces;
   std::unique_ptr<const Decoder> decoder;
-  std::vector<int32_t> prefix, suffix;              // around a text, where add_special
-  TokenIds ids;                                     // by name: vocabulary and added tokens
-  std::vector<std::string> names;                   // by id
+  std::vector<int32_t> prefix, suffix;  // around a text, where add_special
+  TokenIds ids;                         // by name: vocabulary and added tokens
+  std::vector<std::string> names;       // by id
   std::optional<int32_t> bos, eos;
   std::optional<std::string> chat_template;
 };

@@ -66,18 +66,22 @@ std::vector<TextSpan> joined(const std::vector<Part>& parts, Behavior behavior) 
     case Behavior::Contiguous:
     case Behavior::MergedWithPrevious:
       for (const Part& p : parts) {
-        const bool join = behavior == Behavior::Contiguous ? p.match == previous
-                                                           : p.match && !previous;
-        if (join && !out.empty()) out.back().end = p.span.end;
-        else out.push_back(p.span);
+        const bool join =
+            behavior == Behavior::Contiguous ? p.match == previous : p.match && !previous;
+        if (join && !out.empty())
+          out.back().end = p.span.end;
+        else
+          out.push_back(p.span);
         previous = p.match;
       }
       break;
     case Behavior::MergedWithNext:
       for (size_t i = parts.size(); i-- > 0;) {
         const Part& p = parts[i];
-        if (p.match && !previous && !out.empty()) out.back().begin = p.span.begin;
-        else out.push_back(p.span);
+        if (p.match && !previous && !out.empty())
+          out.back().begin = p.span.begin;
+        else
+          out.push_back(p.span);
         previous = p.match;
       }
       std::reverse(out.begin(), out.end());
@@ -101,15 +105,19 @@ struct PreTokenizer::Step {
     const bool wanted = prepend == Prepend::Always || (prepend == Prepend::First && word.at_start);
     if (wanted && !word.text.starts_with(text) && !word.text.starts_with(' ')) out = text;
     for (const char c : word.text) {
-      if (c == ' ') out += text;
-      else out += c;
+      if (c == ' ')
+        out += text;
+      else
+        out += c;
     }
     return words.owned.emplace_back(std::move(out));
   }
 
   void find(std::string_view in, std::vector<TextSpan>& found) const {
     switch (kind) {
-      case Kind::Pattern: pattern->find_all(in, found); break;
+      case Kind::Pattern:
+        pattern->find_all(in, found);
+        break;
       case Kind::Text:
       case Kind::Metaspace:
         for (size_t at = in.find(text); at != in.npos; at = in.find(text, at + text.size()))
@@ -122,7 +130,8 @@ struct PreTokenizer::Step {
           at += s.bytes;
         }
         break;
-      case Kind::Prefix: break;
+      case Kind::Prefix:
+        break;
     }
   }
 
@@ -154,7 +163,9 @@ PreTokenizer::~PreTokenizer() = default;
 PreTokenizer::PreTokenizer(PreTokenizer&&) noexcept = default;
 PreTokenizer& PreTokenizer::operator=(PreTokenizer&&) noexcept = default;
 
-PreTokenizer::PreTokenizer(const json& spec, const std::string& name) { add(spec, name); }
+PreTokenizer::PreTokenizer(const json& spec, const std::string& name) {
+  add(spec, name);
+}
 
 void PreTokenizer::add(const json& spec, const std::string& name) {
   if (spec.is_null()) return;
@@ -200,8 +211,10 @@ void PreTokenizer::add(const json& spec, const std::string& name) {
                                    ? json_string(spec, "prepend_scheme", where)
                                : json_bool_or(spec, "add_prefix_space", true, where) ? "always"
                                                                                      : "never";
-    if (chosen == "always") step->prepend = Step::Prepend::Always;
-    else if (chosen == "first") step->prepend = Step::Prepend::First;
+    if (chosen == "always")
+      step->prepend = Step::Prepend::Always;
+    else if (chosen == "first")
+      step->prepend = Step::Prepend::First;
     else
       CERTKV_EXPECT(chosen == "never", BadFile,
                     "{}: prepend_scheme '{:.40}' is not known; known: always, first, never", where,
@@ -211,7 +224,7 @@ void PreTokenizer::add(const json& spec, const std::string& name) {
   } else if (type == "Digits") {
     step->kind = Step::Kind::Digits;
     step->behavior = json_bool_or(spec, "individual_digits", false, where) ? Behavior::Isolated
-                                                                          : Behavior::Contiguous;
+                                                                           : Behavior::Contiguous;
   } else {
     CERTKV_THROW(BadFile,
                  "{}: '{:.60}' is not supported; supported: Sequence, Split, ByteLevel, Metaspace, "

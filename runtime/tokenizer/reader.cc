@@ -50,8 +50,8 @@ std::optional<int32_t> configured(const Tokenizer::Parts& p, const json& config,
   const json& value = member_or_null(config, key);
   if (value.is_null()) return std::nullopt;
   const std::string where = fmt::format("tokenizer_config.json: {}", key);
-  const std::string& token = value.is_object() ? json_string(value, "content", where)
-                                               : json_string(config, key, where);
+  const std::string& token =
+      value.is_object() ? json_string(value, "content", where) : json_string(config, key, where);
   const auto at = p.ids.find(token);
   CERTKV_EXPECT(at != p.ids.end(), BadFile, "{} '{:.80}' is not in the vocabulary", where, token);
   return at->second;
@@ -163,8 +163,8 @@ std::unique_ptr<const Tokenizer::Parts> read_tokenizer_model(const std::string& 
     p->prefix.push_back(*p->bos);
   if (json_bool_or(config, "add_eos_token", false, "tokenizer_config.json") && p->eos)
     p->suffix.push_back(*p->eos);
-  p->decoder = std::make_unique<Decoder>(
-      Decoder::for_sentencepiece(p->names, pieces->adds_space()));
+  p->decoder =
+      std::make_unique<Decoder>(Decoder::for_sentencepiece(p->names, pieces->adds_space()));
   p->pieces = std::move(pieces);
   return p;
 }

@@ -1,4 +1,5 @@
-// A tokenizer.model file, run by libsentencepiece.
+// A tokenizer.model file, run by libsentencepiece. Supported: models whose normaliser is the
+// identity (Llama 2, Mistral).
 //
 // THREADS: const functions may be called from any thread.
 #pragma once
@@ -21,7 +22,7 @@ class SentencePieceModel {
   // Appends the ids of a text. REQUIRES valid UTF-8.
   void encode(std::string_view text, std::vector<int32_t>& ids) const;
 
-  const std::vector<std::string>& names() const { return names_; }  // by id
+  const std::vector<std::string>& names() const { return names_; }      // by id
   const std::vector<int32_t>& control_ids() const { return control_; }  // never made from text
   std::optional<int32_t> bos() const;
   std::optional<int32_t> eos() const;

@@ -43,8 +43,8 @@ std::string translated(std::string_view p, const std::string& name) {
   std::string out;
   bool in_class = false;
   const auto refuse = [&](std::string_view what) {
-    CERTKV_THROW(BadFile, "{}: split pattern uses {}, which is not supported: '{:.200}'", name, what,
-                 p);
+    CERTKV_THROW(BadFile, "{}: split pattern uses {}, which is not supported: '{:.200}'", name,
+                 what, p);
   };
   for (size_t i = 0; i < p.size(); ++i) {
     const char c = p[i];
@@ -60,6 +60,10 @@ std::string translated(std::string_view p, const std::string& name) {
         refuse(std::string("\\") + e);
       } else {
         out += {c, e};
+        // \p{L} and \x{41} have braces that are no quantifier.
+        if (std::string_view("pPx").find(e) != std::string_view::npos && p.substr(i + 1, 1) == "{")
+          while (++i < p.size() && (out += p[i], p[i] != '}')) {
+          }
       }
     } else if (in_class) {
       if (c == '[') refuse("a class inside a class");
@@ -105,8 +109,8 @@ SplitPattern::SplitPattern(std::string_view pattern, const std::string& name)
       reinterpret_cast<PCRE2_SPTR>(perl.data()), perl.size(),
       PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C | PCRE2_NO_AUTO_CAPTURE,
       &error, &where, context.get()));
-  CERTKV_EXPECT(compiled_->code != nullptr, BadFile, "{}: split pattern '{:.200}': {} (at {})", name,
-                pattern, message_of(error), where);
+  CERTKV_EXPECT(compiled_->code != nullptr, BadFile, "{}: split pattern '{:.200}': {} (at {})",
+                name, pattern, message_of(error), where);
   // Without JIT the interpreter runs the same pattern more slowly, so its absence is no error.
   pcre2_jit_compile(compiled_->code.get(), PCRE2_JIT_COMPLETE);
   compiled_->name = name;
@@ -129,8 +133,8 @@ void SplitPattern::find_all(std::string_view text, std::vector<TextSpan>& out) c
   const auto subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   std::optional<size_t> last_end;
   for (size_t at = 0; at <= text.size();) {
-    int rc = pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK, data.get(),
-                         context.get());
+    int rc =
+        pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK, data.get(), context.get());
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT && stack == nullptr) {
       stack.reset(pcre2_jit_stack_create(64 << 10, kJitStackBytes, nullptr));
       pcre2_jit_stack_assign(context.get(), nullptr, stack.get());
@@ -148,7 +152,8 @@ void SplitPattern::find_all(std::string_view text, std::vector<TextSpan>& out) c
     CERTKV_EXPECT(begin <= end && begin >= at, BadFile,
                   "{}: split pattern '{:.200}' matches backwards", compiled_->name,
                   compiled_->pattern);
-    if (begin == end && last_end == end) {  // an empty match right after the last one does not count
+    if (begin == end &&
+        last_end == end) {  // an empty match right after the last one does not count
       if (at == text.size()) return;
       at += utf8::scan(text, at).bytes;
       continue;

@@ -1,7 +1,7 @@
 // A regular expression of a tokenizer file, run by PCRE2 within limits.
 //
-// The files write their patterns for Oniguruma (Ruby syntax). The common subset is accepted; what the
-// two engines read differently is translated (\s, \S: property White_Space) or refused by name.
+// The files write their patterns for Oniguruma (Ruby syntax). The common subset is accepted; what
+// the two engines read differently is translated (\s, \S: property White_Space) or refused by name.
 //
 // THREADS: const functions may be called from any thread.
 #pragma once

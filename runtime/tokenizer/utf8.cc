@@ -5,7 +5,9 @@
 namespace certkv::utf8 {
 namespace {
 
-uint8_t byte_at(std::string_view s, size_t i) { return static_cast<uint8_t>(s[i]); }
+uint8_t byte_at(std::string_view s, size_t i) {
+  return static_cast<uint8_t>(s[i]);
+}
 
 size_t start_of_last(std::string_view s) {
   size_t i = s.size();
@@ -14,7 +16,9 @@ size_t start_of_last(std::string_view s) {
   return i;
 }
 
-bool python_space(char32_t c) { return is_space(c) || (c >= 0x1c && c <= 0x1f); }
+bool python_space(char32_t c) {
+  return is_space(c) || (c >= 0x1c && c <= 0x1f);
+}
 
 }  // namespace
 
@@ -22,14 +26,22 @@ Scan scan(std::string_view text, size_t at) {
   const uint8_t lead = byte_at(text, at);
   if (lead < 0x80) return {Scan::Kind::Character, 1, lead};
   uint8_t length = 0, low = 0x80, high = 0xbf;  // bounds of the second byte
-  if (lead >= 0xc2 && lead <= 0xdf) length = 2;
-  else if (lead >= 0xe0 && lead <= 0xef) length = 3;
-  else if (lead >= 0xf0 && lead <= 0xf4) length = 4;
-  else return {Scan::Kind::Invalid, 1, 0};
-  if (lead == 0xe0) low = 0xa0;        // shorter forms
-  else if (lead == 0xed) high = 0x9f;  // surrogates
-  else if (lead == 0xf0) low = 0x90;   // shorter forms
-  else if (lead == 0xf4) high = 0x8f;  // above U+10FFFF
+  if (lead >= 0xc2 && lead <= 0xdf)
+    length = 2;
+  else if (lead >= 0xe0 && lead <= 0xef)
+    length = 3;
+  else if (lead >= 0xf0 && lead <= 0xf4)
+    length = 4;
+  else
+    return {Scan::Kind::Invalid, 1, 0};
+  if (lead == 0xe0)
+    low = 0xa0;  // shorter forms
+  else if (lead == 0xed)
+    high = 0x9f;  // surrogates
+  else if (lead == 0xf0)
+    low = 0x90;  // shorter forms
+  else if (lead == 0xf4)
+    high = 0x8f;  // above U+10FFFF
   char32_t code = lead & (0xffu >> (length + 1));
   for (uint8_t i = 1; i < length; ++i) {
     if (at + i == text.size()) return {Scan::Kind::Incomplete, i, 0};
@@ -75,13 +87,17 @@ void append(std::string& out, char32_t c) {
   }
 }
 
-char32_t first(std::string_view s) { return s.empty() ? 0 : scan(s, 0).code; }
-char32_t last(std::string_view s) { return s.empty() ? 0 : scan(s, start_of_last(s)).code; }
+char32_t first(std::string_view s) {
+  return s.empty() ? 0 : scan(s, 0).code;
+}
+char32_t last(std::string_view s) {
+  return s.empty() ? 0 : scan(s, start_of_last(s)).code;
+}
 
 bool is_space(char32_t c) {
   return (c >= 0x9 && c <= 0xd) || c == 0x20 || c == 0x85 || c == 0xa0 || c == 0x1680 ||
-         (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
-         c == 0x205f || c == 0x3000;
+         (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+         c == 0x3000;
 }
 
 bool is_word(char32_t c) {
@@ -96,7 +112,8 @@ bool is_word(char32_t c) {
     case UTF8PROC_CATEGORY_ME:
     case UTF8PROC_CATEGORY_ND:
     case UTF8PROC_CATEGORY_NL:
-    case UTF8PROC_CATEGORY_PC: return true;
+    case UTF8PROC_CATEGORY_PC:
+      return true;
     default:
       // Join_Control, and the symbols that carry Other_Alphabetic (letters in circles and squares).
       return c == 0x200c || c == 0x200d || (c >= 0x24b6 && c <= 0x24e9) ||

@@ -29,7 +29,9 @@ std::string refusal(F&& call, ErrorKind kind = ErrorKind::BadFile) {
   return "";
 }
 
-std::string nested(size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); }
+std::string nested(size_t depth) {
+  return std::string(depth, '[') + std::string(depth, ']');
+}
 
 struct Folder {
   fs::path path;
@@ -73,8 +75,8 @@ TEST(JsonFile, EqualKeysAreRefused) {
 }
 
 TEST(JsonFile, WhatIsNotJsonIsRefused) {
-  for (const char* text : {"", " ", "{", "[1,]", "{\"a\" 1}", "nul", "[1] x", "\"\xff\"", "\"\xc3\"",
-                           "\"\\ud800\"", "'a'", "NaN", "[1e999]", "// c\n1"}) {
+  for (const char* text : {"", " ", "{", "[1,]", "{\"a\" 1}", "nul", "[1] x", "\"\xff\"",
+                           "\"\xc3\"", "\"\\ud800\"", "'a'", "NaN", "[1e999]", "// c\n1"}) {
     EXPECT_THAT(refusal([&] { parse_json(text, "the-name"); }), HasSubstr("the-name")) << text;
   }
 }
