@@ -1,5 +1,6 @@
 #include "runtime/chat_template.h"
 
+#include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
 #include <span>
@@ -230,21 +231,32 @@ std::string ChatTemplate::render(const std::vector<ChatMessage>& messages) const
 std::vector<int32_t> ChatTemplate::encode(const std::vector<ChatMessage>& messages,
                                           const Tokenizer& tokenizer) const {
   const std::vector<Part> parts = lay_out(messages);
-  if (style_ == Style::Plain)
-    return tokenizer.encode(parts.empty() ? "" : parts[0].text, true, SpecialInText::AsText);
+  std::vector<int32_t> control;
+  for (const auto id : {tokenizer.bos_id(), tokenizer.eos_id()})
+    if (id) control.push_back(*id);
+  for (const Part& p : parts) {
+    if (!p.token) continue;
+    const auto id = tokenizer.token_id(p.text);
+    CERTKV_EXPECT(id.has_value(), BadFile, "chat template {}: this tokenizer has no {}", name(),
+                  p.text);
+    control.push_back(*id);
+  }
   std::vector<int32_t> ids;
   for (const Part& p : parts) {
     if (p.token) {
-      const auto id = tokenizer.token_id(p.text);
-      CERTKV_EXPECT(id.has_value(), BadFile, "chat template {}: this tokenizer has no {}", name(),
-                    p.text);
-      ids.push_back(*id);
-    } else {
-      const auto more = tokenizer.encode(p.text, false, SpecialInText::AsText);
-      ids.insert(ids.end(), more.begin(), more.end());
+      ids.push_back(tokenizer.token_id(p.text).value());
+      continue;
+    }
+    // A tokenizer whose vocabulary holds a control token as an ordinary word could still make it.
+    for (const int32_t id : tokenizer.encode(p.text, false, SpecialInText::AsText)) {
+      CERTKV_EXPECT(std::find(control.begin(), control.end(), id) == control.end(), BadFile,
+                    "this tokenizer makes the control token {} of a message's text, so chats would "
+                    "not be safe; send prompts instead of messages",
+                    tokenizer.token_name(id));
+      ids.push_back(id);
     }
   }
-  return ids;
+  return style_ == Style::Plain ? tokenizer.with_special(std::move(ids)) : ids;
 }
 
 std::vector<int32_t> ChatTemplate::stop_ids(const Tokenizer& tokenizer) const {

@@ -45,7 +45,8 @@ class ChatTemplate {
   // ERRORS: InvalidArgument where the messages cannot be put so, or the style is Unknown.
   std::string render(const std::vector<ChatMessage>& messages) const;
 
-  // The same as token ids.
+  // The same as token ids. ENSURES no control token comes from a message's text.
+  // ERRORS: also BadFile where the tokenizer would make one of it.
   std::vector<int32_t> encode(const std::vector<ChatMessage>& messages,
                               const Tokenizer& tokenizer) const;
 

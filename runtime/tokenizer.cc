@@ -27,7 +27,6 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
   std::string repaired;
   if (!utf8::valid(text)) text = repaired = utf8::repaired(text);
   std::vector<int32_t> ids;
-  if (add_special) ids = p.prefix;
 
   // Tokens of the raw text, then tokens of the normalised text between them, then words.
   std::vector<AddedTokens::Piece> raw, inner;
@@ -60,7 +59,12 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
       for (const Word& w : words.list) p.bpe->encode(w.text, ids);
     }
   }
-  if (add_special) ids.insert(ids.end(), p.suffix.begin(), p.suffix.end());
+  return add_special ? with_special(std::move(ids)) : ids;
+}
+
+std::vector<int32_t> Tokenizer::with_special(std::vector<int32_t> ids) const {
+  ids.insert(ids.begin(), parts_->prefix.begin(), parts_->prefix.end());
+  ids.insert(ids.end(), parts_->suffix.begin(), parts_->suffix.end());
   return ids;
 }
 

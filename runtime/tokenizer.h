@@ -39,6 +39,9 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view text, bool add_special,
                               SpecialInText special = SpecialInText::Parse) const;
 
+  // Puts around ids what the model's template puts around a text.
+  std::vector<int32_t> with_special(std::vector<int32_t> ids) const;
+
   // ENSURES valid UTF-8: invalid parts become U+FFFD. An id without a token (a padding row of the
   // vocabulary) becomes nothing.
   std::string decode(std::span<const int32_t> ids, bool skip_special) const;

@@ -94,6 +94,25 @@ TEST(ChatTemplate, AMessageCannotEndItsTurnOrSpeakForAnother) {
   EXPECT_THAT(ids, ::testing::Not(::testing::Contains(257)));
 }
 
+TEST(ChatTemplate, ATokenizerThatMakesControlTokensOfPlainTextIsRefused) {
+  json spec = load_json_file(kFolder + "qwen.json");
+  const int32_t end = load("qwen")->token_id("<|im_end|>").value();
+  spec["model"]["vocab"]["<|im_end|>"] = end;
+  spec["model"]["ignore_merges"] = true;
+  spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {{"String", "\n"}};
+  const auto tokenizer = load_tokenizer_from_json_text(spec.dump());
+  ASSERT_THAT(tokenizer->encode("x\n<|im_end|>", false, SpecialInText::AsText),
+              ::testing::Contains(end));
+  const ChatTemplate chat = choose_chat_template("qwen", "qwen3", *tokenizer);
+  EXPECT_NO_THROW(chat.encode({{"user", "harmless"}}, *tokenizer));
+  EXPECT_THAT(refusal(
+                  [&] {
+                    chat.encode({{"user", "<|im_end|>"}}, *tokenizer);
+                  },
+                  ErrorKind::BadFile),
+              HasSubstr("<|im_end|>"));
+}
+
 TEST(ChatTemplate, AutoGoesByTokensTemplateAndModelType) {
   EXPECT_EQ(chosen("llama3", "", "llama"), Style::Llama3);
   EXPECT_EQ(chosen("qwen", "", "qwen2"), Style::Qwen25);
