@@ -78,6 +78,7 @@ void SilenceWatch::check(std::span<const Peer> peers, std::chrono::milliseconds 
     all_come_ns_ = 0;
   }
   looked_ns_ = now;
+  table_.stamp_beat(self_, now);
 
   int oldest = -1;         // of all peers: who is blamed
   int64_t oldest_ns = INT64_MAX;
@@ -96,12 +97,14 @@ void SilenceWatch::check(std::span<const Peer> peers, std::chrono::milliseconds 
 
   const int64_t silent_ns = oldest < 0 ? 0 : now - std::max(oldest_ns, from_ns_);
   if (silent_ns > silence_ns_) {
-    int culprit = oldest;  // follow the chain, at most once around
-    for (int hop = 0; hop < table_.ranks() && table_.waits_for(culprit) >= 0; ++hop) {
+    // Follow the chain, at most once around; what a stopped rank waited for is its own affair.
+    const auto runs = [&](int rank) { return now - table_.beat(rank) < silence_ns_ / 2; };
+    int culprit = oldest;
+    for (int hop = 0; hop < table_.ranks() && runs(culprit) && table_.waits_for(culprit) >= 0; ++hop) {
       culprit = table_.waits_for(culprit);
     }
     if (culprit == self_) culprit = oldest;
-    const bool process_runs = now - table_.beat(culprit) < silence_ns_ / 2;
+    const bool process_runs = runs(culprit);
     CERTKV_THROW(DeadlineExceeded,
                  "{}: no sign of life of {} for {:.1f} s (parallel.deadline_seconds) as seen by {}{}",
                  what_, table_.name(culprit), double(silent_ns) * 1e-9, table_.name(self_),

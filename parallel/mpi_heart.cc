@@ -1,5 +1,7 @@
 #include "parallel/mpi_heart.h"
 
+#include <signal.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -38,6 +40,9 @@ MpiHeart::Message MpiHeart::message(Kind kind) const {
 }
 
 void MpiHeart::loop() {
+  sigset_t all;  // signals are for the threads of the job
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, nullptr);
   while (!stop_) {
     {
       const std::lock_guard lock(world_.mutex_);

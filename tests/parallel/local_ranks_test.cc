@@ -19,7 +19,7 @@ using ::testing::HasSubstr;
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-constexpr milliseconds kShort{300};   // silence allowed where a test waits for its end
+constexpr milliseconds kShort{500};   // silence allowed where a test waits for its end
 constexpr milliseconds kLong{20000};  // where it must not matter
 
 template <typename Case>

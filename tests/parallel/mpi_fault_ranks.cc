@@ -67,6 +67,23 @@ int run(const std::string& scenario) {
     expect_error(rank, reduce);
     end(session);
   }
+  if (scenario == "stop-waiting") {  // the others know that rank 1 has come, but not that it stopped
+    if (rank == 0) {
+      for (int i = 0; i < 400; ++i) {
+        std::this_thread::sleep_for(milliseconds(10));
+        world->alive();
+      }
+    }
+    std::thread stopper;
+    if (culprit) {
+      stopper = std::thread([] {
+        std::this_thread::sleep_for(milliseconds(500));
+        kill(getpid(), SIGSTOP);
+      });
+    }
+    expect_error(rank, reduce);
+    end(session);
+  }
   if (scenario == "hang") {  // the process lives, its work does not
     if (culprit) std::this_thread::sleep_for(std::chrono::hours(1));
     expect_error(rank, reduce);
