@@ -70,10 +70,11 @@ int store_command(Args& args) {
     return kExitDone;
   }
   const auto bytes = parse_byte_size(keys.arena_bytes);
-  CERTKV_EXPECT(
-      bytes.value_or(0) > 0, InvalidArgument,
-      "{}: arena_bytes is '{}'; allowed: a size such as 4GiB or 512MB; write --arena SIZE",
-      table.source("arena_bytes").text(), keys.arena_bytes);
+  CERTKV_EXPECT(!keys.arena_bytes.empty(), InvalidArgument,
+                "command line: certkv store needs --arena SIZE, such as 4GiB or 512MB");
+  CERTKV_EXPECT(bytes.value_or(0) > 0, InvalidArgument,
+                "{}: arena_bytes is '{}'; allowed: a size such as 4GiB or 512MB",
+                table.source("arena_bytes").text(), keys.arena_bytes);
   StoreProcessOptions options;
   options.socket = keys.socket;
   options.arena_bytes = *bytes;

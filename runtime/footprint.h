@@ -1,4 +1,5 @@
-// How much memory a job needs, before any of it is allocated.
+// How much memory a job needs, before any of it is allocated: the figures by which the engine
+// admits requests and sizes the arena, added up for a whole batch of one length.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@ struct FootprintQuestion {
 struct Footprint {
   // per rank
   uint64_t weights = 0;
-  uint64_t tier1 = 0;    // pages of quantised keys and values, their lists, and the open blocks
+  uint64_t tier1 = 0;    // pages of quantised keys and values, and the open blocks
   uint64_t scratch = 0;  // originals near the compute, all of the quota in use
   uint64_t prefill = 0;  // activations and originals of one layer, for one prompt at a time
   // per node

@@ -121,6 +121,22 @@ std::string wrapped(const std::string& text, size_t indent, size_t width) {
 
 }  // namespace
 
+std::string option_text(const OptionField& field) {
+  const bool is_word = std::holds_alternative<bool*>(field.target) ||
+                       std::holds_alternative<std::string*>(field.target) ||
+                       std::holds_alternative<Policy*>(field.target) ||
+                       std::holds_alternative<std::vector<Policy>*>(field.target);
+  std::string text = fmt::format("{} [", field.doc.meaning);
+  if (*field.doc.unit != '\0') text += fmt::format("{}; ", field.doc.unit);
+  if (*field.doc.allowed != '\0') text += words(field.doc.allowed, "", ", ") + "; ";
+  text += fmt::format("default {}", field.default_text.empty() ? "none" : field.default_text);
+  if (*field.doc.cost != '\0') {
+    text +=
+        fmt::format("; {}: {}", is_word && !field.doc.bytes ? "cost" : "larger", field.doc.cost);
+  }
+  return text + "]";
+}
+
 std::string OptionTable::help() const {
   std::string out =
       "  --config FILE\n"
@@ -133,15 +149,7 @@ std::string OptionTable::help() const {
       out += fmt::format(", --{0}-relative X, --{0}-absolute X", field.key);
     }
     out += '\n';
-    const bool is_word = *field.doc.allowed != '\0' || std::holds_alternative<bool*>(field.target);
-    std::string text = fmt::format("{} [", field.doc.meaning);
-    if (*field.doc.unit != '\0') text += fmt::format("{}; ", field.doc.unit);
-    if (*field.doc.allowed != '\0') text += words(field.doc.allowed, "", ", ") + "; ";
-    text += fmt::format("default {}", field.default_text.empty() ? "none" : field.default_text);
-    if (*field.doc.cost != '\0') {
-      text += fmt::format("; {}: {}", is_word ? "cost" : "larger", field.doc.cost);
-    }
-    out += wrapped(text + "]", 6, 100);
+    out += wrapped(option_text(field), 6, 100);
   }
   return out;
 }

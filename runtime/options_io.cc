@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -470,13 +471,17 @@ void OptionTable::resolve_paths() {
 }
 
 std::vector<std::string> demo_folders() {
+  std::vector<std::string> folders;
+  if (const char* named = std::getenv("CERTKV_DEMO"); named != nullptr && *named != '\0') {
+    folders.emplace_back(named);
+  }
   std::error_code error;
-  const fs::path program = fs::read_symlink("/proc/self/exe", error);
-  if (error) return {};
-  const fs::path folder = program.parent_path();
-  return {(folder / "../share/certkv/demo").lexically_normal().string(),  // installed
-          (folder / "../../launcher/demo").lexically_normal().string(),   // built in the clone
-          (folder / "../demo").lexically_normal().string()};              // made by the quickstart
+  const fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path();
+  if (error) return folders;
+  for (const char* place : {"../share/certkv/demo", "../../launcher/demo", "../demo"}) {
+    folders.push_back((folder / place).lexically_normal().string());
+  }
+  return folders;
 }
 
 }  // namespace certkv

@@ -109,6 +109,10 @@ class OptionTable {
 
 // ---- pieces that are useful by themselves -------------------------------------------------------
 
+// What --help says below a key: "meaning [unit; default x; larger: cost]". The comments in configs/
+// end with it (tests/launcher/configs_test.cc).
+std::string option_text(const OptionField& field);
+
 // The value as text: "0.05", "true", "budget,dense", "relative 0.05".
 std::string option_value_text(const OptionTarget& target);
 
@@ -123,7 +127,8 @@ std::string option_check(const OptionTarget& target, const OptionDoc& doc);
 // neighbours from `word`; the first of several; "" if there are no candidates.
 std::string nearest_word(std::string_view word, std::span<const std::string> candidates);
 
-// Folders in which the demo models may lie, relative to the running program.
+// Folders in which the demo models may lie: CERTKV_DEMO where it is set, then places relative to the
+// running program (installed, built in the clone, made by the quickstart).
 std::vector<std::string> demo_folders();
 
 }  // namespace certkv

@@ -51,7 +51,7 @@ inline void visit_options(ModelOptions& o, OptionVisitor& v) {
            .flags = "model"});
   v.field("dtype", &o.dtype,
           {.meaning = "type of the original keys and values; auto: the folder's own",
-           .cost = "float16 and bfloat16 take the same memory; changing it changes the originals",
+           .cost = "none in memory; a type other than the folder's changes the originals",
            .allowed = "auto bfloat16 float16",
            .flags = "dtype"});
   v.field("max_len", &o.max_len,
