@@ -11,8 +11,10 @@ namespace {
 constexpr Command kCommands[] = {
     {"ask", "one question about one text, in this process alone", ask_command},
     {"attend", "one certified attention step on your own tensors", attend_command},
+    {"demo-batch", "questions with known answers over long texts, and their score", demo_batch_command},
     {"doctor", "what this machine has, and whether a configuration fits it", doctor_command},
     {"make-model", "write a demo model whose answers are known", make_model_command},
+    {"run", "answer a batch of requests, on all ranks of mpirun or in this process", run_command},
     {"store", "serve a node's originals to its ranks (a job starts it by itself)", store_command},
 };
 

@@ -127,9 +127,9 @@ double Summary::wall_seconds() const {
 uint64_t Summary::sessions() const { return sessions_.size(); }
 
 int Summary::exit_code() const {
-  if (!complete) return kExitStopped;
-  return all_.requests_failed != 0 || all_.requests_over_unasked != 0 ? kExitFailedLines
-                                                                      : kExitSuccess;
+  if (!complete) return kJobStopped;
+  return all_.requests_failed != 0 || all_.requests_over_unasked != 0 ? kJobHasFailedLines
+                                                                      : kJobSucceeded;
 }
 
 json Summary::json() const {

@@ -14,9 +14,8 @@
 
 namespace certkv {
 
-// Exit codes of every command.
-inline constexpr int kExitSuccess = 0, kExitOther = 1, kExitUsage = 2, kExitFailedLines = 3,
-                     kExitStopped = 4;
+// Exit codes of a job that ran.
+inline constexpr int kJobSucceeded = 0, kJobHasFailedLines = 3, kJobStopped = 4;
 
 // What one policy did.
 struct PolicySummary {

@@ -100,7 +100,7 @@ TEST(Summary, HasEveryPromisedKeyAndTheFiguresAddUp) {
   // The session's last word: 12 tokens in 1.5 s of decode steps.
   EXPECT_EQ(v["tokens_per_second"], 8.0);
   EXPECT_EQ(v["wall_seconds"], 3.0);
-  EXPECT_EQ(s.exit_code(), kExitFailedLines);
+  EXPECT_EQ(s.exit_code(), kJobHasFailedLines);
 }
 
 TEST(Summary, ComparedPoliciesHaveAnObjectEachAndTheFirstIsOnTop) {
@@ -115,7 +115,7 @@ TEST(Summary, ComparedPoliciesHaveAnObjectEachAndTheFirstIsOnTop) {
   EXPECT_EQ(v["policies"]["budget"]["exact"], 1);
   EXPECT_EQ(v["policies"]["budget"]["over"], 0);
   EXPECT_EQ(v["tolerance"], (json{{"absolute", 0.5}}));
-  EXPECT_EQ(s.exit_code(), kExitSuccess);
+  EXPECT_EQ(s.exit_code(), kJobSucceeded);
   const std::string csv = s.csv();
   EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 3);
   const auto columns = [](const std::string& row) { return std::count(row.begin(), row.end(), ','); };
@@ -132,14 +132,14 @@ TEST(Summary, ExitCodesTellAskedForFromUnaskedOver) {
     s.complete = complete;
     return s.exit_code();
   };
-  EXPECT_EQ(code(Policy::Budget, true, Outcome::Certified, true), kExitSuccess);
-  EXPECT_EQ(code(Policy::Naive, true, Outcome::Over, true), kExitSuccess);
-  EXPECT_EQ(code(Policy::Paper, true, Outcome::Over, true), kExitSuccess);
-  EXPECT_EQ(code(Policy::Naive, false, Outcome::Over, true), kExitFailedLines);
-  EXPECT_EQ(code(Policy::Paper, false, Outcome::Over, true), kExitFailedLines);
-  EXPECT_EQ(code(Policy::Budget, true, Outcome::Over, true), kExitFailedLines);
-  EXPECT_EQ(code(Policy::Budget, true, Outcome::Failed, true), kExitFailedLines);
-  EXPECT_EQ(code(Policy::Budget, true, Outcome::Certified, false), kExitStopped);
+  EXPECT_EQ(code(Policy::Budget, true, Outcome::Certified, true), kJobSucceeded);
+  EXPECT_EQ(code(Policy::Naive, true, Outcome::Over, true), kJobSucceeded);
+  EXPECT_EQ(code(Policy::Paper, true, Outcome::Over, true), kJobSucceeded);
+  EXPECT_EQ(code(Policy::Naive, false, Outcome::Over, true), kJobHasFailedLines);
+  EXPECT_EQ(code(Policy::Paper, false, Outcome::Over, true), kJobHasFailedLines);
+  EXPECT_EQ(code(Policy::Budget, true, Outcome::Over, true), kJobHasFailedLines);
+  EXPECT_EQ(code(Policy::Budget, true, Outcome::Failed, true), kJobHasFailedLines);
+  EXPECT_EQ(code(Policy::Budget, true, Outcome::Certified, false), kJobStopped);
 }
 
 TEST(Summary, CountsThatDoNotAddUpAreAnErrorAndNotASummary) {
@@ -158,7 +158,7 @@ TEST(Summary, AJobWithoutFinishedLinesStillHasItsKeys) {
   const json v = s.json();
   EXPECT_EQ(v["head_steps"], 0);
   EXPECT_TRUE(v["scratch_hit_rate"].is_null());
-  EXPECT_EQ(v["exit_code"], kExitStopped);
+  EXPECT_EQ(v["exit_code"], kJobStopped);
 }
 
 TEST(Accounting, ACompletionThatDoesNotAddUpIsNamed) {
