@@ -14,6 +14,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <string_view>
 
 #include "kernels/base/error.h"
@@ -100,6 +101,10 @@ void launch(const StoreProcessOptions& options, int ready) {
   std::vector<std::string> words{options.executable, "store"};
   StoreProcessOptions child = options;
   child.ready_fd = kReadyFd;
+  // The store works in "/", so that it keeps no folder busy.
+  if (!child.socket.empty() && child.socket[0] != '@') {
+    child.socket = std::filesystem::absolute(child.socket);
+  }
   for (std::string& w : store_arguments(child)) words.push_back(std::move(w));
   std::vector<char*> argv;
   for (std::string& w : words) argv.push_back(w.data());

@@ -21,7 +21,7 @@ struct StoreProcessOptions {
   std::chrono::milliseconds attach_within{10000};  // < 0: for ever
   size_t max_connections = 256;
   int ready_fd = -1;  // a pipe to whoever started it; -1: prints its socket to standard output
-  std::string executable = "/proc/self/exe";  // of spawn_store
+  std::string executable = "/proc/self/exe";  // of spawn_store; an absolute path
 };
 
 struct SpawnedStore {
