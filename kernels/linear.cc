@@ -60,7 +60,9 @@ void linear_rows(std::span<const LinearRows> products, size_t rows, ThreadPool& 
     for (size_t o = 0; o < p.w.out; o += kOutputBlock)
       tasks.push_back({&p, o, std::min(o + kOutputBlock, p.w.out)});
   }
-  const auto body = [&](size_t i) { rows_block(*tasks[i].product, rows, tasks[i].begin, tasks[i].end); };
+  const auto body = [&](size_t i) {
+    rows_block(*tasks[i].product, rows, tasks[i].begin, tasks[i].end);
+  };
   if (macs < kSerialMacs) {
     for (size_t i = 0; i < tasks.size(); ++i) body(i);
   } else {
@@ -69,6 +71,8 @@ void linear_rows(std::span<const LinearRows> products, size_t rows, ThreadPool& 
 }
 
 CERTKV_CPU_VERSIONS
-float dot(const float* a, const float* b, size_t n) { return dot_inline(a, b, n); }
+float dot(const float* a, const float* b, size_t n) {
+  return dot_inline(a, b, n);
+}
 
 }  // namespace certkv

@@ -33,8 +33,8 @@ void scale(const float* x, size_t n, const float* weight, float factor, float* y
 
 }  // namespace
 
-void rms_norm(const float* x, size_t x_stride, size_t rows, size_t n, const float* weight, float eps,
-              float* y, size_t y_stride) {
+void rms_norm(const float* x, size_t x_stride, size_t rows, size_t n, const float* weight,
+              float eps, float* y, size_t y_stride) {
   for (size_t r = 0; r < rows; ++r) {
     const float sum = square_sum(x + r * x_stride, n);
     const float factor = std::isfinite(sum) ? 1.0f / std::sqrt(sum / float(n) + eps)

@@ -72,10 +72,10 @@ float row_exp(float* s, size_t n, float m) {
 
 // What one thread needs for a query tile; kept by the thread between tiles.
 struct Workspace {
-  std::vector<float> q, o;     // [rows, head_dim]
-  std::vector<float> k, v;     // [kKeyTile, head_dim]
-  std::vector<float> s;        // [rows, kKeyTile]
-  std::vector<float> m, l;     // [rows] running maximum and sum
+  std::vector<float> q, o;  // [rows, head_dim]
+  std::vector<float> k, v;  // [kKeyTile, head_dim]
+  std::vector<float> s;     // [rows, kKeyTile]
+  std::vector<float> m, l;  // [rows] running maximum and sum
 };
 
 struct QueryTile {
@@ -95,8 +95,8 @@ void load_queries(const PrefillAttention& a, const QueryTile& t, Workspace& w) {
   w.s.resize(rows * kKeyTile);
   for (size_t j = 0; j < a.heads_per_group; ++j) {
     for (size_t i = 0; i < t.count; ++i) {
-      const float* from = a.q + t.group * a.q_group_stride + (t.begin + i) * a.q_row_stride +
-                          j * a.head_dim;
+      const float* from =
+          a.q + t.group * a.q_group_stride + (t.begin + i) * a.q_row_stride + j * a.head_dim;
       float* to = w.q.data() + (j * t.count + i) * a.head_dim;
       std::copy(from, from + a.head_dim, to);
       scale_row(to, a.head_dim, scale);
@@ -143,8 +143,8 @@ void attend_tile(const PrefillAttention& a, const QueryTile& t, const std::funct
   for (size_t j = 0; j < a.heads_per_group; ++j) {
     for (size_t i = 0; i < t.count; ++i) {
       const size_t r = j * t.count + i;
-      float* to = a.out + t.group * a.out_group_stride + (t.begin + i) * a.out_row_stride +
-                  j * a.head_dim;
+      float* to =
+          a.out + t.group * a.out_group_stride + (t.begin + i) * a.out_row_stride + j * a.head_dim;
       const float* from = w.o.data() + r * a.head_dim;
       for (size_t c = 0; c < a.head_dim; ++c) to[c] = from[c] / w.l[r];
     }

@@ -44,9 +44,8 @@ size_t prefill_query_tile(size_t heads_per_group);
 // `tick` (may be empty) is called by the working thread after every key tile: a sign of life.
 // ENSURES each out depends only on its tile of queries and on the keys and values up to the tile's
 // end: bitwise the same for every number of threads. A NaN, and an infinity but for a score of
-// -infinity (weight 0), makes the outputs of the queries that see it, and may make others of the same
-// tile, not finite.
-// REQUIRES first a multiple of prefill_query_tile(heads_per_group).
+// -infinity (weight 0), makes the outputs of the queries that see it, and may make others of the
+// same tile, not finite. REQUIRES first a multiple of prefill_query_tile(heads_per_group).
 void prefill_attention(const PrefillAttention& a, ThreadPool& pool,
                        const std::function<void()>& tick = {});
 

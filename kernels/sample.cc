@@ -53,10 +53,11 @@ int32_t sample_token(std::span<const float> logits, const SampleOptions& options
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
   const auto before = [&](int32_t a, int32_t b) {
-    return logits[size_t(a)] > logits[size_t(b)] || (logits[size_t(a)] == logits[size_t(b)] && a < b);
+    return logits[size_t(a)] > logits[size_t(b)] ||
+           (logits[size_t(a)] == logits[size_t(b)] && a < b);
   };
-  const size_t k = options.top_k == 0 ? order.size()
-                                      : std::min(order.size(), size_t(options.top_k));
+  const size_t k =
+      options.top_k == 0 ? order.size() : std::min(order.size(), size_t(options.top_k));
   std::partial_sort(order.begin(), order.begin() + ptrdiff_t(k), order.end(), before);
   order.resize(k);
 
@@ -70,7 +71,8 @@ int32_t sample_token(std::span<const float> logits, const SampleOptions& options
   size_t kept = k;
   double sum = 0;
   if (options.top_p < 1) {
-    for (kept = 0; kept < k && (kept == 0 || sum < options.top_p * total); ++kept) sum += mass[kept];
+    for (kept = 0; kept < k && (kept == 0 || sum < options.top_p * total); ++kept)
+      sum += mass[kept];
   } else {
     sum = total;
   }

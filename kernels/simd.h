@@ -31,8 +31,12 @@ CERTKV_SIMD Float8 load8(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-CERTKV_SIMD void store8(float* p, const Float8& v) { std::memcpy(p, &v, sizeof v); }
-CERTKV_SIMD Float8 splat8(float x) { return Float8{x, x, x, x, x, x, x, x}; }
+CERTKV_SIMD void store8(float* p, const Float8& v) {
+  std::memcpy(p, &v, sizeof v);
+}
+CERTKV_SIMD Float8 splat8(float x) {
+  return Float8{x, x, x, x, x, x, x, x};
+}
 
 // Fixed tree: ((0+4)+(2+6)) + ((1+5)+(3+7)).
 CERTKV_SIMD float sum8(const Float8& v) {

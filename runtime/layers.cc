@@ -60,8 +60,7 @@ LayerForward::LayerForward(const ModelConfig& config, const Weights& weights, Co
       all_groups_(size_t(config.kv_heads)),
       tick_([&group] { group.alive(); }) {
   const ShardRange own = kv_heads_of_rank(config.kv_heads, group.size(), group.rank());
-  CERTKV_EXPECT(own.begin == weights.groups.begin && own.end == weights.groups.end,
-                InvalidArgument,
+  CERTKV_EXPECT(own.begin == weights.groups.begin && own.end == weights.groups.end, InvalidArgument,
                 "weights of KV groups {}..{} given to rank {} of {}, which owns {}..{}",
                 weights.groups.begin, weights.groups.end, group.rank(), group.size(), own.begin,
                 own.end);
@@ -71,8 +70,7 @@ void LayerForward::embed(std::span<const int32_t> tokens, float* x) const {
   for (size_t i = 0; i < tokens.size(); ++i) weights_.embed.row(tokens[i], x + i * hidden_);
 }
 
-void LayerForward::multiply(std::span<const LinearRows> products, size_t rows,
-                            ProductShape shape) {
+void LayerForward::multiply(std::span<const LinearRows> products, size_t rows, ProductShape shape) {
   PhaseTimer timer(phases.projections);
   if (shape == ProductShape::Rows) {
     linear_rows(products, rows, pool_);
@@ -98,11 +96,9 @@ void LayerForward::multiply(std::span<const LinearRows> products, size_t rows,
   });
 }
 
-void LayerForward::rows_in_parallel(size_t rows,
-                                    const std::function<void(size_t, size_t)>& body) {
-  pool_.parallel_for((rows + kNormRows - 1) / kNormRows, [&](size_t i) {
-    body(i * kNormRows, std::min(rows, (i + 1) * kNormRows));
-  });
+void LayerForward::rows_in_parallel(size_t rows, const std::function<void(size_t, size_t)>& body) {
+  pool_.parallel_for((rows + kNormRows - 1) / kNormRows,
+                     [&](size_t i) { body(i * kNormRows, std::min(rows, (i + 1) * kNormRows)); });
 }
 
 void LayerForward::norm_rows(const float* x, size_t rows, const std::vector<float>& weight) {
@@ -144,23 +140,27 @@ void LayerForward::project_qkv(size_t layer, const float* x, size_t rows, const 
 
 void LayerForward::round_originals(DType dtype, size_t rows, uint16_t* k, uint16_t* v,
                                    size_t group_stride, size_t row_stride,
-                                   const std::function<void(size_t)>& bad) const {
-  for (size_t g = 0; g < groups_; ++g) {
-    for (size_t r = 0; r < rows; ++r) {
-      const float* key = qkv(g) + r * qkv_width() + heads_per_group_ * head_dim_;
-      const float* value = key + head_dim_;
-      uint16_t* to_k = k + g * group_stride + r * row_stride;
-      uint16_t* to_v = v + g * group_stride + r * row_stride;
+                                   const std::function<void(size_t)>& bad) {
+  PhaseTimer timer(phases.projections);
+  finite_.resize(groups_ * rows);
+  rows_in_parallel(groups_ * rows, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const size_t g = i / rows, r = i % rows;
+      const float* from = qkv(g) + r * qkv_width() + heads_per_group_ * head_dim_;  // key, value
       bool finite = true;
-      for (size_t c = 0; c < head_dim_; ++c) {
-        to_k[c] = float_to_16(dtype, key[c]);
-        to_v[c] = float_to_16(dtype, value[c]);
-        finite = finite && std::isfinite(float_from_16(dtype, to_k[c])) &&
-                 std::isfinite(float_from_16(dtype, to_v[c]));
+      for (uint16_t* to :
+           {k + g * group_stride + r * row_stride, v + g * group_stride + r * row_stride}) {
+        for (size_t c = 0; c < head_dim_; ++c) {
+          to[c] = float_to_16(dtype, from[c]);
+          finite = finite && std::isfinite(float_from_16(dtype, to[c]));
+        }
+        from += head_dim_;
       }
-      if (!finite) bad(r);
+      finite_[i] = finite;
     }
-  }
+  });
+  for (size_t i = 0; i < groups_ * rows; ++i)
+    if (!finite_[i]) bad(i % rows);
 }
 
 float* LayerForward::partials(size_t rows) {
@@ -260,23 +260,36 @@ void LayerForward::mlp(size_t layer, float* x, size_t rows, ProductShape shape,
     rows_in_parallel(rows, [&](size_t begin, size_t end) {
       for (size_t g = 0; g < groups_; ++g) {
         const size_t tile = down[g].w.in;
-        silu_and_multiply(up[g].y + begin * 2 * tile, end - begin, tile,
-                          gated[g] + begin * tile, tile);
+        silu_and_multiply(up[g].y + begin * 2 * tile, end - begin, tile, gated[g] + begin * tile,
+                          tile);
       }
     });
   }
   multiply(down, rows, shape);
-  const float* sums = sum_partials(rows, w.down_bias);
+  add_sums(sum_partials(rows, w.down_bias), rows, x, bad);
+}
+
+void LayerForward::add_sums(const float* sums, size_t rows, float* x,
+                            const std::function<void(size_t)>& bad) {
+  PhaseTimer timer(phases.projections);
+  finite_.resize(rows);
+  rows_in_parallel(rows, [&](size_t begin, size_t end) {
+    for (size_t r = begin; r < end; ++r) {
+      const float* sum = sums + r * sum_stride();
+      finite_[r] = all_finite(sum, hidden_);
+      for (size_t i = 0; i < hidden_; ++i) x[r * hidden_ + i] += sum[i];
+    }
+  });
   for (size_t r = 0; r < rows; ++r)
-    if (add_sums(sums + r * sum_stride(), sum_stride(), 1, hidden_, x + r * hidden_) == 0) bad(r);
+    if (!finite_[r]) bad(r);
 }
 
 void LayerForward::logits(const float* x, size_t rows, float* out) {
   const size_t vocab = size_t(config_.vocab);
   size_t widest = 0;
   for (size_t g = 0; g < all_groups_; ++g)
-    widest = std::max(widest,
-                      size_t(shard_range(config_.vocab, config_.kv_heads, int64_t(g)).count()));
+    widest =
+        std::max(widest, size_t(shard_range(config_.vocab, config_.kv_heads, int64_t(g)).count()));
   norm_rows(x, rows, weights_.final_norm);
   const size_t part = rows * widest;
   vocab_part_.assign(groups_ * part, 0.0f);
@@ -301,15 +314,6 @@ void LayerForward::logits(const float* x, size_t rows, float* out) {
       std::copy(from, from + ids.count(), out + r * vocab + size_t(ids.begin));
     }
   }
-}
-
-size_t add_sums(const float* sums, size_t stride, size_t rows, size_t hidden, float* x) {
-  size_t first_bad = rows;
-  for (size_t r = 0; r < rows; ++r) {
-    if (!all_finite(sums + r * stride, hidden)) first_bad = std::min(first_bad, r);
-    for (size_t i = 0; i < hidden; ++i) x[r * hidden + i] += sums[r * stride + i];
-  }
-  return first_bad;
 }
 
 }  // namespace certkv

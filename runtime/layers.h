@@ -69,7 +69,7 @@ class LayerForward {
   // Rounds keys and values of the last project_qkv to 16 bits: row r of group g goes to
   // k + g * group_stride + r * row_stride. Calls bad(row) where a value is not finite afterwards.
   void round_originals(DType dtype, size_t rows, uint16_t* k, uint16_t* v, size_t group_stride,
-                       size_t row_stride, const std::function<void(size_t)>& bad) const;
+                       size_t row_stride, const std::function<void(size_t)>& bad);
 
   // o_proj summed over all groups. attention: row r of group g at
   // attention + g * group_stride + r * row_stride, [heads_per_group * head_dim].
@@ -79,6 +79,10 @@ class LayerForward {
                                  size_t row_stride, size_t rows, RowFlags* flags,
                                  ProductShape shape);
   size_t sum_stride() const { return hidden_ + 2; }
+
+  // x [rows, hidden] += the hidden elements of sums [rows, sum_stride()]. Calls bad(row) for every
+  // row whose sum is not finite, in order.
+  void add_sums(const float* sums, size_t rows, float* x, const std::function<void(size_t)>& bad);
 
   // x += mlp(norm(x)). Calls bad(row) for every row whose sum is not finite.
   void mlp(size_t layer, float* x, size_t rows, ProductShape shape,
@@ -107,17 +111,14 @@ class LayerForward {
   size_t hidden_, head_dim_, heads_per_group_, groups_, all_groups_;
   std::function<void()> tick_;
 
-  std::vector<float> normed_;              // [rows, hidden]
-  std::vector<float> qkv_;                 // [groups, rows, (n + 2) d]
+  std::vector<float> normed_;  // [rows, hidden]
+  std::vector<float> qkv_;     // [groups, rows, (n + 2) d]
   size_t qkv_rows_ = 0;
   std::vector<float> gate_up_, gated_;     // [groups][rows, 2 t], [groups][rows, t]
   std::vector<float> partial_, gathered_;  // [groups, rows, hidden + 2], [all groups, ...]
   std::vector<float> sum_;                 // [rows, hidden + 2]
   std::vector<float> vocab_part_, vocab_all_;
+  std::vector<uint8_t> finite_;  // per row of the work at hand
 };
-
-// sums: [rows, stride]; x: [rows, hidden] += their first `hidden` elements. Returns the first row
-// whose sum is not finite, or `rows`.
-size_t add_sums(const float* sums, size_t stride, size_t rows, size_t hidden, float* x);
 
 }  // namespace certkv

@@ -24,8 +24,11 @@ std::vector<double> frequencies_of(const ModelConfig& config) {
   std::vector<double> f = rope_frequencies(r.theta, size_t(config.head_dim));
   const double original = double(r.original_max_position_embeddings);
   switch (r.kind) {
-    case RopeKind::Plain: break;
-    case RopeKind::Linear: rope_scale_linear(f, r.factor); break;
+    case RopeKind::Plain:
+      break;
+    case RopeKind::Linear:
+      rope_scale_linear(f, r.factor);
+      break;
     case RopeKind::Llama3:
       rope_scale_llama3(f, r.factor, r.low_freq_factor, r.high_freq_factor, original);
       break;
@@ -66,10 +69,10 @@ void check_tokens(const ModelConfig& config, std::span<const int32_t> tokens) {
 struct Transformer::Prompt {
   int64_t sequence = 0;
   size_t tokens = 0;
-  std::vector<float> x;              // [tokens, hidden], the residual stream
-  std::vector<uint16_t> k, v;        // [local_kv_heads, tokens, head_dim], of the current layer
-  std::vector<float> attention;      // [local_kv_heads, chunk, heads_per_group * head_dim]
-  bool nonfinite = false;            // a key or value on this rank, not yet agreed upon
+  std::vector<float> x;          // [tokens, hidden], the residual stream
+  std::vector<uint16_t> k, v;    // [local_kv_heads, tokens, head_dim], of the current layer
+  std::vector<float> attention;  // [local_kv_heads, chunk, heads_per_group * head_dim]
+  bool nonfinite = false;        // a key or value on this rank, not yet agreed upon
 };
 
 Transformer::Transformer(const ModelConfig& config, const Weights& weights, Communicator& group,
@@ -99,7 +102,8 @@ uint64_t Transformer::prefill_bytes(const ModelConfig& config, int64_t tensor, i
 
 std::vector<float> Transformer::prefill(int64_t sequence, std::span<const int32_t> tokens,
                                         const Progress& progress) {
-  CERTKV_EXPECT(!tokens.empty(), InvalidArgument, "the prompt is empty: at least 1 token is needed");
+  CERTKV_EXPECT(!tokens.empty(), InvalidArgument,
+                "the prompt is empty: at least 1 token is needed");
   CERTKV_EXPECT(int64_t(tokens.size()) <= config_.max_tokens, InvalidArgument,
                 "the prompt has {} tokens: the model's limit is {}", tokens.size(),
                 config_.max_tokens);
@@ -179,18 +183,18 @@ void Transformer::prefill_chunk(size_t layer, Prompt& p, size_t first, size_t ro
   // What one rank saw alone rides on the sum; what all ranks see in the sum needs no agreement.
   std::vector<RowFlags> flags(count);
   flags[0].nonfinite = p.nonfinite ? 1.0f : 0.0f;
-  const float* sums = layers_.output_projection(layer, p.attention.data(), count * out_width,
-                                                out_width, count, flags.data(),
-                                                ProductShape::Tiles);
+  const float* sums =
+      layers_.output_projection(layer, p.attention.data(), count * out_width, out_width, count,
+                                flags.data(), ProductShape::Tiles);
   CERTKV_EXPECT(flags[0].nonfinite == 0, NonFinite,
                 "layer {}: a key or value of the prompt's first {} tokens is NaN, infinite or "
                 "beyond the range of {}",
                 layer, first + rows, dtype_name(options_.originals));
   x += begin * hidden;
-  const size_t bad_sum = add_sums(sums, layers_.sum_stride(), count, hidden, x);
-  CERTKV_EXPECT(bad_sum == count, NonFinite,
-                "layer {}: the attention output of token {} is not finite", layer,
-                first + begin + bad_sum);
+  layers_.add_sums(sums, count, x, [&](size_t r) {
+    CERTKV_THROW(NonFinite, "layer {}: the attention output of token {} is not finite", layer,
+                 first + begin + r);
+  });
   layers_.mlp(layer, x, count, ProductShape::Tiles, [&](size_t r) {
     CERTKV_THROW(NonFinite, "layer {}: the MLP output of token {} is not finite", layer,
                  first + begin + r);
@@ -238,20 +242,16 @@ DecodeOutput Transformer::decode(std::span<const DecodeInput> rows) {
   return out;
 }
 
-void Transformer::decode_layer(size_t layer, std::span<const DecodeInput> rows,
-                               DecodeOutput& out) {
-  const size_t hidden = layers_.hidden();
+void Transformer::decode_layer(size_t layer, std::span<const DecodeInput> rows, DecodeOutput& out) {
   const auto mark = [&](size_t r) {
     if (out.nonfinite_layer[r] < 0) out.nonfinite_layer[r] = int(layer);
   };
   layers_.project_qkv(layer, x_.data(), rows.size(), rope_, ProductShape::Rows);
   std::vector<RowFlags> flags(rows.size());
   const float* sums = attend_rows(layer, rows, flags.data(), out);
-  for (size_t r = 0; r < rows.size(); ++r) {
-    const bool finite = add_sums(sums + r * layers_.sum_stride(), layers_.sum_stride(), 1, hidden,
-                                 x_.data() + r * hidden) == 1;
-    if (!finite || !(flags[r].nonfinite == 0)) mark(r);
-  }
+  for (size_t r = 0; r < rows.size(); ++r)
+    if (!(flags[r].nonfinite == 0)) mark(r);
+  layers_.add_sums(sums, rows.size(), x_.data(), mark);
   layers_.mlp(layer, x_.data(), rows.size(), ProductShape::Rows, mark);
 }
 

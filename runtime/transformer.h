@@ -45,11 +45,11 @@ struct DecodeInput {
 };
 
 struct DecodeOutput {
-  std::vector<float> logits;           // [rows, vocab]
+  std::vector<float> logits;  // [rows, vocab]
   // Per row: the first layer with a NaN or an infinity, -1 if none. Such a row's logits are not to
   // be used: its request fails with NonFinite, the others go on.
-  std::vector<int> nonfinite_layer;    // [rows]
-  std::vector<int> fallback_layers;    // [rows]: layers that took rung 4
+  std::vector<int> nonfinite_layer;  // [rows]
+  std::vector<int> fallback_layers;  // [rows]: layers that took rung 4
 };
 
 class Transformer {
@@ -93,10 +93,10 @@ class Transformer {
   RopeTable rope_;
 
   // Decode: one row per sequence, local heads only.
-  std::vector<float> x_;            // [rows, hidden]
-  std::vector<float> q_, out_;      // [rows, local_kv_heads * heads_per_group * head_dim]
-  std::vector<uint16_t> k_, v_;     // [rows, local_kv_heads * head_dim]
-  std::vector<float> sums_;         // of a layer in which rows were repeated
+  std::vector<float> x_;         // [rows, hidden]
+  std::vector<float> q_, out_;   // [rows, local_kv_heads * heads_per_group * head_dim]
+  std::vector<uint16_t> k_, v_;  // [rows, local_kv_heads * head_dim]
+  std::vector<float> sums_;      // of a layer in which rows were repeated
 };
 
 }  // namespace certkv

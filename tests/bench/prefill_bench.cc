@@ -64,7 +64,8 @@ int main(int argc, char** argv) {
   NoCache cache(size_t(config.heads * config.head_dim));
   Transformer model(config, weights, *group, cache, pool, {false, config.dtype});
   std::vector<int32_t> prompt(size_t(std::atoll(argv[2])));
-  for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = int32_t(i * i % 251 % size_t(config.vocab));
+  for (size_t i = 0; i < prompt.size(); ++i)
+    prompt[i] = int32_t(i * i % 251 % size_t(config.vocab));
   measure("prefill", [&] { model.prefill(0, prompt); });
   const ForwardPhases p = model.phases();
   fmt::print("  projections {:.3f} s, attention {:.3f} s\n", p.projections, p.attention);

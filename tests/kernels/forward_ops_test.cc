@@ -48,7 +48,8 @@ TEST(Linear, BothFormsEqualTheExactProductWithinRounding) {
   for (size_t in : {0u, 1u, 7u, 32u, 33u, 100u, 515u}) {
     for (bool with_bias : {false, true}) {
       const size_t out = 45, rows = 3, x_stride = in + 5, y_stride = out + 3;
-      const auto weight = normal(out * in, 1), bias = normal(out, 2), x = normal(rows * x_stride, 3);
+      const auto weight = normal(out * in, 1), bias = normal(out, 2),
+                 x = normal(rows * x_stride, 3);
       const LinearWeight w{weight.data(), with_bias ? bias.data() : nullptr, out, in};
       std::vector<float> tile(rows * y_stride, -7), single(tile);
       linear_tile(w, x.data(), x_stride, rows, tile.data(), y_stride);
@@ -248,7 +249,7 @@ struct AttentionCase {
   size_t tokens = 0, kv_heads = 2, heads_per_group = 2, head_dim = 64;
   DType dtype = DType::BF16;
   float q_scale = 1, k_scale = 1;
-  std::vector<float> q{};        // [kv_heads, tokens, heads_per_group, head_dim]
+  std::vector<float> q{};          // [kv_heads, tokens, heads_per_group, head_dim]
   std::vector<uint16_t> k{}, v{};  // [kv_heads, tokens, head_dim]
 
   void draw(uint64_t seed) {
@@ -292,8 +293,8 @@ struct AttentionCase {
     for (size_t i = 0; i <= t; ++i) {
       double absolute = 0;
       for (size_t c = 0; c < head_dim; ++c) {
-        const double term = double(query[c]) *
-                            double(float_from_16(dtype, k[(g * tokens + i) * head_dim + c]));
+        const double term =
+            double(query[c]) * double(float_from_16(dtype, k[(g * tokens + i) * head_dim + c]));
         s[i] += term;
         absolute += std::abs(term);
       }
@@ -323,8 +324,9 @@ struct AttentionCase {
           exact(g, t, h, o, size, score);
           // Scores: head_dim + 3 roundings of sum |q k|; the exponential 2^-22 and its argument's
           // rounding; sums of t + 1 weights and products; once for the numerator, once for the sum.
-          const double relative = 2 * (kUnit * (double(head_dim + 3) * score + 2 * score +
-                                                double(t + 1)) + 0x1p-22 + 10 * kUnit);
+          const double relative =
+              2 * (kUnit * (double(head_dim + 3) * score + 2 * score + double(t + 1)) + 0x1p-22 +
+                   10 * kUnit);
           const float* got = out.data() + ((g * tokens + t) * heads_per_group + h) * head_dim;
           for (size_t c = 0; c < head_dim; ++c)
             ASSERT_NEAR(got[c], o[c], relative * size[c]) << g << " " << t << " " << h << " " << c;
@@ -345,7 +347,10 @@ TEST(PrefillAttention, EqualsExactAttentionAroundTileEdges) {
 TEST(PrefillAttention, EqualsExactAttentionForEveryHeadShapeAndType) {
   for (size_t head_dim : {64u, 96u, 128u, 256u}) {
     for (size_t heads : {1u, 3u, 8u, 20u}) {
-      AttentionCase c{.tokens = 150, .kv_heads = 1, .heads_per_group = heads, .head_dim = head_dim,
+      AttentionCase c{.tokens = 150,
+                      .kv_heads = 1,
+                      .heads_per_group = heads,
+                      .head_dim = head_dim,
                       .dtype = heads % 2 ? DType::F16 : DType::BF16};
       c.draw(head_dim + heads);
       c.expect_exact(c.run(0, 2), 0);

@@ -55,8 +55,8 @@ TEST_P(ModelGolden, LogitsAndGreedyIdsAreThoseOfTransformers) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Architectures, ModelGolden,
-                         testing::Values("llama2", "llama3", "llama-linear", "llama-yarn", "mistral",
-                                         "qwen2", "qwen2-yarn", "qwen3"),
+                         testing::Values("llama2", "llama3", "llama-linear", "llama-yarn",
+                                         "mistral", "qwen2", "qwen2-yarn", "qwen3"),
                          [](const auto& golden) {
                            std::string name = golden.param;
                            for (char& c : name) c = c == '-' ? '_' : c;

@@ -35,10 +35,16 @@ void compare(size_t which) {
 }
 
 #if defined(CERTKV_LONG_PROMPTS)
-TEST(Reader, ContinuesAPromptOf1808TokensAsTheReferenceDoes) { compare(1); }
-TEST(Reader, ContinuesAPromptOf7407TokensAsTheReferenceDoes) { compare(2); }
+TEST(Reader, ContinuesAPromptOf1808TokensAsTheReferenceDoes) {
+  compare(1);
+}
+TEST(Reader, ContinuesAPromptOf7407TokensAsTheReferenceDoes) {
+  compare(2);
+}
 #else
-TEST(Reader, ContinuesAPromptOf961TokensAsTheReferenceDoes) { compare(0); }
+TEST(Reader, ContinuesAPromptOf961TokensAsTheReferenceDoes) {
+  compare(0);
+}
 #endif
 
 }  // namespace

@@ -24,7 +24,8 @@ const std::vector<size_t> kLengths{530, 300, 7};
 
 std::vector<int32_t> prompt(size_t length, int32_t vocab) {
   std::vector<int32_t> ids;
-  for (size_t i = 0; i < length; ++i) ids.push_back(int32_t((i * i * 31 + i * 7 + length) % size_t(vocab)));
+  for (size_t i = 0; i < length; ++i)
+    ids.push_back(int32_t((i * i * 31 + i * 7 + length) % size_t(vocab)));
   return ids;
 }
 
@@ -103,9 +104,9 @@ TEST(Transformer, DeterministicLogitsHaveTheSameBitsForAnyRanksThreadsAndBatch) 
             << tensor << " ranks, " << threads << " threads, together " << together;
 }
 
-// Without ordered reductions a partial sum is rounded in another order: about (groups + ranks) 2^-24
-// per sum. A key or value that then rounds the other way moves by 2^-8 of itself (bfloat16), and
-// there are few of those; a hundredth of the largest logit would take thousands.
+// Without ordered reductions a partial sum is rounded in another order: about (groups + ranks)
+// 2^-24 per sum. A key or value that then rounds the other way moves by 2^-8 of itself (bfloat16),
+// and there are few of those; a hundredth of the largest logit would take thousands.
 constexpr float kReorderingTolerance = 0.01f;
 
 TEST(Transformer, LogitsAreCloseForEveryNumberOfRanksWithoutDeterminism) {
@@ -227,7 +228,9 @@ TEST(Transformer, ReportsProgressPerChunkAndLayerAndEndsWhenToldTo) {
   run_thread_ranks(1, [](Communicator& group) {
     Rank rank(group, {});
     std::vector<std::pair<int, size_t>> seen;
-    rank.model.prefill(0, prompt(1030, 101), [&](int layer, size_t n) { seen.push_back({layer, n}); });
+    rank.model.prefill(0, prompt(1030, 101), [&](int layer, size_t n) {
+      seen.push_back({layer, n});
+    });
     EXPECT_EQ(seen, (std::vector<std::pair<int, size_t>>{
                         {0, 512}, {0, 1024}, {0, 1030}, {1, 512}, {1, 1024}, {1, 1030}}));
     EXPECT_GT(rank.model.phases().projections, 0);

@@ -17,7 +17,10 @@ namespace certkv::test {
 class PlainKvAttention : public KvAttention {
  public:
   PlainKvAttention(size_t kv_heads, size_t heads_per_group, size_t head_dim, DType dtype)
-      : kv_heads_(kv_heads), heads_per_group_(heads_per_group), head_dim_(head_dim), dtype_(dtype) {}
+      : kv_heads_(kv_heads),
+        heads_per_group_(heads_per_group),
+        head_dim_(head_dim),
+        dtype_(dtype) {}
 
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v) override;
@@ -29,8 +32,8 @@ class PlainKvAttention : public KvAttention {
   const std::vector<uint16_t>& keys(int64_t sequence, int layer, size_t head) const;
   const std::vector<uint16_t>& values(int64_t sequence, int layer, size_t head) const;
 
-  // Faults: a row for which `broken` says so raises its flag and gets a wrong output (all 1e3), as a
-  // cache whose precondition broke would; decode_dense repairs it.
+  // Faults: a row for which `broken` says so raises its flag and gets a wrong output (all 1e3), as
+  // a cache whose precondition broke would; decode_dense repairs it.
   std::function<bool(int layer, int64_t sequence)> broken;
   std::vector<std::pair<int, int64_t>> dense_calls;  // (layer, sequence), in order
 

@@ -12,10 +12,12 @@ namespace {
 class Draw {
  public:
   Draw(uint64_t seed, int64_t layer, int64_t group, int what)
-      : engine_(seed * 1000003u + uint64_t(layer) * 10007u + uint64_t(group) * 101u + uint64_t(what)) {}
+      : engine_(seed * 1000003u + uint64_t(layer) * 10007u + uint64_t(group) * 101u +
+                uint64_t(what)) {}
   Matrix matrix(int64_t rows, int64_t cols) {
     Matrix m{rows, cols, std::make_unique<float[]>(size_t(rows * cols))};
-    for (int64_t i = 0; i < rows * cols; ++i) m.values[size_t(i)] = normal_(engine_) / std::sqrt(float(cols) + 1);
+    for (int64_t i = 0; i < rows * cols; ++i)
+      m.values[size_t(i)] = normal_(engine_) / std::sqrt(float(cols) + 1);
     return m;
   }
   std::vector<float> vector(int64_t n, float mean, float spread) {
