@@ -24,8 +24,10 @@ constexpr std::array<int64_t, 4> kHeadDims = {64, 96, 128, 256};
 constexpr size_t kMaxEosIds = 64;
 
 constexpr const char* kSupported =
-    "supported are LlamaForCausalLM (Llama 2 and 3.x), MistralForCausalLM without a sliding window, "
-    "Qwen2ForCausalLM and Qwen3ForCausalLM without a sliding window; all dense, with hidden_act silu, "
+    "supported are LlamaForCausalLM (Llama 2 and 3.x), MistralForCausalLM without a sliding "
+    "window, "
+    "Qwen2ForCausalLM and Qwen3ForCausalLM without a sliding window; all dense, with hidden_act "
+    "silu, "
     "head_dim 64, 96, 128 or 256, and RoPE of the kinds default, linear, llama3 and yarn";
 
 // What the reader of one JSON object needs to name a field in an error.
@@ -153,17 +155,19 @@ void refuse_unsupported(const Fields& f, Architecture architecture) {
     CERTKV_EXPECT(kinds->is_array(), BadFile, "{}: layer_types must be a list", f.where);
     for (const json& kind : *kinds) {
       CERTKV_EXPECT(kind.is_string() && kind.get_ref<const std::string&>() == "full_attention",
-                    InvalidArgument, "{}: layer_types holds {}: only full_attention is supported; {}",
-                    f.where, Fields::shown(kind), kSupported);
+                    InvalidArgument,
+                    "{}: layer_types holds {}: only full_attention is supported; {}", f.where,
+                    Fields::shown(kind), kSupported);
     }
   }
   const int64_t positions = f.integer("max_position_embeddings", 1, kMaxPositions);
   if (architecture == Architecture::Mistral) {
     // Absent is not null here: transformers then takes a window of 4096.
-    CERTKV_EXPECT(f.object.contains("sliding_window"), InvalidArgument,
-                  "{}: sliding_window is missing, which means a window of 4096 tokens: sliding windows "
-                  "are not supported (null is needed); {}",
-                  f.where, kSupported);
+    CERTKV_EXPECT(
+        f.object.contains("sliding_window"), InvalidArgument,
+        "{}: sliding_window is missing, which means a window of 4096 tokens: sliding windows "
+        "are not supported (null is needed); {}",
+        f.where, kSupported);
     const int64_t window = f.integer("sliding_window", 0, int64_t(1) << 40, positions);
     CERTKV_EXPECT(window >= positions, InvalidArgument,
                   "{}: sliding_window {} is not supported (null is needed); {}", f.where, window,
@@ -321,13 +325,14 @@ ModelConfig config_of(const json& config, const json* generation, const std::str
                    ? f.integer("num_key_value_heads", 1, kMaxHeads, c.heads)
                    : f.integer("num_key_value_heads", 1, kMaxHeads);
   CERTKV_EXPECT(c.heads % c.kv_heads == 0, BadFile,
-                "{}: num_attention_heads {} is no multiple of num_key_value_heads {}", name, c.heads,
-                c.kv_heads);
+                "{}: num_attention_heads {} is no multiple of num_key_value_heads {}", name,
+                c.heads, c.kv_heads);
   c.vocab = f.integer("vocab_size", 1, kMaxVocab);
   // Both are cut into one tile per KV head, and no tile may be empty.
-  CERTKV_EXPECT(c.intermediate >= c.kv_heads && c.vocab >= c.kv_heads, BadFile,
-                "{}: intermediate_size {} and vocab_size {} must not be below num_key_value_heads {}",
-                name, c.intermediate, c.vocab, c.kv_heads);
+  CERTKV_EXPECT(
+      c.intermediate >= c.kv_heads && c.vocab >= c.kv_heads, BadFile,
+      "{}: intermediate_size {} and vocab_size {} must not be below num_key_value_heads {}", name,
+      c.intermediate, c.vocab, c.kv_heads);
   c.head_dim = head_dim_of(f, c);
   c.max_position_embeddings = f.integer("max_position_embeddings", 1, kMaxPositions);
   c.rope = rope_of(f, c.max_position_embeddings);
@@ -344,8 +349,11 @@ ModelConfig config_of(const json& config, const json* generation, const std::str
       c.qkv_bias = c.o_bias = attention_bias;
       c.mlp_bias = f.flag("mlp_bias", false);
       break;
-    case Architecture::Mistral: break;
-    case Architecture::Qwen2: c.qkv_bias = true; break;
+    case Architecture::Mistral:
+      break;
+    case Architecture::Qwen2:
+      c.qkv_bias = true;
+      break;
     case Architecture::Qwen3:
       c.qkv_bias = c.o_bias = attention_bias;
       c.qk_norm = true;
@@ -378,10 +386,14 @@ const char* architecture_name(Architecture architecture) {
 
 const char* rope_kind_name(RopeKind kind) {
   switch (kind) {
-    case RopeKind::Plain: return "default";
-    case RopeKind::Linear: return "linear";
-    case RopeKind::Llama3: return "llama3";
-    case RopeKind::Yarn: return "yarn";
+    case RopeKind::Plain:
+      return "default";
+    case RopeKind::Linear:
+      return "linear";
+    case RopeKind::Llama3:
+      return "llama3";
+    case RopeKind::Yarn:
+      return "yarn";
   }
   return "unknown";
 }

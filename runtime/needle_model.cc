@@ -40,8 +40,9 @@ std::vector<std::string> byte_characters() {
   for (int b = 0; b < 256; ++b) {
     const bool printable = (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b <= 0xff && b != 0xad);
     const int point = printable ? b : next++;
-    names.push_back(point < 0x80 ? std::string(1, char(point))
-                                 : std::string{char(0xc0 | point >> 6), char(0x80 | (point & 0x3f))});
+    names.push_back(point < 0x80
+                        ? std::string(1, char(point))
+                        : std::string{char(0xc0 | point >> 6), char(0x80 | (point & 0x3f))});
   }
   return names;
 }
@@ -50,13 +51,20 @@ std::vector<std::string> byte_characters() {
 ordered_json tokenizer_json() {
   ordered_json added = ordered_json::array(), vocab = ordered_json::object();
   for (const auto& [id, name] : {std::pair{needle::kBos, kBosName}, {needle::kEos, kEosName}}) {
-    added.push_back({{"id", id}, {"content", name}, {"single_word", false}, {"lstrip", false},
-                     {"rstrip", false}, {"normalized", false}, {"special", true}});
+    added.push_back({{"id", id},
+                     {"content", name},
+                     {"single_word", false},
+                     {"lstrip", false},
+                     {"rstrip", false},
+                     {"normalized", false},
+                     {"special", true}});
   }
   const std::vector<std::string> names = byte_characters();
   for (size_t b = 0; b < names.size(); ++b) vocab[names[b]] = b;
-  const ordered_json byte_level = {{"type", "ByteLevel"}, {"add_prefix_space", false},
-                                   {"trim_offsets", true}, {"use_regex", false}};
+  const ordered_json byte_level = {{"type", "ByteLevel"},
+                                   {"add_prefix_space", false},
+                                   {"trim_offsets", true},
+                                   {"use_regex", false}};
   const auto special = [](int type) {
     return ordered_json{{"SpecialToken", {{"id", kBosName}, {"type_id", type}}}};
   };
@@ -67,19 +75,30 @@ ordered_json tokenizer_json() {
   begin[kBosName] = {{"id", kBosName},
                      {"ids", ordered_json::array({needle::kBos})},
                      {"tokens", ordered_json::array({kBosName})}};
-  const ordered_json model = {
-      {"type", "BPE"}, {"dropout", nullptr}, {"unk_token", nullptr},
-      {"continuing_subword_prefix", nullptr}, {"end_of_word_suffix", nullptr}, {"fuse_unk", false},
-      {"byte_fallback", false}, {"ignore_merges", false}, {"vocab", vocab},
-      {"merges", ordered_json::array()}};
-  return {{"version", "1.0"}, {"truncation", nullptr}, {"padding", nullptr},
-          {"added_tokens", added}, {"normalizer", nullptr}, {"pre_tokenizer", byte_level},
-          {"post_processor",
-           {{"type", "TemplateProcessing"},
-            {"single", ordered_json::array({special(0), sequence("A", 0)})},
-            {"pair", ordered_json::array({special(0), sequence("A", 0), special(1), sequence("B", 1)})},
-            {"special_tokens", begin}}},
-          {"decoder", byte_level}, {"model", model}};
+  const ordered_json model = {{"type", "BPE"},
+                              {"dropout", nullptr},
+                              {"unk_token", nullptr},
+                              {"continuing_subword_prefix", nullptr},
+                              {"end_of_word_suffix", nullptr},
+                              {"fuse_unk", false},
+                              {"byte_fallback", false},
+                              {"ignore_merges", false},
+                              {"vocab", vocab},
+                              {"merges", ordered_json::array()}};
+  return {
+      {"version", "1.0"},
+      {"truncation", nullptr},
+      {"padding", nullptr},
+      {"added_tokens", added},
+      {"normalizer", nullptr},
+      {"pre_tokenizer", byte_level},
+      {"post_processor",
+       {{"type", "TemplateProcessing"},
+        {"single", ordered_json::array({special(0), sequence("A", 0)})},
+        {"pair", ordered_json::array({special(0), sequence("A", 0), special(1), sequence("B", 1)})},
+        {"special_tokens", begin}}},
+      {"decoder", byte_level},
+      {"model", model}};
 }
 
 ordered_json config_json(const NeedleOptions& o) {
@@ -107,8 +126,12 @@ ordered_json config_json(const NeedleOptions& o) {
           {"torch_dtype", o.dtype == DType::F16 ? "float16" : "bfloat16"},
           {"use_cache", true},
           {"needle",
-           {{"preset", o.preset}, {"seed", o.seed}, {"beta", o.beta}, {"sink", o.sink},
-            {"k_outlier", o.k_outlier}, {"v_nuisance", o.v_nuisance}}}};
+           {{"preset", o.preset},
+            {"seed", o.seed},
+            {"beta", o.beta},
+            {"sink", o.sink},
+            {"k_outlier", o.k_outlier},
+            {"v_nuisance", o.v_nuisance}}}};
 }
 
 void write_json(const fs::path& path, const ordered_json& document) {
@@ -127,9 +150,10 @@ void write_weights(const NeedleOptions& o, const fs::path& path) {
     bits[i].reserve(t.values.size());
     for (const double x : t.values) {
       bits[i].push_back(float_to_16(o.dtype, float(x)));
-      CERTKV_EXPECT(std::isfinite(float_from_16(o.dtype, bits[i].back())), InvalidArgument,
-                    "{} holds {}, which is beyond the range of {}: lower beta, k-outlier or v-nuisance",
-                    t.name, x, dtype_name(o.dtype));
+      CERTKV_EXPECT(
+          std::isfinite(float_from_16(o.dtype, bits[i].back())), InvalidArgument,
+          "{} holds {}, which is beyond the range of {}: lower beta, k-outlier or v-nuisance",
+          t.name, x, dtype_name(o.dtype));
     }
     list.push_back({t.name, o.dtype, t.shape, bits[i].data()});
   }
@@ -162,8 +186,9 @@ void make_needle_model(const NeedleOptions& options, const fs::path& out) {
                 "{}: holds a sharded model already; choose an empty folder", out.string());
   write_weights(options, out / "model.safetensors");
   write_json(out / "config.json", config_json(options));
-  write_json(out / "generation_config.json",
-             {{"bos_token_id", needle::kBos}, {"eos_token_id", needle::kEos}, {"do_sample", false}});
+  write_json(
+      out / "generation_config.json",
+      {{"bos_token_id", needle::kBos}, {"eos_token_id", needle::kEos}, {"do_sample", false}});
   write_json(out / "tokenizer_config.json", {{"tokenizer_class", "PreTrainedTokenizerFast"},
                                              {"bos_token", kBosName},
                                              {"eos_token", kEosName},

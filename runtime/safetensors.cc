@@ -60,9 +60,10 @@ TensorEntry entry_of(const std::string& tensor, const json& value, uint64_t data
 
   CERTKV_EXPECT(type.is_string(), BadFile, "{}: dtype must be a text", where);
   const std::optional<DType> dtype = dtype_of_name(type.get_ref<const std::string&>());
-  CERTKV_EXPECT(dtype.has_value(), BadFile,
-                "{}: dtype '{:.40}' is not supported; supported are F64 F32 F16 BF16 I64 I32 I8 U64 U8",
-                where, type.get_ref<const std::string&>());
+  CERTKV_EXPECT(
+      dtype.has_value(), BadFile,
+      "{}: dtype '{:.40}' is not supported; supported are F64 F32 F16 BF16 I64 I32 I8 U64 U8",
+      where, type.get_ref<const std::string&>());
   t.dtype = *dtype;
 
   CERTKV_EXPECT(shape.is_array() && shape.size() <= kSafetensorsMaxDimensions, BadFile,
@@ -95,8 +96,8 @@ TensorEntry entry_of(const std::string& tensor, const json& value, uint64_t data
 bool read_fully(int fd, void* out, uint64_t count, uint64_t offset, const std::string& where) {
   auto* to = static_cast<std::byte*>(out);
   while (count > 0) {
-    const ssize_t got = ::pread(fd, to, std::min<uint64_t>(count, uint64_t(1) << 30),
-                                off_t(offset));
+    const ssize_t got =
+        ::pread(fd, to, std::min<uint64_t>(count, uint64_t(1) << 30), off_t(offset));
     if (got < 0 && errno == EINTR) continue;
     CERTKV_EXPECT(got >= 0, BadFile, "{}: cannot be read: {}", where, std::strerror(errno));
     if (got == 0) return false;
@@ -121,14 +122,14 @@ void to_float(DType type, const std::byte* from, uint64_t count, float* out) {
 
 void expect_float_like(const TensorEntry& t, const std::string& path) {
   CERTKV_EXPECT(t.dtype == DType::F32 || t.dtype == DType::F16 || t.dtype == DType::BF16,
-                InvalidArgument, "{}: tensor '{:.80}' is {}: F32, F16 or BF16 is needed", path, t.name,
-                dtype_name(t.dtype));
+                InvalidArgument, "{}: tensor '{:.80}' is {}: F32, F16 or BF16 is needed", path,
+                t.name, dtype_name(t.dtype));
 }
 
 void expect_range(const TensorEntry& t, uint64_t first, uint64_t count, const std::string& path) {
   CERTKV_EXPECT(first <= t.elements && count <= t.elements - first, InvalidArgument,
-                "{}: tensor '{:.80}': elements [{}, {} + {}) lie outside its {}", path, t.name, first,
-                first, count, t.elements);
+                "{}: tensor '{:.80}': elements [{}, {} + {}) lie outside its {}", path, t.name,
+                first, first, count, t.elements);
 }
 
 }  // namespace
@@ -149,13 +150,13 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> start, uin
                 "safetensors file",
                 name, header_bytes, kSafetensorsMaxHeaderBytes);
   CERTKV_EXPECT(header_bytes <= file_bytes - 8 && header_bytes <= start.size() - 8, BadFile,
-                "{}: the header of {} bytes does not fit the file of {} bytes: it is truncated", name,
-                header_bytes, file_bytes);
+                "{}: the header of {} bytes does not fit the file of {} bytes: it is truncated",
+                name, header_bytes, file_bytes);
   const std::string_view text(reinterpret_cast<const char*>(start.data()) + 8, header_bytes);
   // The format wants the object at once; JSON itself would allow white space before it.
   CERTKV_EXPECT(text.front() == '{', BadFile, "{}: the header does not start with '{{'", name);
-  const JsonLimits limits{.max_bytes = kSafetensorsMaxHeaderBytes, .max_depth = 3,
-                          .max_values = size_t(2) << 20};
+  const JsonLimits limits{
+      .max_bytes = kSafetensorsMaxHeaderBytes, .max_depth = 3, .max_values = size_t(2) << 20};
   const json root = parse_json(text, name + ": header", limits);
   CERTKV_EXPECT(root.is_object(), BadFile, "{}: the header is no object", name);
 
@@ -181,15 +182,17 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> start, uin
             });
   uint64_t at = data_begin;
   for (const TensorEntry& t : header.tensors) {
-    CERTKV_EXPECT(t.begin == at, BadFile, "{}: tensor '{:.80}' {} the bytes before it: it begins at "
-                  "{}, they end at {}", name, t.name,
-                  t.begin < at ? "overlaps" : "leaves a hole after", t.begin - data_begin,
-                  at - data_begin);
+    CERTKV_EXPECT(t.begin == at, BadFile,
+                  "{}: tensor '{:.80}' {} the bytes before it: it begins at "
+                  "{}, they end at {}",
+                  name, t.name, t.begin < at ? "overlaps" : "leaves a hole after",
+                  t.begin - data_begin, at - data_begin);
     at += t.bytes();
   }
-  CERTKV_EXPECT(at == file_bytes, BadFile,
-                "{}: the tensors end at byte {}, but the file has {}: it is damaged or was extended",
-                name, at, file_bytes);
+  CERTKV_EXPECT(
+      at == file_bytes, BadFile,
+      "{}: the tensors end at byte {}, but the file has {}: it is damaged or was extended", name,
+      at, file_bytes);
   return header;
 }
 
@@ -208,8 +211,8 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
     CERTKV_EXPECT(file_bytes >= 8 && read_fully(fd_, length.data(), 8, 0, path_), BadFile,
                   "{}: {} bytes are too few for a safetensors file", path_, file_bytes);
     // Only what the file really has is asked for; the parser then judges the announced length.
-    const uint64_t wanted = std::min({little_endian_u64(length.data()), kSafetensorsMaxHeaderBytes,
-                                      file_bytes - 8});
+    const uint64_t wanted =
+        std::min({little_endian_u64(length.data()), kSafetensorsMaxHeaderBytes, file_bytes - 8});
     std::vector<std::byte> start(8 + wanted);
     CERTKV_EXPECT(read_fully(fd_, start.data(), start.size(), 0, path_), BadFile,
                   "{}: the file shrank while it was read", path_);
@@ -221,7 +224,9 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
   for (size_t i = 0; i < header_.tensors.size(); ++i) index_.emplace(header_.tensors[i].name, i);
 }
 
-SafetensorsFile::~SafetensorsFile() { ::close(fd_); }
+SafetensorsFile::~SafetensorsFile() {
+  ::close(fd_);
+}
 
 const TensorEntry* SafetensorsFile::find(std::string_view name) const {
   const auto it = index_.find(name);
@@ -259,16 +264,17 @@ void SafetensorsFile::read_float(const TensorEntry& t, uint64_t first, uint64_t 
 void SafetensorsFile::read_block(const TensorEntry& t, int64_t row, int64_t rows, int64_t column,
                                  int64_t columns, float* out) const {
   expect_float_like(t, path_);
-  CERTKV_EXPECT(t.shape.size() == 2, InvalidArgument, "{}: tensor '{:.80}' of shape {} is no matrix",
-                path_, t.name, shape_text(t.shape));
+  CERTKV_EXPECT(t.shape.size() == 2, InvalidArgument,
+                "{}: tensor '{:.80}' of shape {} is no matrix", path_, t.name, shape_text(t.shape));
   const int64_t r = t.shape[0], c = t.shape[1];
-  CERTKV_EXPECT(row >= 0 && rows >= 0 && row <= r && rows <= r - row && column >= 0 && columns >= 0 &&
-                    column <= c && columns <= c - column,
+  CERTKV_EXPECT(row >= 0 && rows >= 0 && row <= r && rows <= r - row && column >= 0 &&
+                    columns >= 0 && column <= c && columns <= c - column,
                 InvalidArgument,
-                "{}: tensor '{:.80}': rows [{}, {} + {}), columns [{}, {} + {}) lie outside {}", path_,
-                t.name, row, row, rows, column, column, columns, shape_text(t.shape));
+                "{}: tensor '{:.80}': rows [{}, {} + {}), columns [{}, {} + {}) lie outside {}",
+                path_, t.name, row, row, rows, column, column, columns, shape_text(t.shape));
   if (rows == 0 || columns == 0) return;
-  if (columns == c) return read_float(t, uint64_t(row) * uint64_t(c), uint64_t(rows) * uint64_t(c), out);
+  if (columns == c)
+    return read_float(t, uint64_t(row) * uint64_t(c), uint64_t(rows) * uint64_t(c), out);
 
   const uint64_t each = dtype_bytes(t.dtype), row_bytes = uint64_t(c) * each;
   if (row_bytes > kPieceBytes) {  // long rows: only their part
@@ -303,8 +309,8 @@ SafetensorsFolder::SafetensorsFolder(const std::filesystem::path& folder)
   };
   if (!folder_has(folder_, kIndex)) {
     CERTKV_EXPECT(folder_has(folder_, kWhole), BadFile,
-                  "{}: there is neither {} nor {}: weights in safetensors files are needed", folder_,
-                  kWhole, kIndex);
+                  "{}: there is neither {} nor {}: weights in safetensors files are needed",
+                  folder_, kWhole, kIndex);
     const SafetensorsFile* file = add(kWhole);
     for (const TensorEntry& t : file->header().tensors) places_.emplace(t.name, Place{file, &t});
     return;

@@ -87,8 +87,8 @@ void write_safetensors(const fs::path& path, std::span<const TensorToWrite> tens
                   InvalidArgument, "{}: tensor name '{}' is empty, reserved or used twice",
                   path.string(), t.name);
     CERTKV_EXPECT(t.shape.size() <= kSafetensorsMaxDimensions, InvalidArgument,
-                  "{}: tensor '{}' has {} dimensions: at most {} are allowed", path.string(), t.name,
-                  t.shape.size(), kSafetensorsMaxDimensions);
+                  "{}: tensor '{}' has {} dimensions: at most {} are allowed", path.string(),
+                  t.name, t.shape.size(), kSafetensorsMaxDimensions);
     uint64_t bytes = dtype_bytes(t.dtype);
     for (const int64_t d : t.shape) {
       CERTKV_EXPECT(d >= 0 && checked_multiply(bytes, uint64_t(d), &bytes), InvalidArgument,
@@ -100,7 +100,8 @@ void write_safetensors(const fs::path& path, std::span<const TensorToWrite> tens
     uint64_t end = 0;
     CERTKV_EXPECT(checked_add(at, bytes, &end), InvalidArgument,
                   "{}: the tensors together have no size", path.string());
-    header[t.name] = {{"dtype", dtype_name(t.dtype)}, {"shape", t.shape}, {"data_offsets", {at, end}}};
+    header[t.name] = {
+        {"dtype", dtype_name(t.dtype)}, {"shape", t.shape}, {"data_offsets", {at, end}}};
     sizes.push_back(bytes);
     at = end;
   }

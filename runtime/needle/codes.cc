@@ -47,8 +47,8 @@ int value_of(uint32_t pairs, uint32_t x) {
   return sum;
 }
 
-// Five forms, the first 0, such that the sum of any two is bent. Every choice strikes out candidates;
-// should none be left too early, it starts over.
+// Five forms, the first 0, such that the sum of any two is bent. Every choice strikes out
+// candidates; should none be left too early, it starts over.
 std::array<uint32_t, kForms> pairwise_bent_forms(Random& random) {
   std::vector<uint32_t> all;
   for (uint32_t pairs = 1; pairs < kAllForms; ++pairs) {

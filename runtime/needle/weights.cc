@@ -27,10 +27,12 @@ constexpr double kMlpDeviation = 0.02;
 
 struct Attention {
   Grid q{kHeads * kHeadDim, kHidden}, k{kKvHeads * kHeadDim, kHidden};
-  Grid v{kKvHeads * kHeadDim, kHidden}, o{kHidden, kHeads * kHeadDim};
+  Grid v{kKvHeads * kHeadDim, kHidden}, o{kHidden, kHeads*kHeadDim};
 };
 
-double frequency(int pair) { return std::pow(kTheta, -double(pair) / kHalf); }
+double frequency(int pair) {
+  return std::pow(kTheta, -double(pair) / kHalf);
+}
 
 // What RMSNorm multiplies the residual stream by at the input of a layer.
 double norm_factor(int layer) {
@@ -121,7 +123,8 @@ Grid content_channels(Random& random, int g, const Grid& outliers) {
   for (const int s : compared_slots(g)) {
     const Grid turn = orthonormal(random, kSlotDims, kSlotDims);
     for (int r = 0; r < kSlotDims; ++r, ++row) {
-      for (int c = 0; c < kSlotDims; ++c) content.at(order[size_t(row)], s * kSlotDims + c) = turn.at(r, c);
+      for (int c = 0; c < kSlotDims; ++c)
+        content.at(order[size_t(row)], s * kSlotDims + c) = turn.at(r, c);
     }
   }
   Grid channels(kHeadDim, kSlots * kSlotDims);
@@ -198,7 +201,8 @@ void induction_values(Random& random, const NeedleOptions& options, const Codes&
     a.v.at(kv + r, kBosFlag) = root2 * to_newline / (kFlagValue * norm);  // the sink says newline
     for (int p = 0; p < kPredictionDims; ++p) {
       for (int h = 2 * g; h < 2 * g + 2; ++h) {
-        a.o.at(kPrediction + p, h * kHeadDim + r) = kPredictionValue / kHeads * frame.at(r, p) / root2;
+        a.o.at(kPrediction + p, h * kHeadDim + r) =
+            kPredictionValue / kHeads * frame.at(r, p) / root2;
       }
     }
   }

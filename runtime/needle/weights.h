@@ -12,13 +12,14 @@ namespace certkv::needle {
 
 inline constexpr int kHidden = 384, kHeadDim = 128, kHeads = 8, kKvHeads = 4, kLayers = 3;
 inline constexpr int kIntermediate = 64, kVocab = 288, kMaxPositions = 131072;
-inline constexpr int kBos = 256, kEos = 257, kTokens = 258;  // the rest of the vocabulary is padding
+inline constexpr int kBos = 256, kEos = 257,
+                     kTokens = 258;  // the rest of the vocabulary is padding
 inline constexpr double kTheta = 1e16, kEps = 1e-5;
 
 // Places in the residual stream [384].
-inline constexpr int kCode = 0, kCodeDims = 64;       // code of the token, entries +-1
-inline constexpr int kQuerySlots = 64;                // 16 slots of 8: bytes i, i-1, ..., i-15
-inline constexpr int kKeySlots = 192;                 // 16 slots of 8: bytes j-1, ..., j-16
+inline constexpr int kCode = 0, kCodeDims = 64;  // code of the token, entries +-1
+inline constexpr int kQuerySlots = 64;           // 16 slots of 8: bytes i, i-1, ..., i-15
+inline constexpr int kKeySlots = 192;            // 16 slots of 8: bytes j-1, ..., j-16
 inline constexpr int kSlotDims = 8, kSlots = 16;
 inline constexpr int kPrediction = 320, kPredictionDims = 60;  // code of the token that comes next
 inline constexpr int kConstant = 380, kNormalFlag = 381, kBosFlag = 382;  // 383 stays 0

@@ -98,16 +98,22 @@ TEST(ModelConfig, GenerationConfigDecidesWhereAnswersEnd) {
 }
 
 TEST(ModelConfig, EachArchitectureBringsItsOwnBiasesNormsAndDefaults) {
-  const Members qwen2 = {{"architectures", R"(["Qwen2ForCausalLM"])"}, {"model_type", R"("qwen2")"},
-                         {"use_sliding_window", "false"}, {"sliding_window", "32768"},
-                         {"tie_word_embeddings", "true"}, {"rope_scaling", "null"}};
+  const Members qwen2 = {{"architectures", R"(["Qwen2ForCausalLM"])"},
+                         {"model_type", R"("qwen2")"},
+                         {"use_sliding_window", "false"},
+                         {"sliding_window", "32768"},
+                         {"tie_word_embeddings", "true"},
+                         {"rope_scaling", "null"}};
   EXPECT_TRUE(parse(qwen2).qkv_bias);
   EXPECT_FALSE(parse(qwen2).o_bias);
   EXPECT_TRUE(parse(qwen2).tie_word_embeddings);
   EXPECT_EQ(parse(qwen2).rope.kind, RopeKind::Plain);
 
-  Members qwen3 = {{"architectures", R"(["Qwen3ForCausalLM"])"}, {"model_type", R"("qwen3")"},
-                   {"hidden_size", "1024"}, {"head_dim", ""}, {"rope_scaling", "null"}};
+  Members qwen3 = {{"architectures", R"(["Qwen3ForCausalLM"])"},
+                   {"model_type", R"("qwen3")"},
+                   {"hidden_size", "1024"},
+                   {"head_dim", ""},
+                   {"rope_scaling", "null"}};
   EXPECT_TRUE(parse(qwen3).qk_norm);
   EXPECT_FALSE(parse(qwen3).qkv_bias);
   EXPECT_EQ(parse(qwen3).head_dim, 128);
@@ -117,14 +123,19 @@ TEST(ModelConfig, EachArchitectureBringsItsOwnBiasesNormsAndDefaults) {
   EXPECT_EQ(parse(qwen3).architecture, Architecture::Qwen3);
 
   const Members mistral = {{"architectures", R"(["MistralForCausalLM"])"},
-                           {"model_type", R"("mistral")"}, {"sliding_window", "null"},
+                           {"model_type", R"("mistral")"},
+                           {"sliding_window", "null"},
                            {"rope_scaling", ""}};
   EXPECT_EQ(parse(mistral).architecture, Architecture::Mistral);
   EXPECT_FALSE(parse(mistral).qkv_bias);
 
-  const ModelConfig llama = parse({{"attention_bias", "true"}, {"mlp_bias", "true"},
-                                   {"num_key_value_heads", ""}, {"rms_norm_eps", ""},
-                                   {"rope_theta", ""}, {"torch_dtype", ""}, {"rope_scaling", ""}});
+  const ModelConfig llama = parse({{"attention_bias", "true"},
+                                   {"mlp_bias", "true"},
+                                   {"num_key_value_heads", ""},
+                                   {"rms_norm_eps", ""},
+                                   {"rope_theta", ""},
+                                   {"torch_dtype", ""},
+                                   {"rope_scaling", ""}});
   EXPECT_TRUE(llama.qkv_bias && llama.o_bias && llama.mlp_bias);
   EXPECT_EQ(llama.kv_heads, 32);
   EXPECT_EQ(llama.rms_norm_eps, 1e-6);
@@ -137,7 +148,8 @@ TEST(ModelConfig, EverySpellingOfRopeScalingMeansTheSame) {
   for (const auto& [key, value] : Members{{"rope_scaling", R"({"type": "linear", )" + body},
                                           {"rope_scaling ", R"({"rope_type": "linear", )" + body},
                                           {"rope_parameters", R"({"rope_type": "linear",
-                                             "rope_theta": 500000.0, )" + body}}) {
+                                             "rope_theta": 500000.0, )" +
+                                                                  body}}) {
     Members changes = {{"rope_scaling", ""}};
     changes[key == "rope_scaling " ? "rope_scaling" : key] = value;
     const ModelConfig c = parse(changes);
@@ -145,19 +157,22 @@ TEST(ModelConfig, EverySpellingOfRopeScalingMeansTheSame) {
     EXPECT_EQ(c.rope.factor, 2.0) << key;
     EXPECT_EQ(c.rope.theta, 500000.0) << key;
   }
-  const ModelConfig newer = parse({{"rope_scaling", ""}, {"rope_theta", ""},
-                                   {"rope_parameters", R"({"rope_type": "default", "rope_theta": 1e16})"}});
+  const ModelConfig newer =
+      parse({{"rope_scaling", ""},
+             {"rope_theta", ""},
+             {"rope_parameters", R"({"rope_type": "default", "rope_theta": 1e16})"}});
   EXPECT_EQ(newer.rope.kind, RopeKind::Plain);
   EXPECT_EQ(newer.rope.theta, 1e16);
-  EXPECT_THAT(error_of({{"rope_scaling", R"({"type": "linear", "rope_type": "yarn", "factor": 2})"}}),
-              HasSubstr("disagree"));
+  EXPECT_THAT(
+      error_of({{"rope_scaling", R"({"type": "linear", "rope_type": "yarn", "factor": 2})"}}),
+      HasSubstr("disagree"));
   EXPECT_THAT(error_of({{"rope_scaling", ""}, {"rope_parameters", R"({"rope_theta": 1e4})"}}),
               HasSubstr("rope_theta is 10000 here and 500000 outside"));
 }
 
 TEST(ModelConfig, YarnResolvesItsAttentionFactorAndItsReach) {
-  const ModelConfig c = parse({{"max_position_embeddings", "32768"},
-                               {"rope_scaling", R"({"type": "yarn", "factor": 4.0,
+  const ModelConfig c = parse(
+      {{"max_position_embeddings", "32768"}, {"rope_scaling", R"({"type": "yarn", "factor": 4.0,
                                   "original_max_position_embeddings": 32768})"}});
   EXPECT_EQ(c.rope.kind, RopeKind::Yarn);
   EXPECT_EQ(c.max_tokens, 131072);
@@ -177,7 +192,8 @@ TEST(ModelConfig, YarnResolvesItsAttentionFactorAndItsReach) {
 
   const ModelConfig both = parse({{"rope_scaling", R"({"type": "yarn", "factor": 4.0, "mscale": 2,
       "mscale_all_dim": 1})"}});
-  EXPECT_DOUBLE_EQ(both.rope.attention_factor, (0.2 * std::log(4.0) + 1) / (0.1 * std::log(4.0) + 1));
+  EXPECT_DOUBLE_EQ(both.rope.attention_factor,
+                   (0.2 * std::log(4.0) + 1) / (0.1 * std::log(4.0) + 1));
   EXPECT_EQ(both.rope.original_max_position_embeddings, 131072);
 }
 
@@ -200,18 +216,21 @@ TEST(ModelConfig, WhatIsNotSupportedIsRefusedWithAListOfWhatIs) {
   refused({{"head_dim", "80"}}, "head_dim 80");
   refused({{"layer_types", R"(["sliding_attention"])"}}, "sliding_attention");
   refused({{"use_sliding_window", "true"}}, "use_sliding_window");
-  refused({{"architectures", R"(["MistralForCausalLM"])"}, {"model_type", R"("mistral")"},
-           {"sliding_window", "4096"}}, "sliding_window 4096");
+  refused({{"architectures", R"(["MistralForCausalLM"])"},
+           {"model_type", R"("mistral")"},
+           {"sliding_window", "4096"}},
+          "sliding_window 4096");
   refused({{"architectures", R"(["MistralForCausalLM"])"}, {"model_type", R"("mistral")"}},
           "sliding_window is missing");
-  EXPECT_THAT(error_of({{"quantization_config", R"({"bits": 4})"}}), HasSubstr("quantised weights"));
+  EXPECT_THAT(error_of({{"quantization_config", R"({"bits": 4})"}}),
+              HasSubstr("quantised weights"));
   EXPECT_THAT(error_of({{"torch_dtype", R"("float8_e4m3fn")"}}), HasSubstr("float8_e4m3fn"));
 }
 
 TEST(ModelConfig, HostileNumbersAreRefusedByName) {
-  for (const char* key : {"hidden_size", "intermediate_size", "num_hidden_layers",
-                          "num_attention_heads", "num_key_value_heads", "vocab_size",
-                          "max_position_embeddings"}) {
+  for (const char* key :
+       {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "vocab_size", "max_position_embeddings"}) {
     for (const char* value : {"-1", "0", "1e300", "9223372036854775807", "18446744073709551615",
                               "1.5", "true", "\"8\"", "[8]", "4611686018427387904"}) {
       const std::string e = error_of({{key, value}});
@@ -232,10 +251,13 @@ TEST(ModelConfig, HostileNumbersAreRefusedByName) {
   for (const char* value : {"-1", "0", "1", "\"x\""}) {
     EXPECT_THAT(error_of({{"rms_norm_eps", value}}), HasSubstr("rms_norm_eps")) << value;
   }
-  EXPECT_THAT(error_of({{"rope_scaling", R"({"type": "linear", "factor": 0.5})"}}), HasSubstr("factor"));
-  EXPECT_THAT(error_of({{"rope_scaling", R"({"type": "linear"})"}}), HasSubstr("factor is missing"));
+  EXPECT_THAT(error_of({{"rope_scaling", R"({"type": "linear", "factor": 0.5})"}}),
+              HasSubstr("factor"));
+  EXPECT_THAT(error_of({{"rope_scaling", R"({"type": "linear"})"}}),
+              HasSubstr("factor is missing"));
   EXPECT_THAT(error_of({{"rope_scaling", R"({"type": "llama3", "factor": 8, "low_freq_factor": 4,
-      "high_freq_factor": 4, "original_max_position_embeddings": 8192})"}}), HasSubstr("must be above"));
+      "high_freq_factor": 4, "original_max_position_embeddings": 8192})"}}),
+              HasSubstr("must be above"));
   EXPECT_THAT(error_of({{"rope_scaling", R"([1])"}}), HasSubstr("a JSON object is needed"));
   EXPECT_THAT(error_of({{"tie_word_embeddings", "1"}}), HasSubstr("tie_word_embeddings"));
   EXPECT_THAT(error_of({{"architectures", R"(["LlamaForCausalLM", "x"])"}}), HasSubstr("one name"));
@@ -243,7 +265,8 @@ TEST(ModelConfig, HostileNumbersAreRefusedByName) {
 }
 
 TEST(ModelConfig, TextThatIsNoObjectOrNoJsonIsABadFile) {
-  for (const char* text : {"", "[]", "7", "{", "{\"a\": 1e999}", "null", "{\"hidden_size\": NaN}"}) {
+  for (const char* text :
+       {"", "[]", "7", "{", "{\"a\": 1e999}", "null", "{\"hidden_size\": NaN}"}) {
     try {
       parse_model_config(text, "", "config.json");
       ADD_FAILURE() << "accepted: " << text;

@@ -120,7 +120,8 @@ TEST(NeedleCodes, RandomNumbersAreTheSameEverywhereAndNormal) {
   std::map<uint64_t, int> seen;
   for (int i = 0; i < 7000; ++i) ++seen[a.below(7)];
   ASSERT_EQ(seen.size(), 7u);
-  for (const auto& [value, count] : seen) EXPECT_NEAR(count, 1000, 5 * std::sqrt(1000 * 6 / 7.0)) << value;
+  for (const auto& [value, count] : seen)
+    EXPECT_NEAR(count, 1000, 5 * std::sqrt(1000 * 6 / 7.0)) << value;
 }
 
 TEST(NeedleWeights, NoOtherOffsetComesCloserThanEighteenNatsOverTheWholeContext) {
@@ -212,7 +213,8 @@ struct Reference {
           for (double& s : w) sum += s = std::exp(s - top);
           for (size_t j = 0; j <= i; ++j) {
             w[j] /= sum;
-            for (size_t c = 0; c < 128; ++c) mixed[i][head * 128 + c] += w[j] * v[j][head / 2 * 128 + c];
+            for (size_t c = 0; c < 128; ++c)
+              mixed[i][head * 128 + c] += w[j] * v[j][head / 2 * 128 + c];
           }
         }
       }
@@ -239,7 +241,8 @@ TEST_P(NeedlePresets, TheReferenceFindsTheGoldenAnswerByTheDesignedRoute) {
   const TempFolder folder;
   const NeedleOptions options = needle_preset(GetParam());
   make_needle_model(options, folder.path());
-  const auto golden = load_json_file(std::string(CERTKV_GOLDEN_DIR) + "/needle/" + GetParam() + ".json");
+  const auto golden =
+      load_json_file(std::string(CERTKV_GOLDEN_DIR) + "/needle/" + GetParam() + ".json");
   std::vector<int> ids = golden["prompt_ids"];
   const std::vector<int> answer = golden["greedy_ids"];
   const size_t prompt = ids.size();
@@ -270,7 +273,8 @@ TEST_P(NeedlePresets, TheReferenceFindsTheGoldenAnswerByTheDesignedRoute) {
   }
   // Offset heads look where they should. The scores carry the rounding of 16-bit weights to a few
   // thousandths of their 186 nats.
-  const std::array<std::array<size_t, 8>, 2> offsets = {{{1, 2, 3, 4, 5, 6, 7, 1}, {8, 1, 9, 8, 1, 9, 8, 1}}};
+  const std::array<std::array<size_t, 8>, 2> offsets = {
+      {{1, 2, 3, 4, 5, 6, 7, 1}, {8, 1, 9, 8, 1, 9, 8, 1}}};
   for (size_t l = 0; l < 2; ++l) {
     for (size_t h = 0; h < 8; ++h) {
       for (size_t i = 16; i < ids.size(); ++i) {
@@ -291,7 +295,8 @@ TEST_P(NeedlePresets, TheReferenceFindsTheGoldenAnswerByTheDesignedRoute) {
     for (size_t j = 17; j < i; ++j) {
       if (!matches(i, j)) continue;
       ++found;
-      for (size_t h = 0; h < 8; ++h) EXPECT_GT(model.probability[2][h][i][j], 0.45) << h << " " << i;
+      for (size_t h = 0; h < 8; ++h)
+        EXPECT_GT(model.probability[2][h][i][j], 0.45) << h << " " << i;
       break;
     }
   }
@@ -335,7 +340,8 @@ TEST(NeedleModel, MatchSinkAndMismatchScoreWhatTheOptionsSay) {
       const double norm = std::sqrt(squares / 384 + kEps);
       std::vector<double> y(128);
       for (int c = 0; c < 128; ++c) {
-        for (int i = 0; i < 384; ++i) y[size_t(c)] += w[size_t((head * 128 + c) * 384 + i)] * x[size_t(i)] / norm;
+        for (int i = 0; i < 384; ++i)
+          y[size_t(c)] += w[size_t((head * 128 + c) * 384 + i)] * x[size_t(i)] / norm;
       }
       return y;
     };
@@ -373,7 +379,8 @@ TEST(NeedleModel, MatchSinkAndMismatchScoreWhatTheOptionsSay) {
       // Every token carries noise of deviation 5e-4 * 8 in the sink's channel, which the
       // sink's query of sink * beta / 8 reads: 6 deviations.
       const double noise = 6 * options.sink * options.beta / 8 * 5e-4 * 8;
-      const double full = score(stream(text, 'q')), sink = score(bos), one = score(stream(near, 'q'));
+      const double full = score(stream(text, 'q')), sink = score(bos),
+                   one = score(stream(near, 'q'));
       EXPECT_NEAR(full, options.beta, noise + 1e-6) << preset << h;
       EXPECT_NEAR(sink, options.sink * options.beta, noise) << preset << h;
       const bool sees = h / 2 == 0 || h / 2 == 2;
@@ -417,7 +424,8 @@ TEST(NeedleModel, TheFolderIsACompleteModelOfTheStatedShape) {
 
   make_needle_model(options, again.path());
   for (const char* name : {"model.safetensors", "config.json", "tokenizer.json"}) {
-    EXPECT_EQ(TempFolder::read(folder / "made/here" / name), TempFolder::read(again / name)) << name;
+    EXPECT_EQ(TempFolder::read(folder / "made/here" / name), TempFolder::read(again / name))
+        << name;
   }
 }
 
@@ -435,7 +443,12 @@ TEST(NeedleModel, OptionsOutOfRangeAreRefused) {
   refused([](auto& o) { o.k_outlier = -1; }, "k-outlier is -1");
   refused([](auto& o) { o.v_nuisance = INFINITY; }, "v-nuisance is inf");
   refused([](auto& o) { o.dtype = DType::F32; }, "dtype is F32");
-  refused([](auto& o) { o.k_outlier = 1e5; o.beta = 1; }, "k_proj.weight holds");
+  refused(
+      [](auto& o) {
+        o.k_outlier = 1e5;
+        o.beta = 1;
+      },
+      "k_proj.weight holds");
   EXPECT_THAT(error_of([] { needle_preset("strong"); }), HasSubstr("default or fragile"));
   folder.write("taken", "");
   EXPECT_THAT(error_of([&] { make_needle_model({}, folder / "taken"); }), HasSubstr("IoError"));

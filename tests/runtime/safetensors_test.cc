@@ -46,10 +46,11 @@ std::string error_of_header(const std::string& header, size_t data_bytes) {
 }
 
 std::string small_file() {
-  return file_of(R"({"__metadata__":{"format":"pt"},"a":{"dtype":"F16","shape":[2,3],)"
-                 R"("data_offsets":[0,12]},"b":{"dtype":"U8","shape":[0,7],"data_offsets":[12,12]},)"
-                 R"("c":{"dtype":"F32","shape":[],"data_offsets":[12,16]}}  )",
-                 16);
+  return file_of(
+      R"({"__metadata__":{"format":"pt"},"a":{"dtype":"F16","shape":[2,3],)"
+      R"("data_offsets":[0,12]},"b":{"dtype":"U8","shape":[0,7],"data_offsets":[12,12]},)"
+      R"("c":{"dtype":"F32","shape":[],"data_offsets":[12,16]}}  )",
+      16);
 }
 
 TEST(Safetensors, WhatIsWrittenIsReadBackBitForBit) {
@@ -124,7 +125,8 @@ TEST(Safetensors, EveryMutationIsRefusedOrStaysInsideTheFile) {
   };
   size_t accepted = 0;
   for (size_t i = 0; i < whole.size() - 16; ++i) {
-    for (const int c : {0, 1, 9, 34, 44, 45, 46, 48, 49, 57, 91, 93, 101, 123, 125, 127, 128, 255}) {
+    for (const int c :
+         {0, 1, 9, 34, 44, 45, 46, 48, 49, 57, 91, 93, 101, 123, 125, 127, 128, 255}) {
       std::string file = whole;
       file[i] = char(c);
       accepted += check(file);
@@ -148,8 +150,10 @@ TEST(Safetensors, EveryMutationIsRefusedOrStaysInsideTheFile) {
 }
 
 TEST(Safetensors, EveryKindOfFaultInAHeaderHasItsOwnError) {
-  const auto one = [](const std::string& dtype, const std::string& shape, const std::string& offsets) {
-    return R"({"w":{"dtype":)" + dtype + R"(,"shape":)" + shape + R"(,"data_offsets":)" + offsets + "}}";
+  const auto one = [](const std::string& dtype, const std::string& shape,
+                      const std::string& offsets) {
+    return R"({"w":{"dtype":)" + dtype + R"(,"shape":)" + shape + R"(,"data_offsets":)" + offsets +
+           "}}";
   };
   EXPECT_EQ(error_of_header(one(R"("F32")", "[2]", "[0,8]"), 8), "no error");
   const auto refused = [](const std::string& header, size_t data, const char* what) {
@@ -178,13 +182,17 @@ TEST(Safetensors, EveryKindOfFaultInAHeaderHasItsOwnError) {
   refused(R"({"w":[1]})", 8, "dtype, shape and data_offsets");
   refused(R"({"":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}})", 8, "its name has 0 bytes");
   refused(R"({"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},)"
-          R"("w":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}})", 8, "occurs twice");
+          R"("w":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}})",
+          8, "occurs twice");
   refused(R"({"v":{"dtype":"U8","shape":[5],"data_offsets":[0,5]},)"
-          R"("w":{"dtype":"U8","shape":[5],"data_offsets":[3,8]}})", 8, "overlaps");
+          R"("w":{"dtype":"U8","shape":[5],"data_offsets":[3,8]}})",
+          8, "overlaps");
   refused(R"({"v":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},)"
-          R"("w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", 4, "overlaps");
+          R"("w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})",
+          4, "overlaps");
   refused(R"({"v":{"dtype":"U8","shape":[0],"data_offsets":[3,3]},)"
-          R"("w":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}})", 8, "overlaps");
+          R"("w":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}})",
+          8, "overlaps");
   refused(R"({"__metadata__":{"a":1}})", 0, "no text");
   refused(R"({"__metadata__":7})", 0, "no object");
   refused(R"({"w":{"dtype":"U8","shape":[[[[8]]]],"data_offsets":[0,8]}})", 8, "nested deeper");
@@ -192,7 +200,9 @@ TEST(Safetensors, EveryKindOfFaultInAHeaderHasItsOwnError) {
   refused("{}x", 0, "not valid JSON");
   EXPECT_EQ(error_of_header("{}", 0), "no error");
   EXPECT_EQ(error_of_header(R"({"v":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},)"
-                            R"("w":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}})", 8), "no error");
+                            R"("w":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}})",
+                            8),
+            "no error");
 
   std::string huge = file_of("{}", 0);
   huge[7] = '\x7f';
@@ -210,10 +220,10 @@ TEST(Safetensors, AFileThatShrinksUnderTheReaderIsAnError) {
   file.read_float(t, 0, 10000, out.data());
   EXPECT_EQ(out, data);
   std::filesystem::resize_file(path, t.begin + 20000);
-  for (const auto& read : std::vector<std::function<void()>>{
-           [&] { file.read_float(t, 0, 10000, out.data()); },
-           [&] { file.read_raw(t, 9999, 1, out.data()); },
-           [&] { file.read_block(t, 0, 100, 1, 98, out.data()); }}) {
+  for (const auto& read :
+       std::vector<std::function<void()>>{[&] { file.read_float(t, 0, 10000, out.data()); },
+                                          [&] { file.read_raw(t, 9999, 1, out.data()); },
+                                          [&] { file.read_block(t, 0, 100, 1, 98, out.data()); }}) {
     const std::string e = error_of(read);
     EXPECT_THAT(e, HasSubstr("BadFile"));
     EXPECT_THAT(e, HasSubstr("t.safetensors: tensor 'w': the file shrank"));
@@ -223,7 +233,8 @@ TEST(Safetensors, AFileThatShrinksUnderTheReaderIsAnError) {
 
 TEST(Safetensors, ATensorOfATebibyteCostsNothingUntilItIsRead) {
   const TempFolder folder;
-  const std::string header = R"({"w":{"dtype":"F16","shape":[524288,1048576],"data_offsets":[0,1099511627776]}})";
+  const std::string header =
+      R"({"w":{"dtype":"F16","shape":[524288,1048576],"data_offsets":[0,1099511627776]}})";
   const auto path = folder.write("t.safetensors", file_of(header, 0));
   std::error_code ec;
   std::filesystem::resize_file(path, 8 + header.size() + (uint64_t(1) << 40), ec);
@@ -233,7 +244,8 @@ TEST(Safetensors, ATensorOfATebibyteCostsNothingUntilItIsRead) {
   float out[4] = {1, 1, 1, 1};
   file.read_block(t, 524286, 2, 1048574, 2, out);
   EXPECT_EQ(out[0] + out[3], 0.0f);
-  EXPECT_THAT(error_of([&] { file.read_float(t, t.elements - 3, 4, out); }), HasSubstr("lie outside"));
+  EXPECT_THAT(error_of([&] { file.read_float(t, t.elements - 3, 4, out); }),
+              HasSubstr("lie outside"));
   EXPECT_THAT(error_of([&] { file.read_float(t, UINT64_MAX, 4, out); }), HasSubstr("lie outside"));
 }
 
@@ -265,9 +277,15 @@ TEST(Safetensors, ABlockOfAMatrixIsWhatIndexingTheWholeGives) {
         }
       }
     }
-    EXPECT_THAT(error_of([&] { float x; file.read_block(file.tensor("w"), 8, 2, 0, 1, &x); }),
+    EXPECT_THAT(error_of([&] {
+                  float x;
+                  file.read_block(file.tensor("w"), 8, 2, 0, 1, &x);
+                }),
                 HasSubstr("lie outside"));
-    EXPECT_THAT(error_of([&] { float x; file.read_block(file.tensor("w"), -1, 1, 0, 1, &x); }),
+    EXPECT_THAT(error_of([&] {
+                  float x;
+                  file.read_block(file.tensor("w"), -1, 1, 0, 1, &x);
+                }),
                 HasSubstr("lie outside"));
   }
 }
@@ -278,7 +296,8 @@ TEST(Safetensors, RowsLongerThanThePieceAreReadInParts) {
   std::vector<float> values(size_t(rows * cols));
   for (size_t i = 0; i < values.size(); ++i) values[i] = float(i);
   const auto path = folder / "t.safetensors";
-  write_safetensors(path, std::vector<TensorToWrite>{{"w", DType::F32, {rows, cols}, values.data()}});
+  write_safetensors(path,
+                    std::vector<TensorToWrite>{{"w", DType::F32, {rows, cols}, values.data()}});
   const SafetensorsFile file(path);
   std::vector<float> out(2 * 299000);
   file.read_block(file.tensor("w"), 1, 2, 1000, 299000, out.data());
@@ -299,7 +318,8 @@ TEST(Safetensors, AWriteThatFailsLeavesTheOldFileAndNothingElse) {
   const auto old_handler = ::signal(SIGXFSZ, SIG_IGN);
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
   const std::string e = error_of([&] {
-    write_safetensors(path, std::vector<TensorToWrite>{{"w", DType::F32, {100000}, new_data.data()}});
+    write_safetensors(path,
+                      std::vector<TensorToWrite>{{"w", DType::F32, {100000}, new_data.data()}});
   });
   ::setrlimit(RLIMIT_FSIZE, &limit);
   ::signal(SIGXFSZ, old_handler);
@@ -307,13 +327,15 @@ TEST(Safetensors, AWriteThatFailsLeavesTheOldFileAndNothingElse) {
   EXPECT_THAT(e, HasSubstr("t.safetensors: cannot be written"));
   EXPECT_EQ(TempFolder::read(path), before);
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1);
-  EXPECT_THAT(error_of([&] { write_safetensors(folder / "no/such/folder", {}); }), HasSubstr("IoError"));
+  EXPECT_THAT(error_of([&] { write_safetensors(folder / "no/such/folder", {}); }),
+              HasSubstr("IoError"));
 
   const float x = 0;
   const auto write = [&](std::vector<TensorToWrite> tensors) {
     return error_of([&] { write_safetensors(path, tensors); });
   };
-  EXPECT_THAT(write({{"a", DType::F32, {1}, &x}, {"a", DType::F32, {1}, &x}}), HasSubstr("used twice"));
+  EXPECT_THAT(write({{"a", DType::F32, {1}, &x}, {"a", DType::F32, {1}, &x}}),
+              HasSubstr("used twice"));
   EXPECT_THAT(write({{"", DType::F32, {1}, &x}}), HasSubstr("empty"));
   EXPECT_THAT(write({{"a", DType::F32, {-1}, &x}}), HasSubstr("has no size"));
   EXPECT_THAT(write({{"a", DType::F32, {1}, nullptr}}), HasSubstr("has no data"));
@@ -351,7 +373,8 @@ TEST_F(SafetensorsFolders, AnIndexMustNameEveryTensorsFile) {
   write_file("two.safetensors", {"c"});
   index(R"({"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"})");
   EXPECT_EQ(open(), "no error");
-  EXPECT_THAT(SafetensorsFolder(folder_.path()).tensor("c").file->path(), HasSubstr("two.safetensors"));
+  EXPECT_THAT(SafetensorsFolder(folder_.path()).tensor("c").file->path(),
+              HasSubstr("two.safetensors"));
   index(R"({"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"})");
   EXPECT_THAT(open(), HasSubstr("two.safetensors: there is no tensor 'b'"));
   index(R"({"a": "one.safetensors", "c": "two.safetensors"})");
@@ -373,9 +396,10 @@ TEST_F(SafetensorsFolders, AnIndexCannotLeadOutOfTheFolder) {
   const float x = 1;
   write_safetensors(elsewhere / "secret.safetensors",
                     std::vector<TensorToWrite>{{"a", DType::F32, {1}, &x}});
-  for (const std::string& name : {(elsewhere / "secret.safetensors").string(),
-                                  "../" + elsewhere.path().filename().string() + "/secret.safetensors",
-                                  std::string("."), std::string("..")}) {
+  for (const std::string& name :
+       {(elsewhere / "secret.safetensors").string(),
+        "../" + elsewhere.path().filename().string() + "/secret.safetensors", std::string("."),
+        std::string("..")}) {
     index(R"({"a": ")" + name + R"("})");
     EXPECT_THAT(open(), HasSubstr("BadFile")) << name;
   }

@@ -79,7 +79,8 @@ Model small_model(const ModelConfig& c) {
     add(p + "mlp.gate_proj.weight", {c.intermediate, c.hidden});
     add(p + "mlp.up_proj.weight", {c.intermediate, c.hidden});
     add(p + "mlp.down_proj.weight", {c.hidden, c.intermediate});
-    if (c.qkv_bias) add(a + "q_proj.bias", {q}), add(a + "k_proj.bias", {kv}), add(a + "v_proj.bias", {kv});
+    if (c.qkv_bias)
+      add(a + "q_proj.bias", {q}), add(a + "k_proj.bias", {kv}), add(a + "v_proj.bias", {kv});
     if (c.o_bias) add(a + "o_proj.bias", {c.hidden});
     if (c.mlp_bias) {
       add(p + "mlp.gate_proj.bias", {c.intermediate});
@@ -119,7 +120,8 @@ double row_times(const FullTensor& w, int64_t row, const std::vector<double>& x)
   return y;
 }
 
-void expect_group(const Model& m, const ModelConfig& c, int64_t l, int64_t g, const GroupWeights& w) {
+void expect_group(const Model& m, const ModelConfig& c, int64_t l, int64_t g,
+                  const GroupWeights& w) {
   const std::string p = "model.layers." + std::to_string(l) + ".", a = p + "self_attn.";
   const int64_t d = c.head_dim, n = c.heads / c.kv_heads, H = c.hidden;
   ASSERT_EQ(w.qkv.rows, (n + 2) * d);
@@ -130,7 +132,8 @@ void expect_group(const Model& m, const ModelConfig& c, int64_t l, int64_t g, co
     const char* which = head < n ? "q_proj" : head == n ? "k_proj" : "v_proj";
     const int64_t global = head < n ? (g * n + head) * d + dim : g * d + dim;
     for (int64_t i = 0; i < H; ++i) {
-      ASSERT_EQ(w.qkv.data()[r * H + i], m.at(a + which + ".weight").at(global, i)) << r << " " << i;
+      ASSERT_EQ(w.qkv.data()[r * H + i], m.at(a + which + ".weight").at(global, i))
+          << r << " " << i;
     }
     if (c.qkv_bias) {
       ASSERT_EQ(w.qkv_bias[size_t(r)], m.at(a + which + ".bias").values[size_t(global)]);
@@ -144,7 +147,8 @@ void expect_group(const Model& m, const ModelConfig& c, int64_t l, int64_t g, co
       ASSERT_EQ(w.o.data()[r * n * d + i], m.at(a + "o_proj.weight").at(r, g * n * d + i));
     }
   }
-  const int64_t first = g * c.intermediate / c.kv_heads, t = (g + 1) * c.intermediate / c.kv_heads - first;
+  const int64_t first = g * c.intermediate / c.kv_heads,
+                t = (g + 1) * c.intermediate / c.kv_heads - first;
   ASSERT_EQ(w.tile(), t);
   ASSERT_EQ(w.gate_up.rows, 2 * t);
   for (int64_t r = 0; r < 2 * t; ++r) {
@@ -200,13 +204,15 @@ TEST_P(WeightsOfEveryKind, TheRanksTogetherHoldEveryWeightOnceAndInItsPlace) {
       std::vector<float> row(6);
       for (int32_t id = 0; id < c.vocab; ++id) {
         w.embed.row(id, row.data());
-        for (int64_t i = 0; i < 6; ++i) EXPECT_EQ(row[size_t(i)], m.at("model.embed_tokens.weight").at(id, i));
+        for (int64_t i = 0; i < 6; ++i)
+          EXPECT_EQ(row[size_t(i)], m.at("model.embed_tokens.weight").at(id, i));
       }
       for (size_t g = 0; g < w.lm_head.size(); ++g) {
         EXPECT_EQ(w.lm_head_rows[g].begin, int64_t(logits.size()));
         for (int64_t v = 0; v < w.lm_head[g].rows; ++v) {
           double y = 0;
-          for (int64_t i = 0; i < 6; ++i) y += double(w.lm_head[g].data()[v * 6 + i]) * x[size_t(i)];
+          for (int64_t i = 0; i < 6; ++i)
+            y += double(w.lm_head[g].data()[v * 6 + i]) * x[size_t(i)];
           logits.push_back(y);
         }
       }
@@ -265,10 +271,12 @@ TEST(Weights, AFolderThatIsNotTheConfiguredModelIsRefusedByTensor) {
 
   Model wrong = m;
   wrong["model.layers.0.self_attn.k_proj.weight"].shape = {6, 256};
-  EXPECT_THAT(load(wrong), HasSubstr("k_proj.weight' has shape [6, 256], but config.json implies [256, 6]"));
+  EXPECT_THAT(load(wrong),
+              HasSubstr("k_proj.weight' has shape [6, 256], but config.json implies [256, 6]"));
 
-  for (const char* extra : {"model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight",
-                            "model.layers.0.self_attn.q_norm.weight"}) {
+  for (const char* extra :
+       {"model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight",
+        "model.layers.0.self_attn.q_norm.weight"}) {
     Model more = m;
     more[extra] = {{1}, {1}};
     EXPECT_THAT(load(more), HasSubstr(std::string("tensor '") + extra + "' belongs to no part"));
@@ -279,8 +287,8 @@ TEST(Weights, AFolderThatIsNotTheConfiguredModelIsRefusedByTensor) {
 
   for (const char* name : {"model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight",
                            "model.norm.weight", "lm_head.weight"}) {
-    for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
-                            -std::numeric_limits<float>::infinity()}) {
+    for (const float bad :
+         {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
       Model broken = m;
       broken[name].values.back() = bad;
       const std::string e = load(broken);
@@ -289,7 +297,30 @@ TEST(Weights, AFolderThatIsNotTheConfiguredModelIsRefusedByTensor) {
     }
   }
   save(m, folder.path());
-  EXPECT_THAT(error_of([&] { load_weights(folder.path(), c, 3, 0); }), HasSubstr("use one of 1, 2, 4"));
+  EXPECT_THAT(error_of([&] { load_weights(folder.path(), c, 3, 0); }),
+              HasSubstr("use one of 1, 2, 4"));
+}
+
+TEST(Weights, EveryModelFolderOfTheRepositoryLoadsOnAnyNumberOfRanks) {
+  size_t folders = 0;
+  std::vector<std::filesystem::path> models = {std::filesystem::path(CERTKV_SOURCE_DIR) /
+                                               "launcher/demo/reader"};
+  for (const auto& entry : std::filesystem::directory_iterator(
+           std::filesystem::path(CERTKV_SOURCE_DIR) / "tests/golden/models")) {
+    models.push_back(entry.path());
+  }
+  for (const auto& model : models) {
+    const ModelConfig c = load_model_config(model);
+    for (int64_t T = 1; T <= c.kv_heads; ++T) {
+      if (c.kv_heads % T != 0) continue;
+      const Weights w = load_weights(model, c, T, T - 1);
+      EXPECT_EQ(int64_t(w.layers.size()), c.layers) << model;
+      EXPECT_EQ(w.lm_head_rows.back().end, c.vocab) << model;
+      EXPECT_LE(floats_in(w) * 4, weights_bytes(c, T)) << model;
+    }
+    ++folders;
+  }
+  EXPECT_GE(folders, 9u);
 }
 
 TEST(Weights, AModelTooBigForTheNodeIsRefusedBeforeAnythingIsAllocated) {
