@@ -163,17 +163,20 @@ TEST(SentencePieceGolden, ATokenizerModelEncodesAsItsOwnLibraryAndDecodesAsItsCo
   EXPECT_EQ(model->eos_id(), 2);
   EXPECT_TRUE(model->is_special(1));
   EXPECT_TRUE(model->is_special(0));
-  for (const json& c : load_json_file(kFolder + "pieces.golden.json")["cases"]) {
+  const json golden = load_json_file(kFolder + "pieces.golden.json");
+  for (const json& c : golden["cases"]) {
     const auto text = c[0].get<std::string>();
     Ids expected = c[1].get<Ids>();
     EXPECT_EQ(model->encode(text, false), expected) << text;
     expected.insert(expected.begin(), 1);
     EXPECT_EQ(model->encode(text, true), expected) << text;
-    EXPECT_EQ(model->decode(expected, true), text);
+    std::string spaced = text;  // SentencePiece cannot tell U+2581 from a space
+    for (size_t at; (at = spaced.find("\xe2\x96\x81")) != spaced.npos;) spaced.replace(at, 3, " ");
+    EXPECT_EQ(model->decode(expected, true), spaced);
     EXPECT_EQ(streamed(model, expected, true), model->decode(expected, true));
   }
-  const auto converted = load("llama2");
-  for (const json& d : load_json_file(kFolder + "llama2.golden.json")["decoded"])
+  const json conversion = load_json_file(kFolder + "llama2.golden.json");
+  for (const json& d : conversion["decoded"])
     EXPECT_EQ(model->decode(d[0].get<Ids>(), true), d[2].get<std::string>()) << d[0];
   EXPECT_EQ(model->encode("a<s>b", false, SpecialInText::Parse)[1], 1);
   for (const int32_t id : model->encode("a<s>b", false, SpecialInText::AsText)) EXPECT_NE(id, 1);
