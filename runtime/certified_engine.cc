@@ -182,10 +182,8 @@ Plan CertifiedEngine::make_plan(bool stop, std::vector<std::byte>* payload) {
   }
   if (!waiting_.empty() && !blocked_) {
     const Request& r = waiting_.front();
-    const int forks = int(policies_of(r).size());
     const EngineNeed n = need(r);
-    const bool room = running_.size() + size_t(forks) <=
-                          size_t(options_.run.max_batch) * size_t(forks) &&
+    const bool room = open_forks_.size() < size_t(options_.run.max_batch) &&
                       claimed() + n.tier1 + n.scratch <= tier1_capacity_;
     if (room || running_.empty()) {
       *payload = encode_request(r);
