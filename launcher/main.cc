@@ -2,6 +2,7 @@
 #include <fmt/core.h>
 
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -21,7 +22,10 @@ void let_first_local_rank_speak() {
   for (const char* name : {"OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"}) {
     const char* text = std::getenv(name);
     if (text == nullptr) continue;
-    if (std::atoi(text) > 0) std::this_thread::sleep_for(std::chrono::seconds(1));
+    if (std::atoi(text) > 0) {
+      std::signal(SIGTERM, SIG_DFL);  // how the launcher ends this one
+      std::this_thread::sleep_for(std::chrono::seconds(1));
+    }
     return;
   }
 }
