@@ -29,8 +29,8 @@ struct JobRank {
   MessageChannel* channel = nullptr;  // of the leaders, ranked by replica; null for one replica
   int replica = 0, replicas = 1;
   int64_t max_batch = 8;              // requests in stock per replica: twice as many
-  std::function<bool()> stop;         // asked between steps; stays true
-  std::function<void()> alive;        // sign of life while a leader waits for work
+  std::function<bool()> stop = {};    // asked between steps; stays true
+  std::function<void()> alive = {};   // sign of life while a leader waits for work
 };
 
 struct JobInput {
