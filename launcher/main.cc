@@ -24,7 +24,7 @@ void let_first_local_rank_speak() {
     if (text == nullptr) continue;
     if (std::atoi(text) > 0) {
       std::signal(SIGTERM, SIG_DFL);  // how the launcher ends this one
-      std::this_thread::sleep_for(std::chrono::seconds(1));
+      std::this_thread::sleep_for(std::chrono::seconds(3));
     }
     return;
   }
