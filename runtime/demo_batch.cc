@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <string_view>
 
 #include "kernels/base/error.h"
 #include "runtime/json_file.h"
@@ -138,6 +139,23 @@ std::string plant(Random& r, const std::string& text, size_t room, const std::ve
   return out.append(body, from);
 }
 
+// As a novel is printed: no indentation, single blanks, at most one empty line, no rows of signs,
+// ASCII only.
+std::string plain_prose(const std::string& text) {
+  std::string out;
+  for (char c : text) {
+    const char last = out.empty() ? '\n' : out.back();
+    if (c == '\t') c = ' ';
+    if (c != '\n' && (c < ' ' || c > '~')) continue;
+    if (c == ' ' && (last == ' ' || last == '\n')) continue;
+    if (c == '\n' && last == ' ') out.pop_back();
+    if (c == '\n' && out.ends_with("\n\n")) continue;
+    if (c == last && std::string_view("-=*_#").find(c) != std::string_view::npos) continue;
+    out += c;
+  }
+  return out;
+}
+
 bool is_needle(const std::string& model) {
   CERTKV_EXPECT(model == "reader" || model == "needle", InvalidArgument,
                 "model '{}': there are questions for reader and needle", model);
@@ -156,10 +174,7 @@ std::vector<DemoQuestion> make_demo_batch(const std::string& text_with_all,
   const bool needle = is_needle(options.model);
   CERTKV_EXPECT(options.questions >= 1 && options.questions <= 20, InvalidArgument,
                 "questions is {}: 1 to 20 per document are possible", options.questions);
-  std::string text;
-  for (char c : text_with_all) {
-    if (c == '\n' || (c >= ' ' && c <= '~')) text += c;
-  }
+  const std::string text = plain_prose(text_with_all);
   std::vector<DemoQuestion> batch;
   for (size_t d = 0; d < options.contexts.size(); ++d) {
     const int64_t context = options.contexts[d];
