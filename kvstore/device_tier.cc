@@ -6,6 +6,7 @@
 #include <new>
 
 #include "kernels/base/error.h"
+#include "kernels/digest.h"
 #include "kernels/quantize.h"
 
 namespace certkv {
@@ -27,6 +28,7 @@ struct DeviceTier::Page {
   std::shared_ptr<TierAccount> account;
   size_t bytes;
   std::byte* data;
+  uint64_t digest = 0;  // over codes, metadata and annotations, written at sealing
 };
 
 DeviceTier::DeviceTier(std::shared_ptr<const PageFormat> format, DType dtype,
@@ -119,6 +121,7 @@ void DeviceTier::seal(const uint16_t* k, const uint16_t* v, const SealSink& sink
                      .nu = note.nu,
                      .k_norm = note.k_norm});
   }
+  page->digest = payload_digest(page->data, page->bytes);
   pages_.push_back(std::move(page));
   sealed_blocks_ += size_t(f.blocks());
   tokens_ += group;
@@ -137,6 +140,12 @@ void DeviceTier::list_open_blocks(size_t changed_from) {
     refs_[sealed_blocks_ + b] = {.page = nullptr, .index = 0, .tokens = int16_t(n), .k = k, .v = v,
                                  .nu = note.nu, .k_norm = note.k_norm};
   }
+}
+
+size_t DeviceTier::damaged_pages() const {
+  size_t damaged = 0;
+  for (const auto& p : pages_) damaged += payload_digest(p->data, p->bytes) != p->digest;
+  return damaged;
 }
 
 uint64_t DeviceTier::bytes() const {

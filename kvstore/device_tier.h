@@ -49,6 +49,10 @@ class DeviceTier {
   void use_key(size_t block, const uint16_t* k) { refs_[block].k = k; }
   void use_value(size_t block, const uint16_t* v) { refs_[block].v = v; }
 
+  // Pages whose bytes no longer match the digest written when they were sealed (method section 7).
+  // Reads every page.
+  size_t damaged_pages() const;
+
   const PageFormat& format() const { return *format_; }
   DType dtype() const { return dtype_; }
   uint64_t bytes() const;        // of this head, shared pages included
