@@ -200,6 +200,13 @@ void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequence
 
 const SequenceReport& CertifiedCache::report(int64_t sequence) const { return at(sequence).report; }
 
+// The step is counted by the sequence's own tokens, so that what depends on it (exploration) does not
+// depend on neighbours in the batch.
+StepWhere CertifiedCache::where(const Sequence& s, int layer, int head,
+                                const HeadState& state) const {
+  return {s.id, layer, int(heads_.begin) + head, uint64_t(state.tier.tokens())};
+}
+
 void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* flags) {
   const size_t heads = size_t(heads_.count()), d = size_t(format_->head_dim);
   const size_t per_group = size_t(config_.heads_per_group());
@@ -209,14 +216,13 @@ void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* f
     HeadState& state = s.heads[size_t(layer) * heads + h];
     GroupReport& g = s.groups[h];
     float* out = rows[row].out + h * per_group * d;
-    const StepWhere where{s.id, layer, int(heads_.begin) + int(h), step_};
     g = {};
     g.heads.resize(per_group);
     if (!s.failed()) {
       try {
         state.tier.append(rows[row].k + h * d, rows[row].v + h * d, 1, sink(s, layer, int(h)));
         Originals originals(*this, s, layer, int(h));
-        head_step(s.rules, where, int(per_group), rows[row].q + h * per_group * d, &state,
+        head_step(s.rules, where(s, layer, int(h), state), int(per_group), rows[row].q + h * per_group * d, &state,
                   originals, out, nullptr, &g);
       } catch (const Error& e) {
         if (e.kind() == ErrorKind::StoreLost) throw;  // ends the job, not the request
@@ -250,10 +256,10 @@ void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
       return;
     }
     Originals originals(*this, s, layer, int(h));
-    const StepWhere where{s.id, layer, int(heads_.begin) + int(h), step_};
+    HeadState& state = s.heads[size_t(layer) * heads + h];
     GroupReport& g = s.groups[h];
-    dense_step(where, int(per_group), (1u << per_group) - 1, 4,
-               rows[row].q + h * per_group * d, &s.heads[size_t(layer) * heads + h], originals,
+    dense_step(where(s, layer, int(h), state), int(per_group), (1u << per_group) - 1, 4,
+               rows[row].q + h * per_group * d, &state, originals,
                rows[row].out + h * per_group * d, nullptr, &g);
     group_.alive();
   });

@@ -92,6 +92,7 @@ class CertifiedCache : public KvAttention {
   class Originals;
   Sequence& at(int64_t sequence) const;
   void account(int layer, Sequence& s, size_t head, const GroupReport& g);
+  StepWhere where(const Sequence& s, int layer, int head, const HeadState& state) const;
   void fail(Sequence& s, ErrorKind kind, const std::string& text) const;
   OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
   SealSink sink(Sequence& s, int layer, int head);
