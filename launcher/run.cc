@@ -318,7 +318,11 @@ int run_command(Args& args) {
                    .replicas = ranks.layout.data,
                    .max_batch = job.run.max_batch,
                    .stop = [&] { return signals.stop() && signals.settled(); },
-                   .alive = [&] { ranks.group->alive(); }};
+                   .alive = [&] { ranks.group->alive(); },
+                   .on_error =
+                       [&] {
+                         while (!signals.settled()) ::pause();  // the other thread ends the process
+                       }};
   if (rank != 0) {
     run_replica(me);
     return kExitDone;

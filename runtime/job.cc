@@ -1,5 +1,6 @@
 #include "runtime/job.h"
 
+#include <algorithm>
 #include <chrono>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -221,7 +222,9 @@ int Dealer::run() {
     } else {
       idle(rank_);
     }
-    output_.tick(rank_.engine.load());
+    Engine::Load load = rank_.engine.load();
+    load.running = open_.size() - std::min<uint64_t>(open_.size(), load.waiting);  // not their forks
+    output_.tick(load);
   }
   if (stopped) {
     // What counts comes first: mpirun may leave no time for a farewell.
@@ -243,6 +246,7 @@ int run_job(const JobRank& rank, JobInput input, JobOutput& output) {
   try {
     return Dealer(rank, std::move(input), output).run();
   } catch (...) {
+    if (rank.on_error) rank.on_error();
     try {
       output.close();
     } catch (const Error& e) {

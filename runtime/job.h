@@ -31,6 +31,9 @@ struct JobRank {
   int64_t max_batch = 8;              // requests in stock per replica: twice as many
   std::function<bool()> stop = {};    // asked between steps; stays true
   std::function<void()> alive = {};   // sign of life while a leader waits for work
+  // Before anything is written because of an error. Does not return where another thread already
+  // ends the process.
+  std::function<void()> on_error = {};
 };
 
 struct JobInput {
