@@ -1,0 +1,180 @@
+// The engine over the certified cache, as thread ranks with a store in this process.
+#include "runtime/certified_engine.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <mutex>
+#include <random>
+
+#include "kvstore/client.h"
+#include "parallel/communicator.h"
+#include "runtime/tokenizer.h"
+#include "runtime/weights.h"
+#include "tests/kvstore/store_support.h"
+#include "tests/support/random_model.h"
+#include "tests/support/thread_ranks.h"
+
+namespace certkv {
+namespace {
+
+constexpr uint64_t kArena = uint64_t(64) << 20;
+
+// Byte-level tokenizer without merges: id = byte.
+std::shared_ptr<const Tokenizer> byte_tokenizer() { return load_tokenizer(CERTKV_READER_DIR); }
+
+Request random_request(uint64_t id, int64_t vocab, size_t prompt, int64_t max_tokens) {
+  std::mt19937 random(uint32_t(id + 1));
+  Request r;
+  r.id = id;
+  for (size_t i = 0; i < prompt; ++i) r.prompt.push_back(int32_t(random() % uint64_t(vocab)));
+  r.sampling.max_tokens = max_tokens;
+  r.sampling.temperature = 1.0;  // random weights have near ties: draws exercise the stream too
+  r.sampling.seed = 7;
+  return r;
+}
+
+struct RunResult {
+  std::map<std::pair<uint64_t, Policy>, Completion> completions;
+  std::vector<StepRecord> steps;
+};
+
+RunResult run(const JobOptions& options, int ranks, int threads,
+              const std::vector<Request>& requests) {
+  test::ThreadHolder store(kArena);
+  RunResult result;
+  run_thread_ranks(ranks, [&](LocalWorld& world, int rank) {
+    const auto group = world.communicator(rank);
+    EngineParts parts;
+    parts.config = std::make_shared<const ModelConfig>(test::random_model_config());
+    parts.weights = std::make_shared<const Weights>(
+        test::random_weights(*parts.config, ranks, rank, 11));
+    parts.tokenizer = byte_tokenizer();
+    parts.group = group.get();
+    parts.store = store.attach(rank);
+    parts.threads = threads;
+    const auto engine = make_engine(options, parts);
+    engine->on_completion = [&](Completion&& c) {
+      const auto key = std::pair{c.id, c.policy};
+      result.completions.emplace(key, std::move(c));
+    };
+    engine->on_step = [&](const StepRecord& s) { result.steps.push_back(s); };
+    if (rank == 0)
+      for (const Request& r : requests) engine->submit(r);
+    while (engine->step(false)) {
+    }
+  });
+  return result;
+}
+
+JobOptions deterministic_options() {
+  JobOptions o;
+  o.deterministic = true;
+  o.run.tier1_memory = "1GiB";
+  o.scratch.key_blocks = o.scratch.value_blocks = 64;
+  return o;
+}
+
+// Two runs agree bit for bit in tokens and recorded verdicts.
+void expect_same(const RunResult& a, const RunResult& b, const std::string& what) {
+  ASSERT_EQ(a.completions.size(), b.completions.size()) << what;
+  for (const auto& [key, x] : a.completions) {
+    const Completion& y = b.completions.at(key);
+    EXPECT_FALSE(x.failed) << x.error;
+    EXPECT_EQ(x.tokens, y.tokens) << what;
+    EXPECT_EQ(x.outcome, y.outcome) << what;
+    EXPECT_EQ(x.bound_max, y.bound_max) << what;
+    EXPECT_EQ(x.relative_max, y.relative_max) << what;
+    EXPECT_EQ(x.counts.rungs, y.counts.rungs) << what;
+    EXPECT_EQ(x.counts.certified, y.counts.certified) << what;
+    EXPECT_EQ(x.counts.promoted_keys, y.counts.promoted_keys) << what;
+    EXPECT_EQ(x.counts.promoted_values, y.counts.promoted_values) << what;
+    EXPECT_EQ(x.returned.bound.bins, y.returned.bound.bins) << what;
+  }
+}
+
+class CertifiedEngineTest : public ::testing::Test {
+ protected:
+  const int64_t vocab = test::random_model_config().vocab;
+  const ModelConfig config = test::random_model_config();
+};
+
+TEST_F(CertifiedEngineTest, DeterministicRunsAreBitwiseEqualForAnyRanksThreadsAndNeighbours) {
+  const JobOptions o = deterministic_options();
+  const std::vector<Request> requests = {random_request(0, vocab, 150, 70),
+                                         random_request(1, vocab, 40, 30)};
+  const RunResult one = run(o, 1, 1, requests);
+  ASSERT_EQ(one.completions.size(), 2u);
+  expect_same(one, run(o, 1, 2, requests), "2 threads");
+  expect_same(one, run(o, 2, 1, requests), "2 ranks");
+  expect_same(one, run(o, 4, 1, requests), "4 ranks");
+  RunResult first = run(o, 1, 1, {requests[0]});
+  const RunResult second = run(o, 1, 1, {requests[1]});
+  first.completions.insert(second.completions.begin(), second.completions.end());
+  expect_same(one, first, "alone");
+}
+
+TEST_F(CertifiedEngineTest, EveryHeadStepIsCountedOnceWhateverThePolicy) {
+  JobOptions o = deterministic_options();
+  Request r = random_request(3, vocab, 200, 20);
+  r.compare = {Policy::Budget, Policy::Paper, Policy::Naive, Policy::Dense};
+  const RunResult result = run(o, 2, 1, {r});
+  ASSERT_EQ(result.completions.size(), 4u);
+  for (const auto& [key, c] : result.completions) {
+    SCOPED_TRACE(policy_name(key.second));
+    ASSERT_FALSE(c.failed) << c.error;
+    // The first token comes from the prefill, which is not a head-step.
+    const uint64_t expected =
+        (c.tokens.size() - (c.finish_reason == "length" ? 1 : 0)) * uint64_t(config.layers * config.heads);
+    EXPECT_EQ(c.counts.head_steps, expected);
+    EXPECT_EQ(c.counts.certified + c.counts.exact + c.counts.over + c.counts.failed, expected);
+    uint64_t rungs = 0;
+    for (uint64_t n : c.counts.rungs) rungs += n;
+    EXPECT_EQ(rungs, expected);
+    EXPECT_EQ(c.returned.bound.count, expected);
+    if (key.second == Policy::Dense) {
+      EXPECT_EQ(c.counts.exact, expected);
+      EXPECT_EQ(c.counts.rungs[3], expected);
+    }
+    if (key.second == Policy::Budget) {
+      EXPECT_EQ(c.counts.over, 0u);
+    }
+    if (key.second == Policy::Naive) {
+      EXPECT_EQ(c.counts.rungs[0], expected);
+    }
+  }
+}
+
+TEST_F(CertifiedEngineTest, WhatFitsTheOpenBlockIsCertifiedAtRungZero) {
+  const RunResult result = run(deterministic_options(), 2, 1, {random_request(4, vocab, 20, 20)});
+  const Completion& c = result.completions.begin()->second;
+  ASSERT_FALSE(c.failed) << c.error;
+  EXPECT_EQ(c.counts.certified, c.counts.head_steps);
+  EXPECT_EQ(c.counts.rungs[0], c.counts.head_steps);
+}
+
+TEST_F(CertifiedEngineTest, MoreRequestsThanRoomAreAllAnsweredOneAfterTheOther) {
+  JobOptions o = deterministic_options();
+  o.run.max_batch = 2;
+  std::vector<Request> requests;
+  for (uint64_t i = 0; i < 5; ++i) requests.push_back(random_request(i, vocab, 70, 4));
+  const RunResult result = run(o, 2, 1, requests);
+  EXPECT_EQ(result.completions.size(), 5u);
+  for (const auto& [key, c] : result.completions) EXPECT_FALSE(c.failed) << c.error;
+  for (const StepRecord& s : result.steps) EXPECT_LE(s.sequences, 2u);
+}
+
+TEST_F(CertifiedEngineTest, ARequestBeyondTheLimitIsRefusedByName) {
+  JobOptions o = deterministic_options();
+  o.model.max_len = 100;
+  try {
+    run(o, 1, 1, {random_request(0, vocab, 90, 20)});
+    FAIL() << "accepted";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::InvalidArgument);
+    EXPECT_NE(std::string(e.what()).find("limit of 100 tokens"), std::string::npos) << e.what();
+  }
+}
+
+}  // namespace
+}  // namespace certkv
