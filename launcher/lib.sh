@@ -122,6 +122,8 @@ settle_ccache() {
   if ! mkdir -p "$folder" 2>/dev/null || [[ ! -w $folder ]]; then
     export CCACHE_DISABLE=1
   fi
+  # Another clone of the same sources, and another build folder, may use what this one compiled.
+  export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
 }
 
 # Open MPI refuses to run as root unless told twice.
