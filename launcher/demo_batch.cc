@@ -16,9 +16,9 @@ std::vector<int64_t> parse_contexts(const std::string& text) {
     const size_t end = std::min(text.find(',', from), text.size());
     int64_t tokens = 0;
     const auto [at, error] = std::from_chars(text.data() + from, text.data() + end, tokens);
-    CERTKV_EXPECT(error == std::errc() && at == text.data() + end && tokens > 0, InvalidArgument,
-                  "command line: contexts is '{}': numbers of tokens with commas between are needed",
-                  text);
+    CERTKV_EXPECT(
+        error == std::errc() && at == text.data() + end && tokens > 0, InvalidArgument,
+        "command line: contexts is '{}': numbers of tokens with commas between are needed", text);
     contexts.push_back(tokens);
     from = end + 1;
   }
@@ -34,8 +34,9 @@ int demo_batch_command(Args& args) {
   OptionTable table;
   table.add("model", &model,
             {.meaning = "the demo model that is asked", .allowed = "reader needle"});
-  table.add("output", &output,
-            {.meaning = "folder for batch.jsonl and answers.jsonl, made if missing", .flags = "out"});
+  table.add(
+      "output", &output,
+      {.meaning = "folder for batch.jsonl and answers.jsonl, made if missing", .flags = "out"});
   table.add("contexts", &contexts,
             {.meaning = "tokens of prompt and answer of each document, with commas between; empty: "
                         "the model's own choice",
@@ -53,9 +54,10 @@ int demo_batch_command(Args& args) {
   table.add("answers", &answers, {.meaning = "answers.jsonl of the batch, with score"});
   const auto parsed = table.read_arguments(args.values);
   if (parsed.help) {
-    fmt::print("usage: certkv demo-batch --model reader|needle --output FOLDER\n"
-               "       certkv demo-batch --score RUN_FOLDER --answers FOLDER/answers.jsonl\n\n{}",
-               table.help());
+    fmt::print(
+        "usage: certkv demo-batch --model reader|needle --output FOLDER\n"
+        "       certkv demo-batch --score RUN_FOLDER --answers FOLDER/answers.jsonl\n\n{}",
+        table.help());
     return kExitDone;
   }
   if (!score.empty()) {

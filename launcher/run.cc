@@ -56,10 +56,9 @@ std::string command_line(const Args& args, int ranks, bool launched) {
 }
 
 std::string resume_command(const Args& args, int ranks, bool launched) {
-  const bool has = std::find(args.values.begin(), args.values.end(), "--resume") !=
-                       args.values.end() ||
-                   std::find(args.values.begin(), args.values.end(), "--run.resume") !=
-                       args.values.end();
+  const bool has =
+      std::find(args.values.begin(), args.values.end(), "--resume") != args.values.end() ||
+      std::find(args.values.begin(), args.values.end(), "--run.resume") != args.values.end();
   return command_line(args, ranks, launched) + (has ? "" : " --resume");
 }
 
@@ -82,10 +81,11 @@ std::vector<int32_t> encode_line(const LoadedModel& model, const BatchLine& line
     ids = model.tokenizer->encode(line.prompt, true);
   }
   const int64_t prompt = int64_t(ids.size());
-  CERTKV_EXPECT(line.sampling.max_tokens <= model.token_limit - prompt, InvalidArgument,
-                "the prompt has {} tokens; with max_tokens {} the limit of {} is passed: shorten "
-                "the prompt or max_tokens, or raise model.max_len up to the model's own limit of {}",
-                prompt, line.sampling.max_tokens, model.token_limit, model.config->max_tokens);
+  CERTKV_EXPECT(
+      line.sampling.max_tokens <= model.token_limit - prompt, InvalidArgument,
+      "the prompt has {} tokens; with max_tokens {} the limit of {} is passed: shorten "
+      "the prompt or max_tokens, or raise model.max_len up to the model's own limit of {}",
+      prompt, line.sampling.max_tokens, model.token_limit, model.config->max_tokens);
   return ids;
 }
 
@@ -262,6 +262,8 @@ int run_command(Args& args) {
   if (rank == 0) {
     reader = std::make_unique<BatchReader>(job.run.input, defaults_of(job));
     const BatchSurvey survey = reader->survey();
+    CERTKV_EXPECT(survey.lines > 0, InvalidArgument, "{}: the input has no requests",
+                  job.run.input);
     JobOutputOptions o;
     o.folder = job.run.output;
     o.resume = job.run.resume;
@@ -304,10 +306,9 @@ int run_command(Args& args) {
           },
   });
 
-  const EngineSetup setup =
-      set_up_engine(job, model, *ranks.world, *ranks.group, topology,
-                    arena_demand(job, *model.config, ranks.layout.tensor, topology.local_size,
-                                 shapes));
+  const EngineSetup setup = set_up_engine(
+      job, model, *ranks.world, *ranks.group, topology,
+      arena_demand(job, *model.config, ranks.layout.tensor, topology.local_size, shapes));
   if (!ranks.layout.is_leader(rank)) {
     run_follower(*setup.engine);
     return kExitDone;
@@ -329,9 +330,9 @@ int run_command(Args& args) {
   }
   int code = kExitOther;
   try {
-    code = run_job(me, {*reader, [&](const BatchLine& l) { return encode_line(model, l); },
-                        job.compare},
-                   *output);
+    code = run_job(
+        me, {*reader, [&](const BatchLine& l) { return encode_line(model, l); }, job.compare},
+        *output);
   } catch (const Error& e) {
     if (exit_code_of(e.kind()) == kExitStopped) say_how_to_go_on(resume);
     throw;

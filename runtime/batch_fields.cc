@@ -17,19 +17,33 @@ constexpr double kMaxTemperature = 100;
 constexpr int64_t kMaxCount = int64_t(1) << 30;  // of tokens, and of anything counted in tokens
 
 // Values that change nothing, one predicate per kind of field.
-bool is_null(const json& v) { return v.is_null(); }
-bool is_false(const json& v) { return v.is_null() || v == false; }
-bool is_true(const json& v) { return v.is_null() || v == true; }
-bool is_zero(const json& v) { return v.is_null() || (v.is_number() && v == 0); }
-bool is_one(const json& v) { return v.is_null() || (v.is_number() && v == 1); }
+bool is_null(const json& v) {
+  return v.is_null();
+}
+bool is_false(const json& v) {
+  return v.is_null() || v == false;
+}
+bool is_true(const json& v) {
+  return v.is_null() || v == true;
+}
+bool is_zero(const json& v) {
+  return v.is_null() || (v.is_number() && v == 0);
+}
+bool is_one(const json& v) {
+  return v.is_null() || (v.is_number() && v == 1);
+}
 bool is_empty(const json& v) {
   return v.is_null() || ((v.is_array() || v.is_object() || v.is_string()) && v.empty());
 }
-bool is_empty_or_none(const json& v) { return is_empty(v) || v == "none" || v == "auto"; }
+bool is_empty_or_none(const json& v) {
+  return is_empty(v) || v == "none" || v == "auto";
+}
 bool is_text_format(const json& v) {
   return v.is_null() || (v.is_object() && v.size() == 1 && v.value("type", json()) == "text");
 }
-bool is_text_modality(const json& v) { return v.is_null() || v == json::array({"text"}); }
+bool is_text_modality(const json& v) {
+  return v.is_null() || v == json::array({"text"});
+}
 
 struct Unsupported {
   const char* name;
@@ -74,8 +88,12 @@ constexpr std::array kUnsupported = {
 };
 
 // Cannot change an answer.
-constexpr std::array kIgnored = {"user",   "metadata",        "store",
-                                 "service_tier", "safety_identifier", "prompt_cache_key",
+constexpr std::array kIgnored = {"user",
+                                 "metadata",
+                                 "store",
+                                 "service_tier",
+                                 "safety_identifier",
+                                 "prompt_cache_key",
                                  "parallel_tool_calls"};
 
 double number_in(const json& v, const char* name, double least, double most) {
@@ -89,8 +107,8 @@ double number_in(const json& v, const char* name, double least, double most) {
 int64_t integer_in(const json& v, const char* name, int64_t least, int64_t most) {
   CERTKV_EXPECT(v.is_number_integer(), InvalidArgument, "{} is {}: an integer is needed", name,
                 shown(v));
-  const bool huge = v.is_number_unsigned() &&
-                    v.get<uint64_t>() > uint64_t(std::numeric_limits<int64_t>::max());
+  const bool huge =
+      v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(std::numeric_limits<int64_t>::max());
   CERTKV_EXPECT(!huge && v.get<int64_t>() >= least && v.get<int64_t>() <= most, InvalidArgument,
                 "{} is {}: it must lie in [{}, {}]", name, shown(v), least, most);
   return v.get<int64_t>();
@@ -213,10 +231,9 @@ Tolerance read_tolerance(const json& v) {
   Tolerance t;
   json value = v;
   if (v.is_object()) {
-    CERTKV_EXPECT(v.size() == 1 && (v.contains("relative") || v.contains("absolute")),
-                  InvalidArgument,
-                  "certkv.tolerance is {}: {{\"relative\": x}} or {{\"absolute\": x}} is needed",
-                  shown(v));
+    CERTKV_EXPECT(
+        v.size() == 1 && (v.contains("relative") || v.contains("absolute")), InvalidArgument,
+        "certkv.tolerance is {}: {{\"relative\": x}} or {{\"absolute\": x}} is needed", shown(v));
     t.is_relative = v.contains("relative");
     value = *v.begin();
   }

@@ -52,20 +52,20 @@ struct BatchMessage {
 enum class BatchKind : uint8_t { Plain, Completion, Chat };
 
 struct BatchLine {
-  uint64_t index = 0;          // counts the lines that are not blank, from 0
-  uint64_t number = 0;         // in the file, from 1
+  uint64_t index = 0;   // counts the lines that are not blank, from 0
+  uint64_t number = 0;  // in the file, from 1
   std::string custom_id;
   BatchKind kind = BatchKind::Plain;
-  std::string model;           // as asked for; not used to choose one
-  std::string prompt;                  // Plain and Completion, unless given as ids
+  std::string model;   // as asked for; not used to choose one
+  std::string prompt;  // Plain and Completion, unless given as ids
   std::vector<int32_t> prompt_ids;
   std::vector<BatchMessage> messages;  // Chat
   SamplingOptions sampling;
   Policy policy = Policy::Budget;
-  bool policy_asked = false;           // by the line itself
+  bool policy_asked = false;  // by the line itself
   Tolerance tolerance;
 
-  bool bad = false;            // the line fails alone, for this reason
+  bool bad = false;  // the line fails alone, for this reason
   ErrorKind error_kind = ErrorKind::InvalidArgument;
   std::string error;
 };
@@ -77,9 +77,9 @@ BatchLine parse_batch_line(std::string_view text, uint64_t number, const BatchDe
 
 // What the whole file holds, found by reading it once.
 struct BatchSurvey {
-  uint64_t lines = 0;   // not blank
+  uint64_t lines = 0;  // not blank
   uint64_t bytes = 0;
-  std::string digest;   // XXH3, 128 bits in hexadecimal digits
+  std::string digest;  // XXH3, 128 bits in hexadecimal digits
 };
 
 class BatchReader {

@@ -12,7 +12,9 @@ namespace {
 constexpr int kBinsPerOctave = 16;
 constexpr int kLowestOctave = -40;  // 9e-13: far below the rounding term of any bound
 
-double edge(int bin) { return std::exp2(double(bin) / kBinsPerOctave + kLowestOctave); }
+double edge(int bin) {
+  return std::exp2(double(bin) / kBinsPerOctave + kLowestOctave);
+}
 
 int bin_of(double x) {
   if (!(x <= edge(BoundHistogram::kBins - 2))) return BoundHistogram::kBins - 1;

@@ -17,22 +17,22 @@ namespace {
 namespace fs = std::filesystem;
 
 // The words of the reader model's training.
-constexpr std::array kAdjectives = {
-    "violet", "amber",   "silent",   "crimson", "hollow", "gentle",  "frozen", "golden",
-    "rusty",  "quiet",   "bitter",   "polished", "ancient", "narrow", "clever", "distant",
-    "gloomy", "honest",  "marble",   "scarlet", "tender", "velvet",  "wooden", "yellow",
-    "brisk",  "copper",  "dusty",    "eager",   "fierce", "grand"};
-constexpr std::array kNouns = {
-    "otter",  "lantern", "harbor", "falcon", "meadow",  "cipher", "orchard", "compass",
-    "bridge", "violin",  "kettle", "anchor", "candle",  "temple", "garden",  "walnut",
-    "mirror", "saddle",  "thimble", "beacon", "parcel", "ribbon", "quarry",  "badger",
-    "marmot", "sparrow", "ladder", "curtain", "barrel", "cottage"};
-constexpr std::array kNames = {"Alice",  "Boris", "Clara",  "Dmitri", "Edith",   "Felix", "Greta",
-                               "Henry",  "Irene", "Jasper", "Karin",  "Louis",   "Mabel", "Nolan",
-                               "Olive",  "Peter", "Quentin", "Rosa",  "Simon",   "Thora", "Ulric",
-                               "Vera",   "Walter", "Xenia", "Yorick", "Zelda"};
-constexpr std::array kCities = {"Zurich", "Lisbon", "Oslo",  "Cairo",  "Lima",  "Quebec", "Turin",
-                                "Dakar",  "Hanoi",  "Perth", "Kyoto",  "Riga",  "Quito",  "Delhi",
+constexpr std::array kAdjectives = {"violet",  "amber",   "silent", "crimson", "hollow", "gentle",
+                                    "frozen",  "golden",  "rusty",  "quiet",   "bitter", "polished",
+                                    "ancient", "narrow",  "clever", "distant", "gloomy", "honest",
+                                    "marble",  "scarlet", "tender", "velvet",  "wooden", "yellow",
+                                    "brisk",   "copper",  "dusty",  "eager",   "fierce", "grand"};
+constexpr std::array kNouns = {"otter",   "lantern", "harbor", "falcon",  "meadow", "cipher",
+                               "orchard", "compass", "bridge", "violin",  "kettle", "anchor",
+                               "candle",  "temple",  "garden", "walnut",  "mirror", "saddle",
+                               "thimble", "beacon",  "parcel", "ribbon",  "quarry", "badger",
+                               "marmot",  "sparrow", "ladder", "curtain", "barrel", "cottage"};
+constexpr std::array kNames = {"Alice", "Boris",  "Clara",   "Dmitri", "Edith", "Felix", "Greta",
+                               "Henry", "Irene",  "Jasper",  "Karin",  "Louis", "Mabel", "Nolan",
+                               "Olive", "Peter",  "Quentin", "Rosa",   "Simon", "Thora", "Ulric",
+                               "Vera",  "Walter", "Xenia",   "Yorick", "Zelda"};
+constexpr std::array kCities = {"Zurich", "Lisbon", "Oslo",  "Cairo",  "Lima",   "Quebec", "Turin",
+                                "Dakar",  "Hanoi",  "Perth", "Kyoto",  "Riga",   "Quito",  "Delhi",
                                 "Sofia",  "Tunis",  "Accra", "Bergen", "Galway", "Porto"};
 
 constexpr int64_t kAnswerTokens = 32;  // the longest answer has 17 bytes
@@ -115,8 +115,9 @@ std::vector<Fact> needle_facts(Random& r, size_t count) {
   r.shuffle(words);
   std::vector<Fact> facts;
   for (size_t i = 0; i < count; ++i) {
-    facts.push_back({"The secret project codename of " + r.pick(kAdjectives) + "-" + nouns[i] + " is",
-                     capitalised(words[i]) + " " + capitalised(r.pick(kNouns))});
+    facts.push_back(
+        {"The secret project codename of " + r.pick(kAdjectives) + "-" + nouns[i] + " is",
+         capitalised(words[i]) + " " + capitalised(r.pick(kNouns))});
   }
   return facts;
 }
@@ -180,8 +181,8 @@ std::vector<DemoQuestion> make_demo_batch(const std::string& text_with_all,
     const int64_t context = options.contexts[d];
     Random r(options.seed * 1000003 + d);
     const size_t asked = size_t(options.questions), planted = asked + asked / 2 + 1;
-    std::vector<Fact> facts = needle ? needle_facts(r, std::min(planted, kNouns.size()))
-                                     : reader_facts(r, planted);
+    std::vector<Fact> facts =
+        needle ? needle_facts(r, std::min(planted, kNouns.size())) : reader_facts(r, planted);
     const char* before = needle ? "\n" : " ";
     const char* after = before;
     size_t taken = 1 + size_t(kAnswerTokens);  // the beginning-of-text token, and the answer
@@ -247,9 +248,8 @@ void write_demo_batch(const std::string& folder, const std::vector<DemoQuestion>
                                    {"max_tokens", q.max_tokens},
                                    {"temperature", 0},
                                    {"stop", q.stop}}}};
-    const nlohmann::json answer = {{"custom_id", q.custom_id},
-                                   {"expected", q.expected},
-                                   {"context_tokens", q.context_tokens}};
+    const nlohmann::json answer = {
+        {"custom_id", q.custom_id}, {"expected", q.expected}, {"context_tokens", q.context_tokens}};
     batch.write(line.dump() + "\n");
     answers.write(answer.dump() + "\n");
   }

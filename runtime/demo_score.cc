@@ -41,7 +41,9 @@ std::string text_of(const json& result) {
   return choice.contains("text") ? choice.at("text") : choice.at("message").at("content");
 }
 
-std::string figure(const json& v) { return v.is_null() ? "none" : upper_text(v.get<double>()); }
+std::string figure(const json& v) {
+  return v.is_null() ? "none" : upper_text(v.get<double>());
+}
 
 }  // namespace
 
@@ -77,9 +79,9 @@ DemoScore score_results(const std::string& results_path, const std::string& answ
 
 std::string demo_table(const std::string& run_folder, const std::string& answers_path) {
   const json summary = load_json_file(run_folder + "/summary.json");
-  std::string table =
-      fmt::format("{:<8} {:>9} {:>10} {:>9} {:>12}  {}\n", "policy", "right", "tokens/s", "KV bytes",
-                  "worst bound", "head-steps per rung 0-4, in % (certified / exact / over / failed)");
+  std::string table = fmt::format(
+      "{:<8} {:>9} {:>10} {:>9} {:>12}  {}\n", "policy", "right", "tokens/s", "KV bytes",
+      "worst bound", "head-steps per rung 0-4, in % (certified / exact / over / failed)");
   try {
     json order = summary.at("compare");
     const bool compare = !order.empty();
@@ -87,8 +89,9 @@ std::string demo_table(const std::string& run_folder, const std::string& answers
     for (const json& name : order) {
       const std::string policy = name;
       const json& p = compare ? summary.at("policies").at(policy) : summary;
-      const DemoScore score = score_results(
-          run_folder + (compare ? "/results-" + policy + ".jsonl" : "/results.jsonl"), answers_path);
+      const DemoScore score =
+          score_results(run_folder + (compare ? "/results-" + policy + ".jsonl" : "/results.jsonl"),
+                        answers_path);
       const double dense = p.at("dense_bytes").get<double>();
       const double steps = p.at("head_steps").get<double>();
       std::string rungs;

@@ -1,7 +1,7 @@
 #include "runtime/finished_line.h"
 
-#include <numeric>
 #include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "runtime/json_file.h"
 #include "runtime/record_json.h"
@@ -91,15 +91,15 @@ std::string accounting_error(const Completion& c, const Tolerance& tolerance) {
   const Outcome worst = n.over != 0    ? Outcome::Over
                         : n.exact != 0 ? Outcome::Exact
                                        : Outcome::Certified;
-  if (c.outcome != worst) {
+  if (n.head_steps != 0 && c.outcome != worst) {
     return fmt::format("outcome {} for a request whose worst head-step is {}",
                        outcome_name(c.outcome), outcome_name(worst));
   }
   if (worst == Outcome::Certified && n.head_steps != 0) {
     const double bound = tolerance.is_relative ? c.relative_max : c.bound_max;
     if (!(bound <= tolerance.value * (1 + kRelativeRounding))) {
-      return fmt::format("certified at a bound of {} with a tolerance of {}",
-                         upper_text(bound), tolerance.value);
+      return fmt::format("certified at a bound of {} with a tolerance of {}", upper_text(bound),
+                         tolerance.value);
     }
   }
   return "";

@@ -14,11 +14,11 @@ namespace certkv {
 // Time spent by one replica in one session (a run, or one of its resumptions) up to now. The last
 // note of a session counts for it.
 struct SessionTime {
-  std::string session;            // unique in the job
-  double wall_seconds = 0;        // since its start
+  std::string session;      // unique in the job
+  double wall_seconds = 0;  // since its start
   struct Steps {
-    double seconds = 0;           // in decode steps of a policy
-    uint64_t tokens = 0;          // that these produced
+    double seconds = 0;   // in decode steps of a policy
+    uint64_t tokens = 0;  // that these produced
   };
   std::map<Policy, Steps> steps;
 };
@@ -26,9 +26,9 @@ struct SessionTime {
 struct FinishedLine {
   uint64_t index = 0, number = 0;
   std::string custom_id;
-  Completion completion;          // without text and tokens
-  uint64_t tokens = 0;            // generated
-  bool over_asked = false;        // `over` was asked for: a policy that does not enforce, job-wide
+  Completion completion;    // without text and tokens
+  uint64_t tokens = 0;      // generated
+  bool over_asked = false;  // `over` was asked for: a policy that does not enforce, job-wide
   SessionTime time;
 };
 

@@ -78,10 +78,7 @@ void submit(Engine& engine, Request request, const std::function<void(Completion
 class Dealer {
  public:
   Dealer(const JobRank& rank, JobInput input, JobOutput& output)
-      : rank_(rank),
-        input_(std::move(input)),
-        output_(output),
-        stock_(size_t(rank.replicas), 0) {}
+      : rank_(rank), input_(std::move(input)), output_(output), stock_(size_t(rank.replicas), 0) {}
 
   int run();
 
@@ -106,8 +103,8 @@ class Dealer {
   JobInput input_;
   JobOutput& output_;
   bool input_ended_ = false;
-  std::map<uint64_t, Open> open_;   // by line
-  std::vector<uint64_t> stock_;     // requests dealt and not finished, by replica
+  std::map<uint64_t, Open> open_;  // by line
+  std::vector<uint64_t> stock_;    // requests dealt and not finished, by replica
 };
 
 void Dealer::fail_line(const BatchLine& line, const std::vector<Policy>& policies, ErrorKind kind,
@@ -193,8 +190,12 @@ void Dealer::receive() {
     CERTKV_EXPECT(!m->bytes.empty(), CommError, "replica {}: an empty message", m->from);
     const std::string_view body = std::string_view(m->bytes).substr(1);
     switch (Word(m->bytes[0])) {
-      case Word::Completion: completed(decode_completion(body)); break;
-      case Word::Step: output_.step(std::string(body)); break;
+      case Word::Completion:
+        completed(decode_completion(body));
+        break;
+      case Word::Step:
+        output_.step(std::string(body));
+        break;
       default:
         CERTKV_THROW(CommError, "replica {}: a message of kind {}", m->from, int(m->bytes[0]));
     }
@@ -223,7 +224,8 @@ int Dealer::run() {
       idle(rank_);
     }
     Engine::Load load = rank_.engine.load();
-    load.running = open_.size() - std::min<uint64_t>(open_.size(), load.waiting);  // not their forks
+    load.running =
+        open_.size() - std::min<uint64_t>(open_.size(), load.waiting);  // not their forks
     output_.tick(load);
   }
   if (stopped) {
@@ -276,8 +278,12 @@ void run_replica(const JobRank& rank) {
           submit(rank.engine, decode_request(std::as_bytes(std::span(body.data(), body.size()))),
                  answer);
           break;
-        case Word::NoMore: no_more = true; break;
-        case Word::Stop: stopped = true; break;
+        case Word::NoMore:
+          no_more = true;
+          break;
+        case Word::Stop:
+          stopped = true;
+          break;
         default:
           CERTKV_THROW(CommError, "replica {}: a message of kind {}", rank.replica,
                        int(m->bytes[0]));

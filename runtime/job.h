@@ -28,19 +28,19 @@ struct JobRank {
   Engine& engine;
   MessageChannel* channel = nullptr;  // of the leaders, ranked by replica; null for one replica
   int replica = 0, replicas = 1;
-  int64_t max_batch = 8;              // requests in stock per replica: twice as many
-  std::function<bool()> stop = {};    // asked between steps; stays true
-  std::function<void()> alive = {};   // sign of life while a leader waits for work
+  int64_t max_batch = 8;             // requests in stock per replica: twice as many
+  std::function<bool()> stop = {};   // asked between steps; stays true
+  std::function<void()> alive = {};  // sign of life while a leader waits for work
   // Before anything is written because of an error. Does not return where another thread already
   // ends the process.
   std::function<void()> on_error = {};
 };
 
 struct JobInput {
-  BatchReader& reader;                // surveyed
+  BatchReader& reader;  // surveyed
   // Token ids of a line. Throws InvalidArgument or BadFile, which fails the line.
   std::function<std::vector<int32_t>(const BatchLine&)> encode;
-  std::vector<Policy> compare;        // of the job
+  std::vector<Policy> compare;  // of the job
 };
 
 // Returns the exit code of the job, as far as its lines decide it: 0, 3, or 4 when it was stopped.

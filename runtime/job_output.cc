@@ -71,8 +71,7 @@ struct JobOutput::State {
         lines(input.lines),
         results(options.compare ? options.policies.size() : 1),
         summary(options.policies, options.tolerance, options.compare),
-        result_names(result_file_names(options.compare ? options.policies
-                                                        : std::vector<Policy>{})),
+        result_names(result_file_names(options.compare ? options.policies : std::vector<Policy>{})),
         start(Clock::now()),
         last_results(start),
         progress(2, options.terminal, options.progress_seconds, start) {
@@ -104,21 +103,21 @@ struct JobOutput::State {
   uint64_t lines;
   std::string run_id;
   std::unique_ptr<FolderLock> lock;
-  std::vector<std::string> journal_paths;             // earlier ones that are not open included
+  std::vector<std::string> journal_paths;  // earlier ones that are not open included
   std::vector<JournalContents> journal_contents;
-  std::vector<std::unique_ptr<Journal>> journals;     // by replica
+  std::vector<std::unique_ptr<Journal>> journals;  // by replica
   ResultsIndex results;
   Summary summary;
   std::vector<std::string> result_names;
   std::unique_ptr<StepLog> steps;
   Clock::time_point start, last_results;
-  double results_cost = 0;                            // seconds, of the last writing
-  uint64_t results_written = 0;                       // finished lines at the last writing
+  double results_cost = 0;       // seconds, of the last writing
+  uint64_t results_written = 0;  // finished lines at the last writing
   uint64_t finished_before = 0;
   std::map<Policy, SessionTime::Steps> step_times;
   Progress progress;
   ProgressState progress_state;
-  std::timed_mutex mutex;                             // against flush_now
+  std::timed_mutex mutex;  // against flush_now
 };
 
 // A line is finished when it is answered under every policy.
@@ -241,6 +240,10 @@ void JobOutput::finish(const LineIdentity& line, Completion c, bool policy_is_jo
               wrong);
     Completion failed = failed_completion(c.id, c.policy, ErrorKind::Uncertifiable,
                                           "the certificate's accounts do not add up: " + wrong);
+    if (c.failed) {  // its own error is the one to be told
+      failed.error_kind = c.error_kind;
+      failed.error = c.error + "; besides, " + failed.error;
+    }
     failed.prompt_tokens = c.prompt_tokens;
     c = std::move(failed);
   }
@@ -334,9 +337,9 @@ void JobOutput::flush_now(std::chrono::milliseconds limit) noexcept {
     const auto begin = Clock::now();
     s.steps->flush(limit / 2);
     const std::unique_lock<std::timed_mutex> lock(s.mutex, limit / 4);
-    const double left =
-        std::chrono::duration<double>(limit - (Clock::now() - begin)).count();
-    // The results can be written from the journal by whoever resumes; only a short writing is begun.
+    const double left = std::chrono::duration<double>(limit - (Clock::now() - begin)).count();
+    // The results can be written from the journal by whoever resumes; only a short writing is
+    // begun.
     if (lock.owns_lock() && 2 * s.results_cost < left) s.write_results();
   } catch (const std::exception& e) {
     log_error("{}", e.what());
@@ -344,7 +347,11 @@ void JobOutput::flush_now(std::chrono::milliseconds limit) noexcept {
   }
 }
 
-uint64_t JobOutput::finished_before() const { return state_->finished_before; }
-bool JobOutput::complete() const { return state_->whole_lines() == state_->lines; }
+uint64_t JobOutput::finished_before() const {
+  return state_->finished_before;
+}
+bool JobOutput::complete() const {
+  return state_->whole_lines() == state_->lines;
+}
 
 }  // namespace certkv

@@ -28,9 +28,9 @@ struct JobOutputOptions {
   int replicas = 1;
   std::string options_echo;
   ManifestSession session;
-  bool terminal = false;         // of standard error
+  bool terminal = false;  // of standard error
   double progress_seconds = 5;
-  double results_seconds = 10;   // between writings of results.jsonl while the job runs
+  double results_seconds = 10;  // between writings of results.jsonl while the job runs
 };
 
 class JobOutput {
@@ -59,8 +59,8 @@ class JobOutput {
   // Writes everything. Returns the exit code; `complete` is found out by counting.
   int close();
 
-  // What can be written within `limit`, from another thread than the rank's: for a job that must end
-  // in the middle of a step. The journals are complete in any case. Never throws.
+  // What can be written within `limit`, from another thread than the rank's: for a job that must
+  // end in the middle of a step. The journals are complete in any case. Never throws.
   void flush_now(std::chrono::milliseconds limit) noexcept;
 
   uint64_t finished_before() const;  // lines that earlier sessions have finished

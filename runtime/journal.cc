@@ -42,7 +42,8 @@ Framed unframed(const LineReader::Line& line) {
   if (text[kDigestChars] != ' ') return {};
   const std::string_view payload = text.substr(kDigestChars + 1);
   const size_t tab = payload.find('\t');
-  if (tab == std::string_view::npos || text.substr(0, kDigestChars) != digest_of(payload)) return {};
+  if (tab == std::string_view::npos || text.substr(0, kDigestChars) != digest_of(payload))
+    return {};
   return {true, payload.substr(0, tab), payload.substr(tab + 1)};
 }
 
@@ -124,14 +125,18 @@ JournalPosition Journal::append(std::string_view note, std::string_view result) 
   return {at, result.size()};
 }
 
-const std::string& Journal::path() const { return file_->path(); }
+const std::string& Journal::path() const {
+  return file_->path();
+}
 
 JournalResults::JournalResults(const std::string& path)
     : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
   CERTKV_EXPECT(fd_ >= 0, IoError, "{}: {}", path, std::strerror(errno));
 }
 
-JournalResults::~JournalResults() { ::close(fd_); }
+JournalResults::~JournalResults() {
+  ::close(fd_);
+}
 
 std::string JournalResults::read(JournalPosition where) const {
   std::string text(where.bytes, '\0');

@@ -33,10 +33,10 @@ using JournalVisitor =
     std::function<void(std::string_view note, std::string_view result, JournalPosition where)>;
 
 struct JournalContents {
-  bool exists = false;        // with a whole header
-  uint64_t records = 0;       // without the header
-  uint64_t dropped = 0;       // lines that do not match their digest, the torn last one included
-  uint64_t whole_bytes = 0;   // end of the last whole line
+  bool exists = false;       // with a whole header
+  uint64_t records = 0;      // without the header
+  uint64_t dropped = 0;      // lines that do not match their digest, the torn last one included
+  uint64_t whole_bytes = 0;  // end of the last whole line
 };
 
 // Reads a journal from its beginning. A missing file, or one torn within its header, does not

@@ -17,10 +17,10 @@ class LineReader {
   LineReader(int fd, std::string name, size_t max_line_bytes);
 
   struct Line {
-    std::string text;        // without the newline; empty when overlong
-    uint64_t number = 0;     // from 1
-    uint64_t offset = 0;     // byte of its first character in the file
-    uint64_t bytes = 0;      // of the text, also when overlong
+    std::string text;     // without the newline; empty when overlong
+    uint64_t number = 0;  // from 1
+    uint64_t offset = 0;  // byte of its first character in the file
+    uint64_t bytes = 0;   // of the text, also when overlong
     bool overlong = false;
     bool terminated = false;  // false: the file ended without a newline
   };

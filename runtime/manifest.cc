@@ -34,7 +34,9 @@ bool changes_answers(const std::string& key) {
   return key != "log_level" && key != "model.path";
 }
 
-std::string hex(XXH128_hash_t h) { return fmt::format("{:016x}{:016x}", h.high64, h.low64); }
+std::string hex(XXH128_hash_t h) {
+  return fmt::format("{:016x}{:016x}", h.high64, h.low64);
+}
 
 struct Hash {
   Hash() { XXH3_128bits_reset(state); }
@@ -91,8 +93,8 @@ void add_file(Hash& hash, const fs::path& path) {
 JobIdentity identify_job(const JobOptions& options, const BatchSurvey& input,
                          const std::string& model_files) {
   JobIdentity identity;
-  identity["input"] = fmt::format("{} lines, {} bytes, XXH3 {}", input.lines, input.bytes,
-                                  input.digest);
+  identity["input"] =
+      fmt::format("{} lines, {} bytes, XXH3 {}", input.lines, input.bytes, input.digest);
   identity["model.files"] = "XXH3 " + model_files;
   JobOptions copy = options;
   const OptionTable table(copy);
@@ -114,8 +116,9 @@ std::string identity_digest(const JobIdentity& identity) {
 std::vector<std::string> identity_differences(const JobIdentity& then, const JobIdentity& now) {
   const auto value = [](const JobIdentity& in, const std::string& name) {
     const auto at = in.find(name);
-    return at == in.end() ? std::string("not there")
-                          : at->second.empty() ? std::string("empty") : at->second;
+    return at == in.end()       ? std::string("not there")
+           : at->second.empty() ? std::string("empty")
+                                : at->second;
   };
   std::vector<std::string> list;
   JobIdentity names = then;
@@ -133,7 +136,8 @@ std::string digest_model_files(const std::string& folder) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(folder, error)) {
     const std::string type = entry.path().extension().string();
-    if (type == ".json" || type == ".safetensors" || type == ".model") files.push_back(entry.path());
+    if (type == ".json" || type == ".safetensors" || type == ".model")
+      files.push_back(entry.path());
   }
   CERTKV_EXPECT(!error, BadFile, "model folder {}: {}", folder, error.message());
   std::sort(files.begin(), files.end());

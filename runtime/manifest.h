@@ -31,8 +31,8 @@ std::vector<std::string> identity_differences(const JobIdentity& then, const Job
 std::string digest_model_files(const std::string& folder);
 
 struct ManifestSession {
-  std::string name;      // unique in the job
-  std::string started;   // UTC, as ISO 8601
+  std::string name;     // unique in the job
+  std::string started;  // UTC, as ISO 8601
   std::string host;
   int ranks = 1, tensor = 1, data = 1;
   std::string command;
@@ -42,7 +42,7 @@ struct ManifestSession {
 struct EarlierJob {
   bool exists = false;
   JobIdentity identity;
-  std::string text;      // of the whole file
+  std::string text;  // of the whole file
 };
 EarlierJob read_manifest(const std::string& folder);  // throws BadFile
 

@@ -46,8 +46,8 @@ std::string progress_text(const ProgressState& s, double elapsed, double rate) {
   const double left = double(s.lines - std::min(s.lines, s.finished));
   const double eta = now == 0 ? -1 : elapsed * left / double(now);
   text += fmt::format(" | {:.1f} tokens/s | ETA {}", rate, duration_text(eta));
-  text += fmt::format(" | worst bound {} ({})", upper_text(s.worst_relative),
-                      policy_name(s.policy));
+  text +=
+      fmt::format(" | worst bound {} ({})", upper_text(s.worst_relative), policy_name(s.policy));
   if (s.counts.head_steps != 0) {
     text += " | rungs";
     for (size_t r = 0; r < s.counts.rungs.size(); ++r) {

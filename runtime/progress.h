@@ -10,19 +10,19 @@
 namespace certkv {
 
 struct ProgressState {
-  uint64_t lines = 0;           // of the input
-  uint64_t finished = 0;        // earlier sessions included
+  uint64_t lines = 0;            // of the input
+  uint64_t finished = 0;         // earlier sessions included
   uint64_t finished_before = 0;  // by earlier sessions
   uint64_t failed = 0;
   uint64_t running = 0, waiting = 0;
-  uint64_t tokens = 0;          // generated in this session
-  double worst_relative = 0;    // returned under `policy`, in this session
+  uint64_t tokens = 0;        // generated in this session
+  double worst_relative = 0;  // returned under `policy`, in this session
   Policy policy = Policy::Budget;
-  HeadStepCounts counts;        // under `policy`, in this session
+  HeadStepCounts counts;  // under `policy`, in this session
 };
 
-// "requests 3/10, 1 failed | 41.2 tokens/s | ETA 0:01:30 | worst bound 0.0432 | rungs 0: 97.1 % ..."
-// elapsed: seconds of this session; rate: tokens per second.
+// "requests 3/10, 1 failed | 41.2 tokens/s | ETA 0:01:30 | worst bound 0.0432 | rungs 0: 97.1 %
+// ..." elapsed: seconds of this session; rate: tokens per second.
 std::string progress_text(const ProgressState& state, double elapsed, double rate);
 std::string progress_bar(uint64_t finished, uint64_t lines, int cells);  // "[####....]"
 std::string duration_text(double seconds);  // "0:01:30"; "--" where it is not known

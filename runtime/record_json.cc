@@ -13,10 +13,14 @@ namespace {
 
 using nlohmann::json;
 
-const char* not_finite(double x) { return std::isnan(x) ? "nan" : x > 0 ? "inf" : "-inf"; }
+const char* not_finite(double x) {
+  return std::isnan(x) ? "nan" : x > 0 ? "inf" : "-inf";
+}
 
 // Within the project a figure that is not finite travels as a string.
-json wire(double x) { return std::isfinite(x) ? json(x) : json(not_finite(x)); }
+json wire(double x) {
+  return std::isfinite(x) ? json(x) : json(not_finite(x));
+}
 double unwire(const json& v) {
   if (v.is_number()) return v.get<double>();
   if (v == "nan") return std::numeric_limits<double>::quiet_NaN();
@@ -134,8 +138,8 @@ json completion_json(const Completion& c) {
             {"counts", counts_wire(c.counts)},
             {"worst", json::array({wire(c.bound_max), wire(c.relative_max), wire(c.bound_mean),
                                    wire(c.relative_mean)})},
-            {"returned", json::array({histogram_wire(c.returned.bound),
-                                      histogram_wire(c.returned.relative)})},
+            {"returned",
+             json::array({histogram_wire(c.returned.bound), histogram_wire(c.returned.relative)})},
             {"candidate", json::array({histogram_wire(c.candidate.bound),
                                        histogram_wire(c.candidate.relative)})},
             {"prompt_tokens", c.prompt_tokens},
@@ -177,7 +181,9 @@ Completion completion_from_json(const json& v) {
   });
 }
 
-std::string encode_completion(const Completion& c) { return json_line(completion_json(c)); }
+std::string encode_completion(const Completion& c) {
+  return json_line(completion_json(c));
+}
 
 Completion decode_completion(std::string_view text) {
   return completion_from_json(

@@ -1,5 +1,5 @@
-// Engine records as JSON: figures that may not be finite, counts, distributions, and the exact round
-// trip of completions between ranks and through the journal.
+// Engine records as JSON: figures that may not be finite, counts, distributions, and the exact
+// round trip of completions between ranks and through the journal.
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>

@@ -64,7 +64,9 @@ struct StopSignals::State {
 
   // Waits for a byte; false after the timeout.
   char wait(int timeout_ms) const {
-    struct pollfd p {pipe[0], POLLIN, 0};
+    struct pollfd p {
+      pipe[0], POLLIN, 0
+    };
     for (;;) {
       const int n = ::poll(&p, 1, timeout_ms);
       if (n < 0 && errno == EINTR) continue;
@@ -121,15 +123,21 @@ StopSignals::~StopSignals() {
   ::sigaction(SIGXFSZ, &state_->old_xfsz, nullptr);
   settled();
   const char byte = 'e';
-  if (::write(state_->pipe[1], &byte, 1) == 1) state_->thread.join();
-  else state_->thread.detach();
+  if (::write(state_->pipe[1], &byte, 1) == 1)
+    state_->thread.join();
+  else
+    state_->thread.detach();
   wake_fd = -1;
   ::close(state_->pipe[0]);
   ::close(state_->pipe[1]);
 }
 
-bool StopSignals::stop() const noexcept { return first_signal.load() != 0; }
-int StopSignals::signal() const noexcept { return first_signal.load(); }
+bool StopSignals::stop() const noexcept {
+  return first_signal.load() != 0;
+}
+int StopSignals::signal() const noexcept {
+  return first_signal.load();
+}
 
 bool StopSignals::settled() noexcept {
   const std::lock_guard<std::mutex> lock(state_->mutex);
@@ -140,10 +148,14 @@ bool StopSignals::settled() noexcept {
 
 const char* signal_name(int signal) {
   switch (signal) {
-    case SIGINT: return "SIGINT";
-    case SIGTERM: return "SIGTERM";
-    case SIGUSR1: return "SIGUSR1";
-    default: return "signal";
+    case SIGINT:
+      return "SIGINT";
+    case SIGTERM:
+      return "SIGTERM";
+    case SIGUSR1:
+      return "SIGUSR1";
+    default:
+      return "signal";
   }
 }
 

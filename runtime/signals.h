@@ -3,8 +3,8 @@
 //
 // The handler only raises a flag and wakes a thread. The rank's own thread looks at stop() between
 // steps and then says settled(): it ends the job itself. If it is in the middle of a long step and
-// has not said so within the grace, the thread runs on_overdue, which drops the step: it writes what
-// is to be written and ends the process. mpirun grants 1 s between its signal and SIGKILL.
+// has not said so within the grace, the thread runs on_overdue, which drops the step: it writes
+// what is to be written and ends the process. mpirun grants 1 s between its signal and SIGKILL.
 //
 // SIGXFSZ is ignored while an object lives, so that a full quota is an error of write().
 //

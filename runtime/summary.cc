@@ -30,7 +30,9 @@ json distribution_json(const Completion::Distribution& d) {
   return v;
 }
 
-double ratio(double a, double b) { return b > 0 ? a / b : 0; }
+double ratio(double a, double b) {
+  return b > 0 ? a / b : 0;
+}
 
 void put_policy(json& v, const PolicySummary& s) {
   v["requests"] = s.requests;
@@ -61,10 +63,10 @@ void check(const PolicySummary& s) {
                 "the rungs hold {}: the counts do not add up",
                 policy_name(s.policy), c.head_steps, c.certified, c.exact, c.over, c.failed,
                 std::accumulate(c.rungs.begin(), c.rungs.end(), uint64_t(0)));
-  CERTKV_EXPECT(s.requests_failed + s.requests_certified + s.requests_exact + s.requests_over ==
-                    s.requests,
-                Uncertifiable, "policy {}: the outcomes of {} requests do not add up",
-                policy_name(s.policy), s.requests);
+  CERTKV_EXPECT(
+      s.requests_failed + s.requests_certified + s.requests_exact + s.requests_over == s.requests,
+      Uncertifiable, "policy {}: the outcomes of {} requests do not add up", policy_name(s.policy),
+      s.requests);
 }
 
 }  // namespace
@@ -124,7 +126,9 @@ double Summary::wall_seconds() const {
   return sum;
 }
 
-uint64_t Summary::sessions() const { return sessions_.size(); }
+uint64_t Summary::sessions() const {
+  return sessions_.size();
+}
 
 int Summary::exit_code() const {
   if (!complete) return kJobStopped;
@@ -176,11 +180,26 @@ json Summary::json() const {
 
 std::string Summary::csv() const {
   const nlohmann::json summary = json();
-  static constexpr const char* kColumns[] = {
-      "policy",        "requests",   "requests_failed", "requests_over", "tokens",
-      "prompt_tokens", "head_steps", "certified",       "exact",         "failed",
-      "over",          "promoted_keys", "promoted_values", "scratch_hit_rate", "paged_bytes",
-      "tier1_bytes",   "dense_bytes", "decode_seconds", "prefill_seconds", "tokens_per_second"};
+  static constexpr const char* kColumns[] = {"policy",
+                                             "requests",
+                                             "requests_failed",
+                                             "requests_over",
+                                             "tokens",
+                                             "prompt_tokens",
+                                             "head_steps",
+                                             "certified",
+                                             "exact",
+                                             "failed",
+                                             "over",
+                                             "promoted_keys",
+                                             "promoted_values",
+                                             "scratch_hit_rate",
+                                             "paged_bytes",
+                                             "tier1_bytes",
+                                             "dense_bytes",
+                                             "decode_seconds",
+                                             "prefill_seconds",
+                                             "tokens_per_second"};
   static constexpr const char* kBounds[] = {"bound_max", "relative_max", "relative_p99"};
   const auto cell = [](const nlohmann::json& v) {
     return v.is_null() ? std::string() : v.is_string() ? v.get<std::string>() : v.dump();

@@ -28,7 +28,7 @@ struct PolicySummary {
   Completion::Distribution returned, candidate;
   uint64_t tier1_bytes = 0, dense_bytes = 0;
   double prefill_seconds = 0;
-  double step_seconds = 0;    // over replicas and sessions
+  double step_seconds = 0;  // over replicas and sessions
   uint64_t step_tokens = 0;
   void add(const FinishedLine& line);
 };
@@ -41,13 +41,13 @@ class Summary {
 
   void add(const FinishedLine& line);
 
-  uint64_t lines_total = 0;          // of the input
-  bool complete = false;             // every line is finished
+  uint64_t lines_total = 0;           // of the input
+  bool complete = false;              // every line is finished
   std::string tier1_digest = "none";  // how tier 1 is watched: none, scrub:<period>, fused
 
   const std::map<Policy, PolicySummary>& by_policy() const { return by_policy_; }
-  PolicySummary total() const;       // all policies together
-  double wall_seconds() const;       // summed over sessions
+  PolicySummary total() const;  // all policies together
+  double wall_seconds() const;  // summed over sessions
   uint64_t sessions() const;
 
   // 0, 3 or 4 (not complete).

@@ -13,8 +13,8 @@
 namespace certkv {
 namespace {
 
-using ::testing::HasSubstr;
 using nlohmann::json;
+using ::testing::HasSubstr;
 
 BatchDefaults defaults() {
   BatchDefaults d;
@@ -25,8 +25,12 @@ BatchDefaults defaults() {
   return d;
 }
 
-BatchLine parse_text(const std::string& text) { return parse_batch_line(text, 7, defaults()); }
-BatchLine parse(const json& value) { return parse_text(value.dump()); }
+BatchLine parse_text(const std::string& text) {
+  return parse_batch_line(text, 7, defaults());
+}
+BatchLine parse(const json& value) {
+  return parse_text(value.dump());
+}
 
 json completion(const json& extra = json::object()) {
   json body = {{"model", "m"}, {"prompt", "Once"}};
@@ -92,13 +96,13 @@ TEST(BatchLines, ToleranceAndPolicyMayStandBesideTheBodyOrInIt) {
     for (const BatchLine& line : {parse(beside), parse(completion({{"certkv", extra}}))}) {
       ASSERT_FALSE(line.bad) << line.error;
       EXPECT_EQ(line.tolerance.value, 0.02);
-      EXPECT_EQ(line.tolerance.is_relative, !tolerance.is_object() || tolerance.contains("relative"));
+      EXPECT_EQ(line.tolerance.is_relative,
+                !tolerance.is_object() || tolerance.contains("relative"));
       EXPECT_EQ(line.policy, Policy::Dense);
       EXPECT_TRUE(line.policy_asked);
     }
   }
 }
-
 
 TEST(BatchLines, AFieldThatWouldChangeTheAnswerFailsItsLineByName) {
   const std::vector<std::pair<const char*, json>> fields = {
@@ -172,7 +176,8 @@ TEST(BatchLines, EveryBadValueIsNamedInItsLinesError) {
     line[key] = value;
     return line;
   };
-  json no_url = completion(), no_body = completion(), twice = completion({{"certkv", json::object()}});
+  json no_url = completion(), no_body = completion(),
+       twice = completion({{"certkv", json::object()}});
   no_url.erase("url");
   no_body.erase("body");
   twice["certkv"] = json::object();
@@ -309,10 +314,11 @@ TEST_F(BatchFile, ALineThatIsTooLongFailsAloneAndTheNextOnesAreRead) {
 }
 
 TEST_F(BatchFile, ACustomIdUsedBeforeFailsTheLaterLine) {
-  const auto lines = read(write("{\"prompt\":\"a\",\"custom_id\":\"x\"}\n"
-                                "{\"prompt\":\"b\",\"custom_id\":\"x\"}\n"
-                                "{\"prompt\":\"c\",\"custom_id\":\"4\"}\n"
-                                "{\"prompt\":\"d\"}\n"));
+  const auto lines =
+      read(write("{\"prompt\":\"a\",\"custom_id\":\"x\"}\n"
+                 "{\"prompt\":\"b\",\"custom_id\":\"x\"}\n"
+                 "{\"prompt\":\"c\",\"custom_id\":\"4\"}\n"
+                 "{\"prompt\":\"d\"}\n"));
   ASSERT_EQ(lines.size(), 4u);
   EXPECT_FALSE(lines[0].bad);
   EXPECT_THAT(lines[1].error, HasSubstr("custom_id 'x' was used before, on line 1"));

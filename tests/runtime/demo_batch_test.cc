@@ -39,8 +39,8 @@ TEST(DemoBatch, TheAskedFactStandsOnceInTheTextAndThePromptEndsWithItsBeginning)
     for (const DemoQuestion& q : batch) {
       ids.insert(q.custom_id);
       const size_t lead = std::max(q.prompt.rfind("\nQ: ") + 4, q.prompt.rfind("\n\n") + 2);
-      const std::string question = q.prompt.substr(
-          std::string(model) == "reader" ? q.prompt.rfind("\nQ: ") + 4 : lead);
+      const std::string question =
+          q.prompt.substr(std::string(model) == "reader" ? q.prompt.rfind("\nQ: ") + 4 : lead);
       EXPECT_EQ(count(q.prompt, question + " " + q.expected + "."), 1u) << question;
       EXPECT_EQ(count(q.prompt, question), 2u) << question;
       // With the beginning-of-text token and the answer it fits its context and fills most of it.
@@ -119,9 +119,10 @@ TEST(DemoScore, AnAnswerIsRightUpToTheFullStop) {
 
 TEST(DemoScore, FailedAndMissingLinesAreWrong) {
   const test::TempFolder folder;
-  folder.write("answers.jsonl",
-               "{\"custom_id\":\"a\",\"expected\":\"1\"}\n{\"custom_id\":\"b\",\"expected\":\"2\"}\n"
-               "{\"custom_id\":\"c\",\"expected\":\"3\"}\n{\"custom_id\":\"d\",\"expected\":\"4\"}\n");
+  folder.write(
+      "answers.jsonl",
+      "{\"custom_id\":\"a\",\"expected\":\"1\"}\n{\"custom_id\":\"b\",\"expected\":\"2\"}\n"
+      "{\"custom_id\":\"c\",\"expected\":\"3\"}\n{\"custom_id\":\"d\",\"expected\":\"4\"}\n");
   const auto line = [](const char* id, const char* text) {
     return json{{"custom_id", id},
                 {"response", {{"body", {{"choices", {{{"text", text}}}}}}}},
@@ -131,8 +132,8 @@ TEST(DemoScore, FailedAndMissingLinesAreWrong) {
   };
   folder.write("results.jsonl", line("a", " 1") + line("b", " 7") +
                                     "{\"custom_id\":\"c\",\"response\":null,\"error\":{}}\n");
-  const DemoScore score = score_results((folder / "results.jsonl").string(),
-                                        (folder / "answers.jsonl").string());
+  const DemoScore score =
+      score_results((folder / "results.jsonl").string(), (folder / "answers.jsonl").string());
   EXPECT_EQ(score.right, 1u);
   EXPECT_EQ(score.questions, 4u);
   EXPECT_EQ(score.wrong, (std::vector<std::string>{"b", "c", "d"}));

@@ -21,9 +21,9 @@
 namespace certkv {
 namespace {
 
-using ::testing::HasSubstr;
 using nlohmann::json;
 using test::FakeEngine;
+using ::testing::HasSubstr;
 namespace fs = std::filesystem;
 
 std::vector<int32_t> bytes_of(const BatchLine& line) {
@@ -84,10 +84,9 @@ class JobTest : public ::testing::Test {
   int run(FakeEngine& engine) {
     BatchReader reader(options_.run.input, defaults());
     const auto output = open_output(reader);
-    return run_job({.engine = engine,
-                    .max_batch = options_.run.max_batch,
-                    .stop = [this] { return stop_; }},
-                   {reader, bytes_of, options_.compare}, *output);
+    return run_job(
+        {.engine = engine, .max_batch = options_.run.max_batch, .stop = [this] { return stop_; }},
+        {reader, bytes_of, options_.compare}, *output);
   }
 
   std::string out(const std::string& name) const { return options_.run.output + "/" + name; }
@@ -130,10 +129,17 @@ TEST_F(JobTest, EveryLineIsAnsweredInInputOrderAndTheSummaryAddsUp) {
 }
 
 TEST_F(JobTest, ABadLineFailsAloneByName) {
-  std::ofstream(options_.run.input)
-      << R"({"prompt": "one"})" << "\n" << R"({"prompt": "two", "n": 3})" << "\n" << "{" << "\n"
-      << R"({"prompt": "no tokens"})" << "\n" << json{{"prompt", std::string(2000, 'x')}}.dump()
-      << "\n" << R"({"prompt": "six"})" << "\n";
+  std::ofstream(options_.run.input) << R"({"prompt": "one"})"
+                                    << "\n"
+                                    << R"({"prompt": "two", "n": 3})"
+                                    << "\n"
+                                    << "{"
+                                    << "\n"
+                                    << R"({"prompt": "no tokens"})"
+                                    << "\n"
+                                    << json{{"prompt", std::string(2000, 'x')}}.dump() << "\n"
+                                    << R"({"prompt": "six"})"
+                                    << "\n";
   EXPECT_EQ(run(), kJobHasFailedLines);
   const auto results = read_lines(out("results.jsonl"));
   ASSERT_EQ(results.size(), 6u);
@@ -141,7 +147,8 @@ TEST_F(JobTest, ABadLineFailsAloneByName) {
   EXPECT_THAT(results[1]["error"]["message"].get<std::string>(), HasSubstr("n is 3"));
   EXPECT_THAT(results[2]["error"]["message"].get<std::string>(), HasSubstr("not valid JSON"));
   EXPECT_THAT(results[3]["error"]["message"].get<std::string>(), HasSubstr("line 4: the prompt"));
-  EXPECT_THAT(results[4]["error"]["message"].get<std::string>(), HasSubstr("longer than the limit"));
+  EXPECT_THAT(results[4]["error"]["message"].get<std::string>(),
+              HasSubstr("longer than the limit"));
   EXPECT_EQ(summary()["requests_failed"], 4);
   EXPECT_EQ(summary()["requests"], 6);
 }
@@ -180,7 +187,8 @@ TEST_F(JobTest, StoppedAtAnyStepItResumesToTheSameResults) {
     EXPECT_LE(second.submitted, 6 - kept);
     expect_all_answers(6);
     const json s = summary();
-    EXPECT_EQ(s["head_steps"], 6 * 6 * FakeEngine::kHeads);  // what was dropped is not counted twice
+    EXPECT_EQ(s["head_steps"],
+              6 * 6 * FakeEngine::kHeads);  // what was dropped is not counted twice
     EXPECT_EQ(s["requests"], 6);
     EXPECT_EQ(load_json_file(out("manifest.json"))["sessions"].size(), 2u);
   }
@@ -281,8 +289,8 @@ TEST_F(JobTest, ComparedPoliciesHaveAResultFileEachAndNaiveAskedForByNameIsNoFai
   EXPECT_EQ(run(), kJobSucceeded);
   for (const char* policy : {"budget", "dense", "naive"}) {
     expect_all_answers(4, std::string("results-") + policy + ".jsonl");
-    EXPECT_EQ(read_lines(out(std::string("results-") + policy + ".jsonl"))[0]["response"]["body"]
-                                                                          ["certkv"]["policy"],
+    EXPECT_EQ(read_lines(out(std::string("results-") + policy +
+                             ".jsonl"))[0]["response"]["body"]["certkv"]["policy"],
               policy);
   }
   const json s = summary();
@@ -314,9 +322,10 @@ TEST_F(JobTest, AResumedComparisonDecodesOnlyThePoliciesThatAreMissing) {
 }
 
 TEST_F(JobTest, ALinesOwnNaivePolicyThatEndsOverIsAFailureOfTheJob) {
-  std::ofstream(options_.run.input)
-      << R"({"prompt": "a prompt", "certkv": {"policy": "naive"}})" << "\n"
-      << R"({"prompt": "a prompt"})" << "\n";
+  std::ofstream(options_.run.input) << R"({"prompt": "a prompt", "certkv": {"policy": "naive"}})"
+                                    << "\n"
+                                    << R"({"prompt": "a prompt"})"
+                                    << "\n";
   EXPECT_EQ(run(), kJobHasFailedLines);
   EXPECT_EQ(summary()["requests_over_unasked"], 1);
   fs::remove_all(options_.run.output);
@@ -335,6 +344,12 @@ class LyingEngine : public FakeEngine {
       on_completion = [honest](Completion&& c) {
         if (c.id == 1) ++c.counts.certified;
         if (c.id == 2) c.relative_max = 0.06;
+        if (c.id == 3) {
+          c.failed = true;
+          c.error_kind = "NonFinite";
+          c.error = "a NaN";
+          ++c.counts.rungs[2];
+        }
         honest(std::move(c));
       };
     }
@@ -346,14 +361,25 @@ class LyingEngine : public FakeEngine {
 };
 
 TEST_F(JobTest, AnAnswerWhoseAccountsDoNotAddUpIsNotReturned) {
-  write_input(4);
+  write_input(5);
   LyingEngine engine;
   EXPECT_EQ(run(engine), kJobHasFailedLines);
   const auto results = read_lines(out("results.jsonl"));
   EXPECT_TRUE(results[0]["error"].is_null());
   EXPECT_THAT(results[1]["error"]["message"].get<std::string>(), HasSubstr("do not add up"));
   EXPECT_THAT(results[2]["error"]["message"].get<std::string>(), HasSubstr("certified at a bound"));
-  EXPECT_TRUE(results[3]["error"].is_null());
+  EXPECT_EQ(results[3]["error"]["code"], "NonFinite");
+  EXPECT_THAT(results[3]["error"]["message"].get<std::string>(), HasSubstr("a NaN; besides"));
+  EXPECT_TRUE(results[4]["error"].is_null());
+}
+
+TEST_F(JobTest, AnAnswerOfOneTokenHasNoHeadStep) {
+  write_input(1);
+  options_.sampling.max_tokens = 1;
+  engine_.ends_without_steps = true;
+  EXPECT_EQ(run(), kJobSucceeded);
+  EXPECT_EQ(summary()["head_steps"], 0);
+  EXPECT_EQ(summary()["tokens"], 1);
 }
 
 TEST_F(JobTest, AStoreThatIsLostEndsTheJobAndNothingFinishedIsLost) {
@@ -393,8 +419,8 @@ TEST_F(JobTest, AFullDiskEndsTheJobByNameAndItResumesWhenThereIsRoom) {
   EXPECT_EQ(kind, ErrorKind::IoError);
   EXPECT_THAT(message, HasSubstr("No space left"));
   EXPECT_THAT(message, HasSubstr("--resume"));
-  ASSERT_EQ(::mount("certkv-test", options_.run.output.c_str(), "tmpfs", MS_REMOUNT,
-                    "size=67108864"), 0);
+  ASSERT_EQ(
+      ::mount("certkv-test", options_.run.output.c_str(), "tmpfs", MS_REMOUNT, "size=67108864"), 0);
   options_.run.resume = true;
   FakeEngine engine;
   EXPECT_EQ(run(engine), kJobSucceeded);
@@ -426,11 +452,9 @@ TEST_F(JobTest, ReplicasShareTheWorkAndOneThatIsSlowDoesNotHoldUpTheOthers) {
     const auto channel = world->channel(0);
     BatchReader reader(options_.run.input, defaults());
     const auto output = open_output(reader, kReplicas);
-    code = run_job({.engine = engines[0],
-                    .channel = channel.get(),
-                    .replicas = kReplicas,
-                    .max_batch = 2},
-                   {reader, bytes_of, {}}, *output);
+    code = run_job(
+        {.engine = engines[0], .channel = channel.get(), .replicas = kReplicas, .max_batch = 2},
+        {reader, bytes_of, {}}, *output);
     for (auto& t : threads) t.join();
   }
   EXPECT_EQ(code, kJobSucceeded);

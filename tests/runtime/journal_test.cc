@@ -39,11 +39,11 @@ void spill(const std::string& path, const std::string& text) {
 JournalContents read(const std::string& path, std::vector<Record>& records,
                      const std::string& job = "job") {
   records.clear();
-  return read_journal(path, job, [&](std::string_view note, std::string_view result,
-                                     JournalPosition where) {
-    records.push_back({std::string(note), std::string(result)});
-    EXPECT_EQ(JournalResults(path).read(where), result);
-  });
+  return read_journal(path, job,
+                      [&](std::string_view note, std::string_view result, JournalPosition where) {
+                        records.push_back({std::string(note), std::string(result)});
+                        EXPECT_EQ(JournalResults(path).read(where), result);
+                      });
 }
 
 Journal reopen(const std::string& path, const std::string& job = "job") {
@@ -167,7 +167,8 @@ TEST_F(JournalFile, KilledWithoutWarningItHasEveryLineThatWasAcknowledged) {
     }
     ::close(acknowledged[1]);
     int last = -1;
-    while (last < round * 3) ASSERT_EQ(::read(acknowledged[0], &last, sizeof last), ssize_t(sizeof last));
+    while (last < round * 3)
+      ASSERT_EQ(::read(acknowledged[0], &last, sizeof last), ssize_t(sizeof last));
     ::kill(child, SIGKILL);
     ::waitpid(child, nullptr, 0);
     int next;
@@ -189,7 +190,7 @@ TEST_F(JournalFile, AFullDiskIsNamedAndLosesNothing) {
   struct rlimit old {};
   ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &old), 0);
   const auto old_handler = ::signal(SIGXFSZ, SIG_IGN);
-  const struct rlimit small {rlim_t(before.size() + 20), old.rlim_max};
+  const struct rlimit small { rlim_t(before.size() + 20), old.rlim_max };
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
   std::string message;
   ErrorKind kind = ErrorKind::Stopped;
@@ -244,7 +245,7 @@ TEST_F(JournalFile, ResultsThatCannotBeWrittenLeaveTheOldOnes) {
   struct rlimit old {};
   ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &old), 0);
   const auto old_handler = ::signal(SIGXFSZ, SIG_IGN);
-  const struct rlimit small {1000, old.rlim_max};
+  const struct rlimit small { 1000, old.rlim_max };
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
   EXPECT_THROW(write_results(out, index, 0, {path_}), Error);
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &old), 0);

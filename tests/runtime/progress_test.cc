@@ -26,9 +26,10 @@ ProgressState half() {
 }
 
 TEST(Progress, TheLineSaysRequestsSpeedTimeWorstBoundAndRungs) {
-  EXPECT_EQ(progress_text(half(), 60, 41.25),
-            "requests 5/10, 2 running | 41.2 tokens/s | ETA 0:01:00 | worst bound 0.0433 (budget) | "
-            "rungs 0: 90.0% 1: 6.0% 2: 3.0% 3: 1.0% 4: 0.0%");
+  EXPECT_EQ(
+      progress_text(half(), 60, 41.25),
+      "requests 5/10, 2 running | 41.2 tokens/s | ETA 0:01:00 | worst bound 0.0433 (budget) | "
+      "rungs 0: 90.0% 1: 6.0% 2: 3.0% 3: 1.0% 4: 0.0%");
 }
 
 TEST(Progress, FailedLinesAndAnUnknownTimeAreSaid) {

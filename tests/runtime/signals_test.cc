@@ -116,7 +116,7 @@ TEST(StopSignals, TheSameSignalSentTwiceAtOnceIsOne) {
 TEST(StopSignals, AFullQuotaIsAnErrorAndNotASignal) {
   const int status = in_child([] {
     StopSignals signals({});
-    const struct rlimit none {0, 0};
+    const struct rlimit none { 0, 0 };
     ::setrlimit(RLIMIT_FSIZE, &none);
     char name[] = "/tmp/certkv-test-XXXXXX";
     const int fd = ::mkstemp(name);

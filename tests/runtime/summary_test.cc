@@ -17,8 +17,8 @@
 namespace certkv {
 namespace {
 
-using ::testing::HasSubstr;
 using nlohmann::json;
+using ::testing::HasSubstr;
 
 FinishedLine line(uint64_t index, Policy policy, HeadStepCounts counts, Outcome outcome) {
   FinishedLine f;
@@ -69,10 +69,10 @@ TEST(Summary, HasEveryPromisedKeyAndTheFiguresAddUp) {
   s.add(line(2, Policy::Budget, counts(3, 0, 0, 1), Outcome::Failed));
   s.complete = true;
   const json v = s.json();
-  for (const char* key : {"policy", "tolerance", "requests", "tokens", "head_steps", "certified",
-                          "exact", "failed", "over", "rungs", "returned", "candidate",
-                          "tier1_bytes", "dense_bytes", "scratch_hit_rate", "tier1_digest",
-                          "tokens_per_second", "requests_failed"}) {
+  for (const char* key :
+       {"policy", "tolerance", "requests", "tokens", "head_steps", "certified", "exact", "failed",
+        "over", "rungs", "returned", "candidate", "tier1_bytes", "dense_bytes", "scratch_hit_rate",
+        "tier1_digest", "tokens_per_second", "requests_failed"}) {
     EXPECT_TRUE(v.contains(key)) << key;
     if (std::string(key) == "tier1_digest") continue;
     EXPECT_TRUE(v["policies"]["budget"].contains(key)) << key;
@@ -118,7 +118,9 @@ TEST(Summary, ComparedPoliciesHaveAnObjectEachAndTheFirstIsOnTop) {
   EXPECT_EQ(s.exit_code(), kJobSucceeded);
   const std::string csv = s.csv();
   EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 3);
-  const auto columns = [](const std::string& row) { return std::count(row.begin(), row.end(), ','); };
+  const auto columns = [](const std::string& row) {
+    return std::count(row.begin(), row.end(), ',');
+  };
   const size_t first = csv.find('\n'), second = csv.find('\n', first + 1);
   EXPECT_EQ(columns(csv.substr(0, first)), columns(csv.substr(first, second - first)));
 }

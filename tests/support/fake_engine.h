@@ -4,6 +4,7 @@
 
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <list>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ class FakeEngine : public Engine {
   uint64_t max_running = 2;
   std::function<void(uint64_t step)> before_step;  // may throw, sleep, raise a signal
   uint64_t fail_request = ~uint64_t(0);            // this one fails in its second step
+  bool ends_without_steps = false;                 // an answer of one token ends with the prefill
   uint64_t submitted = 0;
 
   static std::string answer(const std::vector<int32_t>& prompt, int64_t max_tokens) {
@@ -82,6 +84,9 @@ class FakeEngine : public Engine {
       g.c.dense_bytes = 512 * r.prompt.size();
       g.whole = answer(r.prompt, r.sampling.max_tokens);
       running_.push_back(std::move(g));
+      if (ends_without_steps && running_.back().whole.size() == 1) {
+        finish(std::prev(running_.end()), false);
+      }
     }
   }
 
