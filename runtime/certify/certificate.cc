@@ -25,6 +25,11 @@ double weighted_c(const PassState& state, int head) {
   return sum;
 }
 
+// What a block's terms are computed from.
+uint8_t sources(const BlockRef& block) {
+  return uint8_t((block.k != nullptr ? kUsedKey : 0) | (block.v != nullptr ? kUsedValue : 0));
+}
+
 constexpr double kRoundDown = 1 - 0x1p-40;  // sums of at most 2^12 doubles, rounded to nearest
 
 }  // namespace
@@ -147,6 +152,7 @@ bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b,
     const size_t i = state->at(h, b);
     const HeadSums& s = state->head[size_t(h)];
     if (!(before->sum[h] == state->block_sum[i] && before->delta[h] == state->delta[i])) return false;
+    if (sources(was) != state->used[i]) return false;  // other values leave sum and delta as they are
     if (!(double(after->ref[h]) - s.m < 300)) return false;  // doubles would overflow at 709
   }
   const double inv = 1.0 / state->unit;
@@ -184,7 +190,7 @@ bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b,
     state->block_ref[i] = after->ref[h];
     state->delta[i] = after->delta[h];
     state->score_bound[i] = after->score_bound[h];
-    state->used[i] = uint8_t((now.k != nullptr ? kUsedKey : 0) | (now.v != nullptr ? kUsedValue : 0));
+    state->used[i] = sources(now);
   }
   return true;
 }

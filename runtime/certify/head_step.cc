@@ -145,11 +145,13 @@ bool Step::promote(std::span<const uint32_t> keys, std::span<const uint32_t> val
     const bool want_value = std::binary_search(values.begin(), values.end(), b);
     if (want_key) now.k = state.keys.find(b);
     if (want_value) now.v = state.values.find(b);
-    // Heads may differ in what their sums were built from: group them by it.
+    // Heads may differ in what their sums were built from: group them by it, before a correction
+    // moves any of them to another group.
+    uint32_t heads_using[4] = {};
+    for (int h = 0; h < q.heads; ++h)
+      if ((mask >> h & 1) != 0) heads_using[pass.used[pass.at(h, b)] & 3] |= 1u << h;
     for (uint8_t used = 0; used < 4; ++used) {
-      uint32_t same = 0;
-      for (int h = 0; h < q.heads; ++h)
-        if ((mask >> h & 1) != 0 && pass.used[pass.at(h, b)] == used) same |= 1u << h;
+      const uint32_t same = heads_using[used];
       if (same == 0) continue;
       BlockRef source = was, target = now;
       source.k = (used & kUsedKey) != 0 ? was.k : nullptr;
