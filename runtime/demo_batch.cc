@@ -166,7 +166,7 @@ bool is_needle(const std::string& model) {
 }  // namespace
 
 DemoBatchOptions demo_defaults(const std::string& model) {
-  if (is_needle(model)) return {model, {2048, 2048}, 10, 1};
+  if (is_needle(model)) return {model, {4096, 4096}, 10, 1};
   return {model, {8192, 8192, 8192, 8192, 8192, 8192, 32768}, 1, 1};
 }
 
