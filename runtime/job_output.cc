@@ -328,7 +328,15 @@ int JobOutput::close() {
   s.steps->flush(std::chrono::milliseconds(400));
   s.write_results();
   s.steps->check();
-  return s.summary.exit_code();
+  const int code = s.summary.exit_code();
+  if (code == kJobHasFailedLines) {
+    const PolicySummary all = s.summary.total();
+    log_warning(
+        "of {} answers {} failed and {} are over the tolerance without having been asked for: see "
+        "error and certkv.outcome of the lines in {}",
+        all.requests, all.requests_failed, all.requests_over_unasked, s.options.folder);
+  }
+  return code;
 }
 
 void JobOutput::flush_now(std::chrono::milliseconds limit) noexcept {
