@@ -62,7 +62,7 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
 
   // Sums over all blocks. expm1(Delta) = c, exp(-Delta) = 1 / (1 + c).
   double s = 0, h2 = 0, by_sum = 0, den = 0, e_val = 0, nu_max = 0, eta_max = 0;
-  double tail = 0, delta_max = 0, v_max = 0;
+  double tail = 0, delta_max = 0, v_max = 0, c_tokens = 0;
   double factor = 0, factor_ref = std::numeric_limits<double>::quiet_NaN();
   for (size_t b = 0; b < state.blocks; ++b) {
     const size_t i = state.at(head, b);
@@ -86,6 +86,7 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
       delta_max = std::max(delta_max, double(state.score_bound[i]));
     }
     v_max = std::max(v_max, nu);
+    c_tokens += c_b * blocks[b].tokens;
   }
   c.den = den * kRoundDown;
 
@@ -94,8 +95,16 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
   const bool corrected = log.count > 0;
   const double m2 = sums.m2 / l;
   const double g_m2 = corrected ? log.g_m2 / l : m2, g_s = corrected ? log.g_s / l : s;
+  // Beside a value 2^60 times larger, squares of v - r vanish in the pass's unit: at most 2^-149 for
+  // each square, product and sum is lost, twice with a's 2 |u| <= 4 sqrt(d) / unit in front.
+  const bool any_value = nu_max > 0 || sums.big_a > 0;  // all zero: nothing was rounded
+  const double unit = state.unit;
+  const double m2_lost =
+      any_value ? (d + 64) * 0x1p-146 * (s + (double(state.tokens) + c_tokens) / l) / (unit * unit)
+                : 0.0;
   const double r_fp = gamma_n(chain_m2(d) + d + 8 + 2.0 * log.count) *
-                      (g_m2 + 2 * u_norm * std::sqrt(g_s * g_m2) + g_s * u2);
+                          (g_m2 + 2 * u_norm * std::sqrt(g_s * g_m2) + g_s * u2) +
+                      m2_lost * (1 + 2.0 * log.count);
   c.r_term = std::sqrt(positive_part(m2 - 2 * ua + s * u2) + r_fp);
   c.h_term = std::sqrt(h2);
   c.s_term = s;
@@ -104,7 +113,9 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
 
   // E3 / 4b, about r: the accumulated vectors are v^ - r, whose subtraction is one more rounding.
   const double g_l = corrected ? log.g_l : l;
-  const double g_o = corrected ? log.g_o : sums.big_a;
+  // A norm whose square vanished is below sqrt(d) 2^-74 units.
+  const double norm_lost = any_value ? std::sqrt(double(d)) * 0x1p-74 / unit : 0.0;
+  const double g_o = (corrected ? log.g_o : sums.big_a) + norm_lost * g_l;
   const double n_out = kChainOutput + 2.0 * log.count + 3;
   c.e_acc = (gamma_n(n_out) * g_o + gamma_n(n_out) * u_norm * g_l +
              double(state.tokens) * double(kExpAbsolute) * (nu_max + eta_max + c.out_norm)) / l +
