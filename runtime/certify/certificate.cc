@@ -63,6 +63,7 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
   // Sums over all blocks. expm1(Delta) = c, exp(-Delta) = 1 / (1 + c).
   double s = 0, h2 = 0, by_sum = 0, den = 0, e_val = 0, nu_max = 0, eta_max = 0;
   double tail = 0, delta_max = 0, v_max = 0, c_tokens = 0;
+  bool nowhere_negative = true;  // a damaged annotation must not pay for others
   double factor = 0, factor_ref = std::numeric_limits<double>::quiet_NaN();
   for (size_t b = 0; b < state.blocks; ++b) {
     const size_t i = state.at(head, b);
@@ -74,6 +75,7 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
     const double rho = state.block_sum[i] * factor;
     const double c_b = c_of_delta(state.delta[i]);
     const double nu = blocks[b].nu, eta = eta_of(context, blocks[b], state.used[i]);
+    nowhere_negative = nowhere_negative && eta >= 0 && nu >= 0 && c_b >= 0 && rho >= 0;
     s += c_b * rho;
     h2 += c_b * rho * eta * eta;
     by_sum += c_b * rho * (nu + c.out_norm);
@@ -139,7 +141,8 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
   if (c.bound == 0 && c.s == 0) c.relative = 0;
 
   const bool sound = std::isfinite(c.bound) && std::isfinite(c.s) && std::isfinite(key) &&
-                     std::isfinite(c.out_norm) && std::isfinite(e_val) && l > 0 && c.den > 0;
+                     std::isfinite(c.out_norm) && std::isfinite(e_val) && nowhere_negative &&
+                     l > 0 && c.den > 0;
   if (!sound) c.bound = c.relative = std::numeric_limits<double>::quiet_NaN();
   return c;
 }
