@@ -1,0 +1,150 @@
+// Sealing, judged by a decoder of its own that reads the documented bytes.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "kernels/quantize.h"
+#include "tests/support/oracle.h"
+
+namespace certkv {
+namespace {
+
+struct FreeBytes {
+  void operator()(std::byte* p) const { std::free(p); }
+};
+
+struct Sealed {
+  PageFormat format;
+  oracle::Originals x;
+  std::unique_ptr<std::byte, FreeBytes> page;
+  Sealed(const char* layout, int head_dim, int block, DType dtype)
+      : format(make_page_format(layout_by_name(layout), head_dim, block)),
+        x{.dtype = dtype, .head_dim = head_dim, .k = {}, .v = {}},
+        page(static_cast<std::byte*>(std::aligned_alloc(64, format.page_bytes))) {}
+  template <typename Make>
+  void fill(Make make) {  // make(t, c) -> {key, value}
+    for (int t = 0; t < format.group_tokens; ++t)
+      for (int c = 0; c < format.head_dim; ++c) {
+        const auto [k, v] = make(t, c);
+        x.k.push_back(oracle::encode(x.dtype, k));
+        x.v.push_back(oracle::encode(x.dtype, v));
+      }
+  }
+  void fill_random(uint64_t seed) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal;
+    fill([&](int, int c) {
+      return std::pair{normal(random) * (c % 13 == 0 ? 20 : 1), normal(random) + 0.5};
+    });
+  }
+  SealStatus seal() { return seal_page(format, x.dtype, x.k.data(), x.v.data(), page.get()); }
+};
+
+// Measured in double from values exact in double: sums of at most 256 squares.
+constexpr double kMeasured = 1 + 1e-12;
+
+TEST(Seal, AnnotationsCoverWhatIsServedAndAreNotLoose) {
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8"})
+    for (int d : {64, 96, 128, 256})
+      for (int block : {16, 32})
+        for (DType dtype : {DType::F16, DType::BF16}) {
+          SCOPED_TRACE(testing::Message() << layout << " d " << d << " block " << block);
+          Sealed s(layout, d, block, dtype);
+          s.fill_random(uint64_t(d + block));
+          ASSERT_EQ(s.seal(), SealStatus::Sealed);
+          const oracle::Served served = oracle::decode_page(s.format, s.page.get());
+          std::vector<double> k(served.k.size()), v(served.v.size());
+          decode_page(s.format, s.page.get(), k.data(), v.data());
+          EXPECT_EQ(k, served.k);
+          EXPECT_EQ(v, served.v);
+          for (int b = 0; b < s.format.blocks(); ++b) {
+            const BlockAnnotations& note = page_annotations(s.format, s.page.get(), b);
+            const oracle::Measured m = oracle::measure(s.format, served, s.x, b);
+            EXPECT_GE(note.eta * kMeasured, m.eta);
+            EXPECT_GE(note.nu * kMeasured, m.nu);
+            EXPECT_GE(note.kappa * kMeasured, m.kappa);
+            EXPECT_GE(note.e * kMeasured, m.e);
+            EXPECT_GE(note.k_norm * kMeasured, m.k_norm);
+            EXPECT_LE(note.eta, 1.01 * m.eta);  // the rounding of the kernel's decode included
+            EXPECT_LE(note.nu, 1.001 * m.nu);
+            EXPECT_LE(note.kappa, 0.51);
+            EXPECT_LE(note.e, 1.001 * m.e);
+          }
+        }
+}
+
+TEST(Seal, EveryOriginalLiesWithinItsCodesRange) {  // metadata is rounded outward
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8"}) {
+    Sealed s(layout, 128, 16, DType::F16);
+    s.fill_random(7);
+    ASSERT_EQ(s.seal(), SealStatus::Sealed);
+    for (int c = 0; c < 128; ++c) {
+      const ServedAffine a = served_key_affine(s.format, s.page.get(), c);
+      for (int t = 0; t < s.format.group_tokens; ++t) {
+        const double k = oracle::decode(DType::F16, s.x.k[size_t(t * 128 + c)]);
+        ASSERT_LE(a.base, k);
+        ASSERT_LE(k, double(a.base) + double(a.step) * a.max_code);
+      }
+    }
+  }
+}
+
+TEST(Seal, AConstantChannelIsExact) {
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8"}) {
+    Sealed s(layout, 64, 16, DType::F16);
+    s.fill([](int, int c) { return std::pair{0.1 * c - 3, 0.3 * (c / 64) + 1.7}; });
+    ASSERT_EQ(s.seal(), SealStatus::Sealed);
+    const oracle::Served served = oracle::decode_page(s.format, s.page.get());
+    for (size_t i = 0; i < served.k.size(); ++i) {
+      ASSERT_EQ(served.k[i], oracle::decode(DType::F16, s.x.k[i]));
+      ASSERT_EQ(served.v[i], oracle::decode(DType::F16, s.x.v[i]));
+    }
+    EXPECT_EQ(page_annotations(s.format, s.page.get(), 0).e, 0);
+    EXPECT_EQ(page_annotations(s.format, s.page.get(), 0).kappa, 0);
+  }
+}
+
+TEST(Seal, MetadataThatOverflowsIsUnquantisable) {
+  for (int which : {0, 1}) {
+    Sealed s("compact", 64, 16, DType::BF16);
+    s.fill([&](int t, int c) {
+      const double huge = t == 3 && c == 5 ? 1e20 : 1.0 * (t % 2);
+      return which == 0 ? std::pair{huge, 1.0} : std::pair{1.0, huge};
+    });
+    EXPECT_EQ(s.seal(), SealStatus::Unquantisable);
+  }
+}
+
+TEST(Seal, ASubnormalSinglePrecisionScaleIsUnquantisable) {
+  Sealed s("paper", 64, 16, DType::BF16);
+  s.fill([](int t, int) { return std::pair{1e-38 * (t % 3), 1.0}; });
+  EXPECT_EQ(s.seal(), SealStatus::Unquantisable);
+}
+
+TEST(Seal, OneNonFiniteElementAnywhereIsNamed) {
+  for (DType dtype : {DType::F16, DType::BF16})
+    for (double bad : {std::nan(""), double(INFINITY), -double(INFINITY)})
+      for (size_t at : {size_t(0), size_t(63), size_t(15 * 64 + 1), size_t(64 * 64 - 1)})
+        for (bool key : {true, false}) {
+          Sealed s("compact", 64, 16, dtype);
+          s.fill_random(3);
+          (key ? s.x.k : s.x.v)[at] = oracle::encode(dtype, bad);
+          ASSERT_EQ(s.seal(), SealStatus::NonFinite) << at << (key ? " key" : " value");
+        }
+}
+
+TEST(Layouts, StayWithinTheirBytes) {
+  const auto bytes = [](const char* name) {
+    return make_page_format(layout_by_name(name), 128, 16).bytes_per_token();
+  };
+  EXPECT_LE(bytes("compact"), 240);
+  EXPECT_LE(bytes("balanced"), 280);
+  EXPECT_LE(bytes("paper"), 288 + 1.25);  // annotations: 20 bytes a block
+}
+
+}  // namespace
+}  // namespace certkv

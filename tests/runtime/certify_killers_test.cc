@@ -1,0 +1,220 @@
+// Inputs that are known to break such certificates, each by name.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/arith/verdict.h"
+#include "kernels/base/log.h"
+#include "kernels/quantize.h"
+#include "tests/support/attention_cases.h"
+
+namespace certkv {
+namespace {
+
+AttentionCase base_case(Shape shape) {
+  AttentionCase c;
+  c.seed = 5;
+  c.shape = shape;
+  c.head_dim = 128;
+  c.heads = 4;
+  c.tokens = 300;
+  c.steps = 3;
+  c.key_quota = c.value_quota = 4096;
+  return c;
+}
+
+CaseResult expect_sound(const AttentionCase& c) {
+  const CaseResult r = run_case(c);
+  for (const std::string& v : r.violations) ADD_FAILURE() << v;
+  EXPECT_EQ(r.failed, 0);
+  return r;
+}
+
+TEST(Killers, ACommonMeanOfAThousandSpreads) {
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8"}) {
+    AttentionCase c = base_case(Shape::CommonMean);
+    c.dtype = DType::F16;
+    c.layout = layout;
+    EXPECT_EQ(expect_sound(c).over, 0);
+  }
+}
+
+TEST(Killers, ADeltaOfEighteenEverywhere) {
+  AttentionCase c = base_case(Shape::Random);
+  c.q_scale = 1000;  // D_b of about 18 and more on every block
+  EXPECT_EQ(expect_sound(c).over, 0);
+  c.rules.policy = Policy::Naive;
+  expect_sound(c);
+}
+
+TEST(Killers, ASinkAboveAHundredThousandFlatTokens) {
+  AttentionCase c = base_case(Shape::Sink);
+  c.head_dim = 64;
+  c.heads = 1;
+  c.tokens = 131072 + 5;
+  c.steps = 1;
+  expect_sound(c);
+}
+
+TEST(Killers, ValuesOfTenToTheTwenty) {
+  AttentionCase c = base_case(Shape::Huge);
+  EXPECT_EQ(expect_sound(c).over, 0);
+}
+
+TEST(Killers, ValuesThatAreAllZero) {
+  const CaseResult r = expect_sound(base_case(Shape::ZeroValues));
+  EXPECT_EQ(r.certified, r.head_steps);
+}
+
+TEST(Killers, AGiantWithoutWeightBesideExactCodes) {
+  AttentionCase c = base_case(Shape::UnweightedGiant);
+  c.q_scale = 0.5f;
+  for (Policy policy : {Policy::Budget, Policy::Naive}) {
+    c.rules.policy = policy;
+    expect_sound(c);
+  }
+}
+
+TEST(Killers, AKeyOfMinusZeroDoesNotOutrankNaN) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity();
+  EXPECT_EQ(bound_key(-0.0f), bound_key(0.0f));
+  EXPECT_EQ(bound_key(-0.0f), 0u);
+  for (float x : {-0.0f, 0.0f, 1e-45f, 1.0f, std::numeric_limits<float>::max(), inf}) {
+    EXPECT_GT(bound_key(nan), bound_key(x)) << x;
+    EXPECT_GT(bound_key(-nan), bound_key(x)) << x;
+    EXPECT_GT(bound_key(-1.0f), bound_key(x)) << x;
+  }
+  EXPECT_LT(bound_key(1.0f), bound_key(std::nextafter(1.0f, 2.0f)));
+}
+
+// One head on fresh originals; whatever happens must not be called certified or exact.
+struct Plain {
+  AttentionCase c = base_case(Shape::Random);
+  oracle::Originals x{.dtype = DType::BF16, .head_dim = 128, .k = {}, .v = {}};
+  std::shared_ptr<const PageFormat> format =
+      std::make_shared<const PageFormat>(make_page_format(layout_by_name("compact"), 128, 16));
+  HeadState state{DeviceTier(format, DType::BF16, std::make_shared<TierAccount>()), 64, 64};
+  MemoryOriginals originals{x, 16};
+  std::vector<float> q, out = std::vector<float>(4 * 128);
+  GroupReport report;
+  Plain() {
+    log_set_level(LogLevel::Error);
+    RowMaker rows(c);
+    rows.append(c.tokens, &x);
+    q = rows.query();
+    state.tier.append(x.k.data(), x.v.data(), x.tokens(), {});
+  }
+  void step(const StepRules& rules) {
+    head_step(rules, {}, 4, q.data(), &state, originals, out.data(), nullptr, &report);
+  }
+  void dense() { dense_step({}, 4, 15, 4, q.data(), &state, originals, out.data(), nullptr, &report); }
+  void expect_all(Outcome outcome) {
+    for (const HeadReport& r : report.heads) EXPECT_EQ(r.outcome, outcome);
+  }
+  void expect_sound(const StepRules& rules) {
+    for (size_t h = 0; h < 4; ++h) {
+      const auto v = oracle::check(oracle::attention(x, x.tokens(), q.data() + h * 128),
+                                   {out.data() + h * 128, 128}, claim_of(rules, report.heads[h]));
+      EXPECT_TRUE(v.holds) << v.why;
+    }
+  }
+};
+
+TEST(FailingSafe, AToleranceOfNaNNeverCertifies) {
+  for (bool relative : {true, false}) {
+    Plain p;
+    StepRules rules;
+    rules.tolerance = {relative, std::nan("")};
+    p.step(rules);
+    ASSERT_FALSE(p.report.broken);
+    p.expect_all(Outcome::Exact);
+    p.expect_sound(rules);
+  }
+}
+
+TEST(FailingSafe, AQueryOfNaNOrInfinityEndsFailedWithAZeroOutput) {
+  for (float bad : {std::nanf(""), std::numeric_limits<float>::infinity()})
+    for (Policy policy : {Policy::Budget, Policy::Naive, Policy::Paper, Policy::Dense}) {
+      Plain p;
+      p.q[7] = bad;
+      StepRules rules;
+      rules.policy = policy;
+      p.step(rules);
+      if (p.report.broken) p.dense();
+      EXPECT_NE(p.report.heads[0].outcome, Outcome::Certified);
+      EXPECT_NE(p.report.heads[0].outcome, Outcome::Exact);
+      if (p.report.heads[0].outcome == Outcome::Failed) {
+        for (size_t c = 0; c < 128; ++c) EXPECT_EQ(p.out[c], 0);
+      }
+    }
+}
+
+TEST(Faults, OriginalsThatCannotBeHadBreakTheStepAndThenFailIt) {
+  for (BlockStatus status : {BlockStatus::Absent, BlockStatus::Corrupt, BlockStatus::Lost}) {
+    Plain p;
+    p.originals.fail_all(status);
+    StepRules rules;
+    rules.tolerance = {true, 1e-5};  // promotions are needed
+    rules.ladder.max_share = 10;
+    p.step(rules);
+    if (p.report.broken) p.dense();
+    EXPECT_GT(p.report.digest, 0u);
+    p.expect_all(Outcome::Failed);
+    for (float x : p.out) EXPECT_EQ(x, 0);
+  }
+}
+
+TEST(Faults, APageWhoseCodesChangedIsSeenByTheCanary) {
+  Plain p;
+  auto* page = const_cast<std::byte*>(p.state.tier.blocks()[0].page);
+  for (size_t i = 0; i < 64 * 128; ++i) page[p.format->key_base + i] ^= std::byte(0x80);
+  for (size_t i = 0; i < 64 * 64; ++i) page[p.format->value_base + i] ^= std::byte(0x88);
+  StepRules rules;
+  rules.ladder.exploration = 1;  // every block is looked at
+  p.step(rules);
+  EXPECT_TRUE(p.report.broken);
+  EXPECT_GT(p.report.canary, 0u);
+  p.dense();
+  p.expect_all(Outcome::Exact);
+  p.expect_sound(rules);
+}
+
+TEST(Faults, AnAnnotationOfNaNNeverCertifiesOnCodes) {
+  Plain p;
+  auto* page = const_cast<std::byte*>(p.state.tier.blocks()[0].page);
+  auto* notes = reinterpret_cast<BlockAnnotations*>(page + p.format->annotations);
+  for (int b = 0; b < 4; ++b) notes[b].eta = std::nanf("");
+  StepRules rules;
+  p.step(rules);
+  if (p.report.broken) p.dense();
+  p.expect_all(Outcome::Exact);
+  p.expect_sound(rules);
+}
+
+TEST(Faults, ANegativeAnnotationCannotLowerABoundBelowZero) {
+  Plain p;
+  auto* page = const_cast<std::byte*>(p.state.tier.blocks()[0].page);
+  auto* notes = reinterpret_cast<BlockAnnotations*>(page + p.format->annotations);
+  for (int b = 0; b < 4; ++b) notes[b].eta = -1e6f;
+  StepRules rules;
+  p.step(rules);
+  if (p.report.broken) p.dense();
+  for (const HeadReport& r : p.report.heads) EXPECT_FALSE(r.outcome == Outcome::Certified);
+  p.expect_sound(rules);
+}
+
+TEST(Learning, TheSecondStepFindsWhatTheFirstPromoted) {
+  AttentionCase c = base_case(Shape::Sink);
+  c.tokens = 600;
+  c.steps = 4;
+  c.rules.tolerance.value = 0.02;
+  c.rules.ladder.max_share = 1;
+  const CaseResult r = expect_sound(c);
+  EXPECT_GT(r.promoted, 0);
+  EXPECT_GT(r.learned, 0u);
+}
+
+}  // namespace
+}  // namespace certkv
