@@ -1,0 +1,102 @@
+// Ranking consistency (method section 6) on hand-made passes.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "runtime/certify/learn.h"
+#include "runtime/certify/selector.h"
+
+namespace certkv {
+namespace {
+
+struct Ranked {
+  PageFormat format = make_page_format(layout_by_name("compact"), 64, 16);
+  PassState pass;
+  std::vector<BlockRef> blocks;
+  QueryGroup q;
+  Ranked() {
+    pass.heads = 1;
+    pass.head.resize(1);
+    q.heads = 1;
+    q.head_dim = 64;
+    q.norm = {0.0f};
+  }
+  void add(double log_mass, double delta, bool in_f) {
+    pass.block_ref.push_back(float(log_mass));
+    pass.block_sum.push_back(1);
+    pass.delta.push_back(float(delta));
+    pass.score_bound.push_back(float(delta));
+    pass.used.push_back(in_f ? kUsedKey : 0);
+    blocks.push_back({.page = nullptr, .index = 0, .tokens = 16, .k = nullptr, .v = nullptr});
+    pass.blocks = blocks.size();
+  }
+  std::vector<uint32_t> unresolved(int r) {
+    return ranking_unresolved({&format, DType::BF16}, q, pass, 0, blocks, r);
+  }
+};
+
+using Blocks = std::vector<uint32_t>;
+
+TEST(Ranking, IsResolvedWhenNoBlockOutsideCanReachTheRthPlace) {
+  Ranked x;
+  x.add(10, 0, true);
+  x.add(9, 0.5, false);
+  x.add(3, 0.5, false);
+  EXPECT_EQ(x.unresolved(1), Blocks{});
+  EXPECT_EQ(x.unresolved(0), Blocks{});
+}
+
+TEST(Ranking, NamesExactlyTheBlocksThatMayBeHeavier) {
+  Ranked x;
+  x.add(10, 0, true);
+  x.add(9.8, 0.5, false);
+  x.add(9.2, 0.5, false);
+  x.add(9.7, 0.4, false);
+  EXPECT_EQ(x.unresolved(1), (Blocks{1, 3}));
+}
+
+TEST(Ranking, ATieIsUnresolved) {
+  Ranked x;
+  x.add(10, 0, true);
+  x.add(10, 0, false);
+  EXPECT_EQ(x.unresolved(1), Blocks{1});
+}
+
+TEST(Ranking, NaNIsUnresolved) {
+  Ranked x;
+  x.add(10, 0, true);
+  x.add(-50, std::nan(""), false);
+  EXPECT_EQ(x.unresolved(1), Blocks{1});
+  Ranked y;
+  y.add(std::nan(""), 0, true);
+  y.add(-50, 0, false);
+  EXPECT_EQ(y.unresolved(1), Blocks{1});
+}
+
+TEST(Ranking, TooSmallAnFAsksForTheHeaviestOutside) {
+  Ranked x;
+  x.add(10, 0, true);
+  x.add(1, 0.1, false);
+  x.add(5, 0.1, false);
+  x.add(4, 0.1, false);
+  EXPECT_EQ(x.unresolved(3), (Blocks{2, 3}));
+}
+
+TEST(Ranking, IsResolvedWhenFIsEverything) {
+  Ranked x;
+  x.add(10, 0, true);
+  x.add(9, 0, true);
+  EXPECT_EQ(x.unresolved(5), Blocks{});
+}
+
+TEST(Ranking, ASwapUnderCodesIsSeen) {
+  Ranked x;
+  x.add(10, 0, true);
+  x.add(9, 0, true);
+  x.add(1, 0, false);
+  EXPECT_TRUE(same_order_under_codes(x.pass, 0, std::vector<double>{8, 7, 1}, 1));
+  EXPECT_FALSE(same_order_under_codes(x.pass, 0, std::vector<double>{7, 8, 1}, 1));
+}
+
+}  // namespace
+}  // namespace certkv
