@@ -400,9 +400,11 @@ void CertifiedEngine::decode(Policy policy) {
   if (leader() && on_step) {
     const ForwardPhases p = transformer_.phases();
     figures.fill(&record);
+    // The ladder's time is a sum over tasks; of the step's time it took its share of the threads.
+    const double ladder = std::min(figures.ladder_seconds() / pool_.threads(), p.attention);
     record.phase_seconds = {.projections = p.projections,
-                            .attention = p.attention - figures.ladder_seconds(),
-                            .ladder = figures.ladder_seconds(),
+                            .attention = p.attention - ladder,
+                            .ladder = ladder,
                             .communicate = p.communicate + agree_seconds,
                             .sample = sample_seconds,
                             .other = 0};
