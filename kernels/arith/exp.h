@@ -11,7 +11,7 @@
 namespace certkv {
 
 inline constexpr float kExpFlush = -87.0f;           // exp(-87) > 2^-126: no subnormal ever appears
-inline constexpr float kExpError = 0x1p-22f;
+inline constexpr float kExpError = 0x1.4p-22f;       // seen, without fused operations: 2^-21.97
 inline constexpr float kExpAbsolute = 0x1.0p-125f;   // exp(-87) = 2^-125.51
 
 // T is float or a vector of floats of the compiler; I the matching integer type.
