@@ -4,6 +4,7 @@
 #include <cmath>
 #include <ctime>
 #include <filesystem>
+#include <fstream>
 #include <mutex>
 #include <nlohmann/json.hpp>
 
@@ -30,7 +31,19 @@ bool was_completed(const std::string& folder) {
   return v.is_object() && v.value("complete", nlohmann::json()) == true;
 }
 
-void move_aside(const std::string& folder) {
+// A journal begins with one line that names its job; what follows are finished lines.
+bool has_finished_lines(const std::string& folder) {
+  const std::string journals = folder + "/journal";
+  if (!fs::is_directory(journals)) return false;
+  for (const auto& file : fs::directory_iterator(journals)) {
+    std::ifstream lines(file.path(), std::ios::binary);
+    std::string line;
+    if (std::getline(lines, line) && std::getline(lines, line)) return true;
+  }
+  return false;
+}
+
+void move_aside(const std::string& folder, const char* what) {
   for (int n = 1; n < 100000; ++n) {
     const std::string target = fmt::format("{}.{}", folder, n);
     if (fs::exists(target)) continue;
@@ -38,7 +51,7 @@ void move_aside(const std::string& folder) {
     fs::rename(folder, target, error);
     CERTKV_EXPECT(!error, IoError, "{}: moving it to {} failed: {}", folder, target,
                   error.message());
-    log_info("{}: holds a complete job; moved to {}", folder, target);
+    log_info("{}: holds {}; moved to {}", folder, what, target);
     return;
   }
 }
@@ -46,11 +59,17 @@ void move_aside(const std::string& folder) {
 // Without --resume: makes room for a new job, or refuses.
 void make_room(const std::string& folder, const EarlierJob& earlier) {
   if (!earlier.exists) return;
+  if (!was_completed(folder) && !has_finished_lines(folder)) {
+    // A job that failed at its start must not stand in the way of the next try.
+    { const FolderLock not_running(folder); }
+    move_aside(folder, "a job without a finished line");
+    return;
+  }
   CERTKV_EXPECT(was_completed(folder), InvalidArgument,
                 "{}: holds a job that is not finished; continue it with --resume, choose another "
                 "folder with --output, or remove it",
                 folder);
-  move_aside(folder);
+  move_aside(folder, "a complete job");
 }
 
 void check_same_job(const std::string& folder, const JobIdentity& then, const JobIdentity& now) {

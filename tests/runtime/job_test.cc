@@ -264,9 +264,10 @@ TEST_F(JobTest, ResumingWithAnotherInputOrOptionIsRefusedNamingWhatDiffers) {
 }
 
 TEST_F(JobTest, AnUnfinishedJobIsNotOverwrittenAndACompleteOneIsMovedAside) {
-  write_input(2);
-  stop_ = true;
-  ASSERT_EQ(run(), kJobStopped);
+  write_input(4);
+  FakeEngine first;
+  first.before_step = [&](uint64_t step) { stop_ = step >= 15; };
+  ASSERT_EQ(run(first), kJobStopped);
   stop_ = false;
   try {
     run();
@@ -279,8 +280,18 @@ TEST_F(JobTest, AnUnfinishedJobIsNotOverwrittenAndACompleteOneIsMovedAside) {
   options_.run.resume = false;
   FakeEngine again;
   EXPECT_EQ(run(again), kJobSucceeded);
-  EXPECT_EQ(again.submitted, 2u);
+  EXPECT_EQ(again.submitted, 4u);
   EXPECT_TRUE(fs::exists(options_.run.output + ".1/results.jsonl"));
+}
+
+TEST_F(JobTest, AJobThatFinishedNothingIsNotInTheWayOfTheNext) {
+  write_input(2);
+  stop_ = true;
+  ASSERT_EQ(run(), kJobStopped);
+  stop_ = false;
+  ASSERT_EQ(run(), kJobSucceeded);
+  expect_all_answers(2);
+  EXPECT_TRUE(fs::exists(options_.run.output + ".1/manifest.json"));
 }
 
 TEST_F(JobTest, ComparedPoliciesHaveAResultFileEachAndNaiveAskedForByNameIsNoFailure) {
