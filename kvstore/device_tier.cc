@@ -59,7 +59,11 @@ DeviceTier DeviceTier::fork() const {
 
 void DeviceTier::append(const uint16_t* k, const uint16_t* v, size_t tokens, const SealSink& sink) {
   const size_t d = size_t(format_->head_dim), group = size_t(format_->group_tokens);
-  while (tokens > 0) {
+  while (tokens > 0 || open_tokens_ == group) {
+    if (open_tokens_ == group) {  // full; also where an earlier sealing failed
+      seal(open_k_.get(), open_v_.get(), sink);
+      continue;
+    }
     if (open_tokens_ == 0 && tokens >= group) {  // a whole group: no detour through the open block
       seal(k, v, sink);
       k += group * d;
@@ -79,25 +83,20 @@ void DeviceTier::append(const uint16_t* k, const uint16_t* v, size_t tokens, con
     k += n * d;
     v += n * d;
     tokens -= n;
-    if (open_tokens_ == group) {
-      open_tokens_ = 0;
-      tokens_ -= group;
-      refs_.resize(sealed_blocks_);
-      seal(open_k_.get(), open_v_.get(), sink);
-    } else {
-      list_open_blocks(before);
-    }
+    list_open_blocks(before);
   }
 }
 
 void DeviceTier::seal(const uint16_t* k, const uint16_t* v, const SealSink& sink) {
   const PageFormat& f = *format_;
   const size_t d = size_t(f.head_dim), group = size_t(f.group_tokens);
+  const bool was_open = k == open_k_.get();
+  const size_t first_token = was_open ? tokens_ - group : tokens_;
   auto page = std::make_shared<Page>(account_, f.page_bytes);
   const SealStatus status = seal_page(f, dtype_, k, v, page->data);
   CERTKV_EXPECT(status != SealStatus::NonFinite, NonFinite,
-                "a key or value of tokens {} to {} is NaN or infinite", tokens_,
-                tokens_ + group - 1);
+                "a key or value of tokens {} to {} is NaN or infinite", first_token,
+                first_token + group - 1);
   const bool quantised = status == SealStatus::Sealed;
   const uint16_t *k_kept = nullptr, *v_kept = nullptr;
   if (!quantised) {  // served from originals for ever: keep them beside the pages
@@ -108,7 +107,13 @@ void DeviceTier::seal(const uint16_t* k, const uint16_t* v, const SealSink& sink
     k_kept = kept;
     v_kept = kept + group * d;
   }
+  page->digest = payload_digest(page->data, page->bytes);
+  const size_t refs = sealed_blocks_ + size_t(f.blocks());
+  if (refs_.capacity() < refs) refs_.reserve(2 * refs);
+  if (pages_.capacity() == pages_.size()) pages_.reserve(2 * pages_.size() + 1);
   if (sink) sink(uint32_t(sealed_blocks_), f.blocks(), k, v);
+  // Nothing below throws: a group is sealed as a whole or not at all.
+  refs_.resize(sealed_blocks_);  // the open blocks that become sealed ones
   for (int b = 0; b < f.blocks(); ++b) {
     const size_t first = size_t(b) * size_t(f.block_tokens) * d;
     BlockAnnotations note;
@@ -121,10 +126,12 @@ void DeviceTier::seal(const uint16_t* k, const uint16_t* v, const SealSink& sink
                      .nu = note.nu,
                      .k_norm = note.k_norm});
   }
-  page->digest = payload_digest(page->data, page->bytes);
   pages_.push_back(std::move(page));
   sealed_blocks_ += size_t(f.blocks());
-  tokens_ += group;
+  if (was_open)
+    open_tokens_ = 0;
+  else
+    tokens_ += group;
 }
 
 void DeviceTier::list_open_blocks(size_t changed_from) {

@@ -101,6 +101,7 @@ bool Step::page_in(std::span<const uint32_t> blocks, BlockPart part) {
   }
   std::vector<BlockResult> results;
   originals.read(missing, destinations, &results);
+  results.resize(missing.size());  // an answer that is missing is not Ok
   bool all = true;
   for (size_t i = 0; i < missing.size(); ++i) {
     if (results[i].status != BlockStatus::Ok) {
@@ -159,9 +160,9 @@ bool Step::promote(std::span<const uint32_t> keys, std::span<const uint32_t> val
       if (!want_key) target.k = source.k;  // not asked for: leave it as the head has it
       if (!want_value) target.v = source.v;
       if (target.k == source.k && target.v == source.v) continue;
-      corrected = corrected && correct_block(context, q, b, source, target, same, &pass, logs,
-                                             &before, &after);
-      if (corrected && !check_canary(b, before, after, source, target)) return false;
+      // Also after a refusal: the pass that is run again uses these originals, so the canary looks.
+      corrected &= correct_block(context, q, b, source, target, same, &pass, logs, &before, &after);
+      if (!check_canary(b, before, after, source, target)) return false;
     }
     state.tier.use_key(b, now.k);
     state.tier.use_value(b, now.v);
@@ -342,7 +343,11 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
   if (rules.policy == Policy::Naive)
     for (const HeadReport& r : report->heads)
       if (!std::isfinite(r.returned.out_norm)) report->broken = true;
-  if (report->broken) return;  // dense_step follows, on all ranks
+  if (report->broken) {  // dense_step follows, on all ranks
+    state->keys.unpin_all();
+    state->values.unpin_all();
+    return;
+  }
 
   const bool enforces = rules.policy == Policy::Budget;
   for (int h = 0; h < heads; ++h) {
