@@ -78,7 +78,9 @@ PageFormat make_page_format(const Layout& layout, int head_dim, int block_tokens
   section(f.value_residual, layout.value.residual_bits > 0 ? n * d / 2 : 0);
   section(f.value_scale, n * size_t(f.value_groups) * dtype_bytes(layout.value.metadata));
   section(f.value_offset, n * size_t(f.value_groups) * dtype_bytes(layout.value.metadata));
-  section(f.annotations, size_t(f.blocks()) * sizeof(BlockAnnotations));
+  section(f.value_norms, n * sizeof(uint16_t));
+  section(f.annotations, size_t(f.blocks()) * sizeof(BlockAnnotations) + sizeof(PageNotes));
+  f.notes = f.annotations + size_t(f.blocks()) * sizeof(BlockAnnotations);
   f.page_bytes = at;
   f.payload_bytes = payload;
   return f;

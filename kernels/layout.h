@@ -22,8 +22,8 @@ struct TensorPlanes {
   bool read_residual = false;
   DType metadata = DType::F16;  // of scale and offset: F16 or F32
 
-  int base_bits() const { return code_bits - residual_bits; }
-  int levels() const { return (1 << code_bits) - 1; }
+  CERTKV_INLINE int base_bits() const { return code_bits - residual_bits; }
+  CERTKV_INLINE int levels() const { return (1 << code_bits) - 1; }
 };
 
 struct Layout {
@@ -48,28 +48,39 @@ struct BlockAnnotations {
   float kappa;  // max_{t,c} |k_tc - k^_tc| / step_c over channels with step > 0 (step: of the planes read)
   float e;      // max_t ||k_t - k^_t||_2
   float k_norm; // max_t ||k_t||_2
+  float vbar;   // max_t || |base| + code step ||_2: bounds every intermediate of the value decode
+};
+
+// One per page, measured at sealing like the annotations.
+struct PageNotes {
+  // value_norms: norm_step code <= ||v^_t||_2 <= norm_step (code + 1) (1 + 2^-20)
+  float norm_step;
+  float kbar_norm;  // ||kbar||_2, kbar_c = |base_c| + max_code step_c (method section 3), rounded up
+  float kappa, e;   // largest of the page's blocks
 };
 
 inline constexpr int kTile = 16;      // tokens of a tile; a block is one or two tiles
 inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kMaxGroupHeads = 16;  // query heads of a KV head that one pass serves
 
 // Offsets of one page: the record of one KV head's scale group (group_tokens tokens).
 // UNITS: bytes from the page's start, every section 64-byte aligned.
-//   key_base      [tiles][head_dim][16] u8
-//   key_residual  [tiles][head_dim][8] two 4-bit codes a byte: token t | token t + 8 << 4
+//   key_base      [tiles][head_dim / 4][16 tokens][4 channels] u8
+//   key_residual  [tiles][head_dim / 2][16 tokens] two 4-bit codes a byte: channel 2i | channel 2i + 1 << 4
 //   key_scale, key_offset      [head_dim] of key.metadata
-//   value_base    [tiles][head_dim / 16][16 tokens][16 codes of value.base_bits bits]; 4-bit codes
-//                 are packed element i | element i + 8 << 4
+//   value_base    8 bits: [head_dim / 16][group_tokens][16] u8
+//                 4 bits: [head_dim / 32][group_tokens][16] element i | element i + 16 << 4
 //   value_residual like a 4-bit value_base
-//   value_scale, value_offset  [tiles][value_groups][16 tokens] of value.metadata
-//   annotations   [blocks] BlockAnnotations
+//   value_scale, value_offset  [value_groups][group_tokens] of value.metadata
+//   value_norms   [group_tokens] u16, see PageNotes
+//   annotations   [blocks] BlockAnnotations, then PageNotes
 struct PageFormat {
   Layout layout;
   int head_dim = 0, block_tokens = 0, group_tokens = 0;
   int value_group = 0, value_groups = 0;  // elements a group, groups a token
   size_t key_base = 0, key_residual = 0, key_scale = 0, key_offset = 0;
   size_t value_base = 0, value_residual = 0, value_scale = 0, value_offset = 0;
-  size_t annotations = 0;
+  size_t value_norms = 0, annotations = 0, notes = 0;
   size_t page_bytes = 0;      // all sections with their padding
   size_t payload_bytes = 0;   // without padding: what byte limits are counted in
 

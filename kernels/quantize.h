@@ -28,8 +28,13 @@ SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, c
 SealStatus annotate_originals(const PageFormat& format, DType dtype, const uint16_t* k,
                               const uint16_t* v, int tokens, BlockAnnotations* out);
 
-const BlockAnnotations& page_annotations(const PageFormat& format, const std::byte* page,
-                                         int block);
+inline const BlockAnnotations& page_annotations(const PageFormat& format, const std::byte* page,
+                                                int block) {
+  return reinterpret_cast<const BlockAnnotations*>(page + format.annotations)[block];
+}
+inline const PageNotes& page_notes(const PageFormat& format, const std::byte* page) {
+  return *reinterpret_cast<const PageNotes*>(page + format.notes);
+}
 
 // Scale and offset of one channel as the kernels serve it, planes that are read considered:
 // k^ = code * step + base, code in [0, max_code].

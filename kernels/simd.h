@@ -9,10 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
-// Function versions for AVX2 and for plain x86-64. Sanitizers instrument the resolver, which runs
+// Function versions for AVX-512, AVX2 and plain x86-64. Sanitizers instrument the resolver, which runs
 // before they are ready: there only the plain version is built.
 #if defined(__x86_64__) && !defined(CERTKV_SANITIZED)
-#define CERTKV_CPU_VERSIONS __attribute__((target_clones("arch=x86-64-v3", "default")))
+#define CERTKV_CPU_VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CERTKV_CPU_VERSIONS
 #endif

@@ -41,6 +41,12 @@ class ScratchCache {
   void age(double decay, double keep, std::vector<uint32_t>* dropped);
 
   std::vector<uint32_t> blocks() const;  // resident ones, ascending
+  // Calls body(block) for every resident block, in no particular order.
+  template <typename Body>
+  void for_each(Body body) const {
+    for (const Slot& s : slots_)
+      if (s.block != kNone) body(s.block);
+  }
 
  private:
   struct Slot {

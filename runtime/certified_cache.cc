@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <mutex>
 
@@ -11,25 +12,34 @@
 
 namespace certkv {
 
+namespace {
+
+constexpr size_t kMostSplitsAtOnce = 8;
+
+}  // namespace
+
 struct CertifiedCache::Sequence {
   int64_t handle = 0;
-  int64_t id = 0;            // of the request: for log lines and exploration
+  int64_t id = 0;  // of the request: for log lines and exploration
   StepRules rules;
   OriginalsSpan prefix, own;  // blocks of the prompt (shared by forks), and those after it
   uint32_t prefix_blocks = 0;
-  std::vector<HeadState> heads;           // [layers, local_kv_heads]
-  std::vector<GroupReport> groups;        // [local_kv_heads], of the layer under way
+  std::vector<HeadState> heads;     // [layers, local_kv_heads]
+  std::vector<GroupReport> groups;  // [local_kv_heads], of the layer under way
   SequenceReport report;
   std::mutex error_mutex;
+  std::atomic<bool> has_failed{false};  // report.error is set; read by the pool's threads
 
-  bool failed() const { return report.error.has_value(); }
+  bool failed() const { return has_failed; }
 };
 
 // Originals of one KV head, wherever in the two spans they lie.
 class CertifiedCache::Originals : public HeadOriginals {
  public:
   Originals(const CertifiedCache& cache, const Sequence& s, int layer, int head)
-      : cache_(cache), s_(s), layer_(uint32_t(layer)),
+      : cache_(cache),
+        s_(s),
+        layer_(uint32_t(layer)),
         kv_head_(uint32_t(cache.heads_.begin + head)) {}
 
   void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
@@ -39,8 +49,8 @@ class CertifiedCache::Originals : public HeadOriginals {
     std::vector<BlockId> ids(blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i)
       ids[i] = (blocks[i] < s_.prefix_blocks ? s_.prefix : s_.own).id(layer_, kv_head_, blocks[i]);
-    ReadTicket ticket = cache_.reader_->read(ids, destinations,
-                                             Deadline::after(cache_.options_.read_deadline));
+    ReadTicket ticket =
+        cache_.reader_->read(ids, destinations, Deadline::after(cache_.options_.read_deadline));
     const auto got = BlockReader::wait(ticket);
     results->assign(got.begin(), got.end());
   }
@@ -49,6 +59,14 @@ class CertifiedCache::Originals : public HeadOriginals {
   const CertifiedCache& cache_;
   const Sequence& s_;
   uint32_t layer_, kv_head_;
+};
+
+// One (row, KV head) of the step under way.
+struct CertifiedCache::Task {
+  HeadStep step;
+  std::optional<Originals> originals;
+  size_t first_stretch = 0;  // of this task within all stretches of the step
+  bool runs = false;         // false: its sequence has failed
 };
 
 CertifiedCache::CertifiedCache(const ModelConfig& config, ShardRange heads,
@@ -139,8 +157,8 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
   s->rules = rules;
   s->prefix = from.prefix;
   s->prefix_blocks = from.prefix_blocks;
-  const int64_t open = int64_t(from.heads[0].tier.tokens()) -
-                       int64_t(from.prefix_blocks) * format_->block_tokens;
+  const int64_t open =
+      int64_t(from.heads[0].tier.tokens()) - int64_t(from.prefix_blocks) * format_->block_tokens;
   const int64_t groups = (open + max_tokens) / format_->group_tokens;
   s->own = reserve(s->prefix_blocks, uint32_t(groups * format_->blocks()));
   s->heads.reserve(from.heads.size());
@@ -150,7 +168,9 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
   return handle;
 }
 
-void CertifiedCache::drop(int64_t sequence) { sequences_.erase(sequence); }
+void CertifiedCache::drop(int64_t sequence) {
+  sequences_.erase(sequence);
+}
 
 SealSink CertifiedCache::sink(Sequence& s, int layer, int head) {
   return [this, &s, layer, head](uint32_t first, int blocks, const uint16_t* k, const uint16_t* v) {
@@ -171,6 +191,7 @@ void CertifiedCache::fail(Sequence& s, ErrorKind kind, const std::string& text) 
   if (s.report.error) return;
   s.report.error = kind;
   s.report.error_text = text;
+  s.has_failed = true;
 }
 
 void CertifiedCache::store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
@@ -198,10 +219,12 @@ void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequence
   }
 }
 
-const SequenceReport& CertifiedCache::report(int64_t sequence) const { return at(sequence).report; }
+const SequenceReport& CertifiedCache::report(int64_t sequence) const {
+  return at(sequence).report;
+}
 
-// The step is counted by the sequence's own tokens, so that what depends on it (exploration) does not
-// depend on neighbours in the batch.
+// The step is counted by the sequence's own tokens, so that what depends on it (exploration) does
+// not depend on neighbours in the batch.
 StepWhere CertifiedCache::where(const Sequence& s, int layer, int head,
                                 const HeadState& state) const {
   return {s.id, layer, int(heads_.begin) + head, uint64_t(state.tier.tokens())};
@@ -210,28 +233,67 @@ StepWhere CertifiedCache::where(const Sequence& s, int layer, int head,
 void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* flags) {
   const size_t heads = size_t(heads_.count()), d = size_t(format_->head_dim);
   const size_t per_group = size_t(config_.heads_per_group());
-  pool_.parallel_for(rows.size() * heads, [&](size_t task) {
-    const size_t row = task / heads, h = task % heads;
-    Sequence& s = at(rows[row].sequence);
-    HeadState& state = s.heads[size_t(layer) * heads + h];
-    GroupReport& g = s.groups[h];
-    float* out = rows[row].out + h * per_group * d;
-    g = {};
-    g.heads.resize(per_group);
-    if (!s.failed()) {
-      try {
-        state.tier.append(rows[row].k + h * d, rows[row].v + h * d, 1, sink(s, layer, int(h)));
-        Originals originals(*this, s, layer, int(h));
-        head_step(s.rules, where(s, layer, int(h), state), int(per_group), rows[row].q + h * per_group * d, &state,
-                  originals, out, nullptr, &g);
-      } catch (const Error& e) {
-        if (e.kind() == ErrorKind::StoreLost) throw;  // ends the job, not the request
-        fail(s, e.kind(), e.what());
-      }
+  const size_t tasks = rows.size() * heads;
+  while (tasks_.size() < tasks) tasks_.push_back(std::make_unique<Task>());
+
+  // A step's error ends its request; losing the store ends the job.
+  const auto guarded = [&](size_t task, auto body) {
+    Sequence& s = at(rows[task / heads].sequence);
+    if (s.failed()) return;
+    try {
+      body(s);
+    } catch (const Error& e) {
+      if (e.kind() == ErrorKind::StoreLost) throw;
+      fail(s, e.kind(), e.what());
     }
+  };
+  pool_.parallel_for(tasks, [&](size_t task) {
+    const size_t row = task / heads, h = task % heads;
+    Task& t = *tasks_[task];
+    t.runs = false;
+    at(rows[row].sequence).groups[h].clear(per_group);
+    guarded(task, [&](Sequence& s) {
+      HeadState& state = s.heads[size_t(layer) * heads + h];
+      state.tier.append(rows[row].k + h * d, rows[row].v + h * d, 1, sink(s, layer, int(h)));
+      t.originals.emplace(*this, s, layer, int(h));
+      t.step.begin(s.rules, where(s, layer, int(h), state), int(per_group),
+                   rows[row].q + h * per_group * d, &state, *t.originals,
+                   rows[row].out + h * per_group * d, nullptr, &s.groups[h]);
+      t.runs = true;
+    });
+    group_.alive();
+  });
+  // The pass: stretches of all heads in one list, so that a few long sequences use every thread. A
+  // stretch is a few splits, which read memory more evenly than one, but leaves work for all.
+  size_t splits = 0;
+  for (size_t i = 0; i < tasks; ++i)
+    if (tasks_[i]->runs) splits += tasks_[i]->step.splits();
+  const size_t stretch =
+      std::clamp<size_t>(splits / (4 * size_t(pool_.threads())), 1, kMostSplitsAtOnce);
+  size_t stretches = 0;
+  for (size_t i = 0; i < tasks; ++i) {
+    tasks_[i]->first_stretch = stretches;
+    if (tasks_[i]->runs) stretches += (tasks_[i]->step.splits() + stretch - 1) / stretch;
+  }
+  pool_.parallel_for(stretches, [&](size_t i) {
+    const auto next =
+        std::upper_bound(tasks_.begin(), tasks_.begin() + std::ptrdiff_t(tasks), i,
+                         [](size_t value, const auto& t) { return value < t->first_stretch; });
+    const auto task = size_t(next - tasks_.begin()) - 1;
+    guarded(task, [&](Sequence&) {
+      HeadStep& step = tasks_[task]->step;
+      const size_t first = (i - tasks_[task]->first_stretch) * stretch;
+      step.attend(first, std::min(step.splits(), first + stretch));
+    });
+    group_.alive();
+  });
+  pool_.parallel_for(tasks, [&](size_t task) {
+    const size_t row = task / heads, h = task % heads;
+    if (tasks_[task]->runs) guarded(task, [&](Sequence&) { tasks_[task]->step.finish(); });
+    Sequence& s = at(rows[row].sequence);
     if (s.failed()) {
-      std::fill_n(out, per_group * d, 0.0f);
-      g.broken = false;
+      std::fill_n(rows[row].out + h * per_group * d, per_group * d, 0.0f);
+      s.groups[h].broken = false;
     }
     group_.alive();
   });
@@ -279,8 +341,8 @@ void CertifiedCache::account(int layer, Sequence& s, size_t head, const GroupRep
   for (size_t i = 0; i < per_group; ++i) {
     const HeadReport& r = g.heads[i];
     s.report.figures[size_t(layer) * local_heads + head * per_group + i] = {
-        float_up(r.candidate.bound),  float_up(r.candidate.relative), float_up(r.returned.bound),
-        float_up(r.returned.relative), float_up(r.returned.e_key),     float_up(r.returned.e_val),
+        float_up(r.candidate.bound),   float_up(r.candidate.relative),  float_up(r.returned.bound),
+        float_up(r.returned.relative), float_up(r.returned.e_key),      float_up(r.returned.e_val),
         float_up(r.returned.e_fp),     float_up(r.returned.e_key_paper)};
     if (r.outcome == Outcome::Failed && !g.broken && !s.failed())
       fail(s, g.digest > 0 ? ErrorKind::OriginalsLost : ErrorKind::Uncertifiable,
@@ -305,10 +367,18 @@ VerdictRecord CertifiedCache::verdict(int64_t sequence) const {
       v.max.candidate_relative =
           std::max(v.max.candidate_relative, bound_key(float_up(r.candidate.relative)));
       switch (outcome) {
-        case Outcome::Certified: ++v.sum.certified; break;
-        case Outcome::Exact: ++v.sum.exact; break;
-        case Outcome::Over: ++v.sum.over; break;
-        case Outcome::Failed: ++v.sum.failed; break;
+        case Outcome::Certified:
+          ++v.sum.certified;
+          break;
+        case Outcome::Exact:
+          ++v.sum.exact;
+          break;
+        case Outcome::Over:
+          ++v.sum.over;
+          break;
+        case Outcome::Failed:
+          ++v.sum.failed;
+          break;
       }
       ++v.sum.rungs[size_t(r.rung)];
       v.sum.promoted_keys += uint64_t(r.promoted_keys);
@@ -327,7 +397,9 @@ VerdictRecord CertifiedCache::verdict(int64_t sequence) const {
   return v;
 }
 
-uint64_t CertifiedCache::tier1_bytes() const { return account_->bytes; }
+uint64_t CertifiedCache::tier1_bytes() const {
+  return account_->bytes;
+}
 uint64_t CertifiedCache::tier1_bytes(int64_t sequence) const {
   uint64_t sum = 0;
   for (const HeadState& h : at(sequence).heads) sum += h.tier.bytes();

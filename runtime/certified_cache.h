@@ -90,6 +90,7 @@ class CertifiedCache : public KvAttention {
  private:
   struct Sequence;
   class Originals;
+  struct Task;
   Sequence& at(int64_t sequence) const;
   void account(int layer, Sequence& s, size_t head, const GroupReport& g);
   StepWhere where(const Sequence& s, int layer, int head, const HeadState& state) const;
@@ -107,6 +108,7 @@ class CertifiedCache : public KvAttention {
   std::shared_ptr<const PageFormat> format_;
   std::shared_ptr<TierAccount> account_;
   std::map<int64_t, std::unique_ptr<Sequence>> sequences_;
+  std::vector<std::unique_ptr<Task>> tasks_;  // of the step under way, [rows, local_kv_heads]
   int64_t next_ = 1;
   uint64_t step_ = 0;
 };

@@ -75,10 +75,33 @@ Served served(const TensorPlanes& planes, const Affine& a) {
 
 // Doubles hold 53 bits: sums of a few hundred terms are exact to 2^-43 relative.
 constexpr double kInflate = 1 + 0x1p-40;
-float annotation(double x) { return float_up(x * kInflate); }
+float annotation(double x) {
+  return float_up(x * kInflate);
+}
 
 void put_nibble(std::byte* section, size_t index, bool high, int code) {
   section[index] |= std::byte(high ? code << 4 : code);
+}
+
+size_t key_cell(const PageFormat& format, size_t tile, size_t lane, size_t c) {
+  return ((tile * size_t(format.head_dim) / 4 + c / 4) * kTile + lane) * 4 + c % 4;
+}
+
+// Where element c of a token lies in a plane of 16-byte cells that cover `elements` elements each.
+size_t value_cell(const PageFormat& format, size_t t, size_t c, size_t elements) {
+  return (c / elements * size_t(format.group_tokens) + t) * 16 + c % 16;
+}
+
+// Norms as codes, see PageNotes. Returns the step.
+float store_norms(const std::vector<double>& norm, std::byte* section) {
+  const double largest = *std::max_element(norm.begin(), norm.end());
+  float step = annotation(largest / 65535);
+  if (step > 0) step = std::max(step, std::numeric_limits<float>::min());  // never subnormal
+  for (size_t t = 0; t < norm.size(); ++t) {
+    const auto code = uint16_t(step > 0 ? std::floor(norm[t] * (2 - kInflate) / step) : 0.0);
+    std::memcpy(section + t * 2, &code, 2);
+  }
+  return step;
 }
 
 }  // namespace
@@ -100,7 +123,8 @@ SealStatus annotate_originals(const PageFormat& format, DType dtype, const uint1
     v_max = std::max(v_max, vv);
   }
   if (!finite) return SealStatus::NonFinite;
-  *out = {0, annotation(std::sqrt(v_max)), 0, 0, annotation(std::sqrt(k_max))};
+  const float nu = annotation(std::sqrt(v_max));
+  *out = {0, nu, 0, 0, annotation(std::sqrt(k_max)), nu};
   return SealStatus::Sealed;
 }
 
@@ -123,6 +147,7 @@ SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, c
   std::vector<double> k_error(static_cast<size_t>(n), 0.0);  // squared, per token
   std::vector<double> kappa(static_cast<size_t>(blocks), 0.0);
   const int key_residual_mask = (1 << kp.residual_bits) - 1;
+  double kbar2 = 0;
   for (int c = 0; c < d; ++c) {
     float lo = float_from_16(dtype, k[c]), hi = lo;
     for (int t = 1; t < n; ++t) {
@@ -135,14 +160,17 @@ SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, c
     store_metadata(kp.metadata, page + format.key_scale, size_t(c), a.scale);
     store_metadata(kp.metadata, page + format.key_offset, size_t(c), a.offset);
     const Served s = served(kp, a);
+    const double kbar = std::abs(double(s.base)) + double(kp.levels() >> s.shift) * s.step;
+    kbar2 += kbar * kbar;
     for (int t = 0; t < n; ++t) {
       const float x = float_from_16(dtype, k[t * d + c]);
       const int code = encode(x, a, kp.levels());
       const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
-      const size_t row = tile * size_t(d) + size_t(c);
-      page[format.key_base + row * kTile + lane] = std::byte(code >> kp.residual_bits);
+      page[format.key_base + key_cell(format, tile, lane, size_t(c))] =
+          std::byte(code >> kp.residual_bits);
       if (kp.residual_bits > 0)
-        put_nibble(page + format.key_residual, row * 8 + lane % 8, lane >= 8,
+        put_nibble(page + format.key_residual,
+                   (tile * size_t(d / 2) + size_t(c / 2)) * kTile + lane, c % 2 == 1,
                    code & key_residual_mask);
       const double error = std::abs(double(x) - s.value(code));
       k_error[size_t(t)] += error * error;
@@ -156,10 +184,11 @@ SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, c
 
   // Values: one affine per group of elements within a token.
   const int value_residual_mask = (1 << vp.residual_bits) - 1;
-  std::vector<double> eta(static_cast<size_t>(blocks), 0.0);
+  std::vector<double> eta(static_cast<size_t>(blocks), 0.0),
+      vbar2(static_cast<size_t>(blocks), 0.0);
+  std::vector<double> norm(static_cast<size_t>(n));
   for (int t = 0; t < n; ++t) {
-    const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
-    double error2 = 0, decode2 = 0;
+    double error2 = 0, bar2 = 0, norm2 = 0;
     for (int g = 0; g < format.value_groups; ++g) {
       const uint16_t* row = v + size_t(t) * size_t(d) + size_t(g) * size_t(format.value_group);
       float lo = float_from_16(dtype, row[0]), hi = lo;
@@ -170,33 +199,34 @@ SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, c
       }
       const Affine a = fit_affine(lo, hi, vp.levels(), vp.metadata);
       if (!a.ok) return SealStatus::Unquantisable;
-      const size_t at = (tile * size_t(format.value_groups) + size_t(g)) * kTile + lane;
+      const size_t at = size_t(g) * size_t(n) + size_t(t);
       store_metadata(vp.metadata, page + format.value_scale, at, a.scale);
       store_metadata(vp.metadata, page + format.value_offset, at, a.offset);
       const Served s = served(vp, a);
       for (int i = 0; i < format.value_group; ++i) {
         const float x = float_from_16(dtype, row[i]);
         const int code = encode(x, a, vp.levels());
-        const size_t c = size_t(g * format.value_group + i), chunk = c / 16, element = c % 16;
-        const size_t cell = (tile * size_t(d / 16) + chunk) * kTile + lane;
+        const size_t c = size_t(g * format.value_group + i);
         const int base = code >> vp.residual_bits;
         if (vp.base_bits() == 8)
-          page[format.value_base + cell * 16 + element] = std::byte(base);
+          page[format.value_base + value_cell(format, size_t(t), c, 16)] = std::byte(base);
         else
-          put_nibble(page + format.value_base, cell * 8 + element % 8, element >= 8, base);
+          put_nibble(page + format.value_base, value_cell(format, size_t(t), c, 32), c % 32 >= 16,
+                     base);
         if (vp.residual_bits > 0)
-          put_nibble(page + format.value_residual, cell * 8 + element % 8, element >= 8,
-                     code & value_residual_mask);
+          put_nibble(page + format.value_residual, value_cell(format, size_t(t), c, 32),
+                     c % 32 >= 16, code & value_residual_mask);
         const double served_value = s.value(code), error = double(x) - served_value;
         error2 += error * error;
-        // The kernel computes code * step + base in FP32: two roundings at most.
-        const double rounding =
-            2 * kUnit * (std::abs(double(s.base)) + double(code >> s.shift) * s.step);
-        decode2 += rounding * rounding;
+        norm2 += served_value * served_value;
+        const double bar = std::abs(double(s.base)) + double(code >> s.shift) * s.step;
+        bar2 += bar * bar;
       }
     }
-    double& worst = eta[size_t(t / format.block_tokens)];
-    worst = std::max(worst, std::sqrt(error2) + std::sqrt(decode2));
+    const size_t block = size_t(t / format.block_tokens);
+    eta[block] = std::max(eta[block], std::sqrt(error2));
+    vbar2[block] = std::max(vbar2[block], bar2);
+    norm[size_t(t)] = std::sqrt(norm2);
   }
 
   for (int b = 0; b < blocks; ++b) {
@@ -207,14 +237,17 @@ SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, c
     note.eta = annotation(eta[size_t(b)]);
     note.kappa = annotation(kappa[size_t(b)]);
     note.e = annotation(std::sqrt(e2));
+    note.vbar = annotation(std::sqrt(vbar2[size_t(b)]));
   }
   std::memcpy(page + format.annotations, notes.data(), notes.size() * sizeof(BlockAnnotations));
+  PageNotes of_page{store_norms(norm, page + format.value_norms), annotation(std::sqrt(kbar2)), 0,
+                    0};
+  for (const BlockAnnotations& note : notes) {
+    of_page.kappa = std::max(of_page.kappa, note.kappa);
+    of_page.e = std::max(of_page.e, note.e);
+  }
+  std::memcpy(page + format.notes, &of_page, sizeof of_page);
   return SealStatus::Sealed;
-}
-
-const BlockAnnotations& page_annotations(const PageFormat& format, const std::byte* page,
-                                         int block) {
-  return reinterpret_cast<const BlockAnnotations*>(page + format.annotations)[block];
 }
 
 ServedAffine served_key_affine(const PageFormat& format, const std::byte* page, int channel) {
@@ -235,28 +268,27 @@ int nibble(const std::byte* section, size_t index, bool high) {
 double decode_key(const PageFormat& format, const std::byte* page, int t, int c) {
   const TensorPlanes& kp = format.layout.key;
   const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
-  const size_t row = tile * size_t(format.head_dim) + size_t(c);
-  int code = std::to_integer<int>(page[format.key_base + row * kTile + lane]);
+  int code = std::to_integer<int>(page[format.key_base + key_cell(format, tile, lane, size_t(c))]);
   if (kp.read_residual)
     code = code << kp.residual_bits |
-           nibble(page + format.key_residual, row * 8 + lane % 8, lane >= 8);
+           nibble(page + format.key_residual,
+                  (tile * size_t(format.head_dim / 2) + size_t(c / 2)) * kTile + lane, c % 2 == 1);
   const ServedAffine s = served_key_affine(format, page, c);
   return double(code) * s.step + s.base;
 }
 
 double decode_value(const PageFormat& format, const std::byte* page, int t, int c) {
   const TensorPlanes& vp = format.layout.value;
-  const size_t tile = size_t(t / kTile), lane = size_t(t % kTile);
-  const size_t chunk = size_t(c) / 16, element = size_t(c) % 16;
-  const size_t cell = (tile * size_t(format.head_dim / 16) + chunk) * kTile + lane;
+  const size_t pair = value_cell(format, size_t(t), size_t(c), 32);
+  const bool high = c % 32 >= 16;
   int code = vp.base_bits() == 8
-                 ? std::to_integer<int>(page[format.value_base + cell * 16 + element])
-                 : nibble(page + format.value_base, cell * 8 + element % 8, element >= 8);
+                 ? std::to_integer<int>(
+                       page[format.value_base + value_cell(format, size_t(t), size_t(c), 16)])
+                 : nibble(page + format.value_base, pair, high);
   if (vp.read_residual)
-    code = code << vp.residual_bits |
-           nibble(page + format.value_residual, cell * 8 + element % 8, element >= 8);
+    code = code << vp.residual_bits | nibble(page + format.value_residual, pair, high);
   const size_t group = size_t(c / format.value_group);
-  const size_t at = (tile * size_t(format.value_groups) + group) * kTile + lane;
+  const size_t at = group * size_t(format.group_tokens) + size_t(t);
   const Affine a{load_metadata(vp.metadata, page + format.value_scale, at),
                  load_metadata(vp.metadata, page + format.value_offset, at)};
   const Served s = served(vp, a);

@@ -24,9 +24,11 @@ CanaryResult canary(const AttendContext& context, int heads, const BlockTerms& b
   }
   if (was.v == nullptr && now.v != nullptr) {
     const BlockAnnotations& note = page_annotations(*context.format, was.page, was.index);
-    const ValueErrors seen = value_errors(*context.format, was.page, was.index, context.dtype, now.v);
+    const ValueErrors seen =
+        value_errors(*context.format, was.page, was.index, context.dtype, now.v);
     if (!(seen.error <= note.eta))
-      return {false, fmt::format("a value is off by {:.3g}, promised {:.3g}", seen.error, note.eta)};
+      return {false,
+              fmt::format("a value is off by {:.3g}, promised {:.3g}", seen.error, note.eta)};
     if (!(seen.norm <= note.nu))
       return {false, fmt::format("a value has norm {:.3g}, promised {:.3g}", seen.norm, note.nu)};
   }

@@ -5,145 +5,216 @@
 #include <limits>
 
 #include "kernels/quantize.h"
+#include "kernels/simd.h"
 
 namespace certkv {
 namespace {
 
-double eta_of(const AttendContext& context, const BlockRef& block, uint8_t used) {
-  if ((used & kUsedValue) != 0) return 0;
-  return page_annotations(*context.format, block.page, block.index).eta;
-}
-
-// sum_b c_b w_b of one head, about its reference m.
-double weighted_c(const PassState& state, int head) {
-  double sum = 0;
-  for (size_t b = 0; b < state.blocks; ++b) {
-    const size_t i = state.at(head, b);
-    sum += double(c_of_delta(state.delta[i])) * state.block_sum[i] *
-           std::exp(double(state.block_ref[i]) - state.head[size_t(head)].m);
-  }
-  return sum;
-}
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kRoundDown =
+    1 - 0x1p-40;  // sums of at most 2^12 doubles a lane, rounded to nearest
 
 // What a block's terms are computed from.
 uint8_t sources(const BlockRef& block) {
   return uint8_t((block.k != nullptr ? kUsedKey : 0) | (block.v != nullptr ? kUsedValue : 0));
 }
 
-constexpr double kRoundDown = 1 - 0x1p-40;  // sums of at most 2^12 doubles, rounded to nearest
+// Sums over blocks of one head, weights about the pass's reference m. T: blocks with quantised
+// keys.
+struct BlockSums {
+  double s = 0, h2 = 0, a_bar = 0, t_nu = 0;  // over T: c w times 1, eta^2, vbar, nu
+  double f_sum = 0, f_nu = 0;                 // over the rest: c w times 1, nu
+  double den = 0;                             // w exp(-Delta)
+  double value = 0, g_o = 0;                  // w times eta, vbar, of the values used
+  double tail = 0;                            // over T: w
+  bool sound = true;                          // every weight and c is a number >= 0
+};
+
+typedef double Lanes __attribute__((vector_size(64)));
+typedef int64_t Masks __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(32)));
+typedef uint8_t Flags __attribute__((vector_size(8)));
+
+CERTKV_SIMD void widen(const float* p, Lanes* out) {
+  Floats f;
+  __builtin_memcpy(&f, p, sizeof f);
+  *out = __builtin_convertvector(f, Lanes);
+}
+CERTKV_SIMD double sum_of(const Lanes& x) {
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+// The cells of one stretch of blocks that share a reference.
+struct Cells {
+  const float *sum, *c, *keep, *nu, *eta, *vbar;
+  const uint8_t* used;
+};
+struct LaneSums {
+  Lanes s{}, h2{}, a_bar{}, t_nu{}, f_sum{}, f_nu{}, den{}, value{}, g_o{}, tail{};
+  Masks bad{};
+};
+
+CERTKV_SIMD void add_eight(const Cells& x, size_t b, double factor, LaneSums* to) {
+  Lanes w, c, keep, nu, eta, bar;
+  widen(x.sum + b, &w);
+  widen(x.c + b, &c);
+  widen(x.keep + b, &keep);
+  widen(x.nu + b, &nu);
+  widen(x.eta + b, &eta);
+  widen(x.vbar + b, &bar);
+  w *= factor;
+  Lanes cw = c * w, tail = w;
+  to->bad |= ~(cw >= 0);
+  uint64_t any;
+  __builtin_memcpy(&any, x.used + b, sizeof any);
+  if (any != 0) {
+    Flags flags;
+    __builtin_memcpy(&flags, x.used + b, sizeof flags);
+    const Masks used = __builtin_convertvector(flags, Masks);
+    const Masks codes = (used & int64_t(kUsedKey)) == 0;
+    const Masks values = (used & int64_t(kUsedValue)) == 0;
+    eta = values ? eta : Lanes{};
+    bar = values ? bar : nu;
+    const Lanes cw_f = codes ? Lanes{} : cw;
+    cw = codes ? cw : Lanes{};
+    tail = codes ? w : Lanes{};
+    to->f_sum += cw_f;
+    to->f_nu += cw_f * nu;
+  }
+  to->s += cw;
+  to->h2 += cw * eta * eta;
+  to->a_bar += cw * bar;
+  to->t_nu += cw * nu;
+  to->den += w * keep;
+  to->value += w * eta;
+  to->g_o += w * bar;
+  to->tail += tail;
+}
+
+CERTKV_CPU_VERSIONS void add_blocks(const Cells& x, size_t count, double factor, BlockSums* out) {
+  LaneSums sums;
+  size_t b = 0;
+  for (; b + 8 <= count; b += 8) add_eight(x, b, factor, &sums);
+  if (b < count) {  // the last few, with zeros beyond the end
+    float rest[6][8] = {};
+    uint8_t used[8] = {};
+    for (size_t i = 0; b + i < count; ++i) {
+      const float* from[6] = {x.sum, x.c, x.keep, x.nu, x.eta, x.vbar};
+      for (size_t n = 0; n < 6; ++n) rest[n][i] = from[n][b + i];
+      used[i] = x.used[b + i];
+    }
+    add_eight({rest[0], rest[1], rest[2], rest[3], rest[4], rest[5], used}, 0, factor, &sums);
+  }
+  out->s += sum_of(sums.s);
+  out->h2 += sum_of(sums.h2);
+  out->a_bar += sum_of(sums.a_bar);
+  out->t_nu += sum_of(sums.t_nu);
+  out->f_sum += sum_of(sums.f_sum);
+  out->f_nu += sum_of(sums.f_nu);
+  out->den += sum_of(sums.den);
+  out->value += sum_of(sums.value);
+  out->g_o += sum_of(sums.g_o);
+  out->tail += sum_of(sums.tail);
+  for (int i = 0; i < 8; ++i) out->sound = out->sound && sums.bad[i] == 0;
+}
+
+BlockSums sum_blocks(const PassState& state, int head) {
+  BlockSums out;
+  const double m = state.head[size_t(head)].m;
+  for (size_t b = 0; b < state.blocks;) {
+    const size_t i = state.at(head, b);
+    const float ref = state.block_ref[i];
+    size_t n = 1;
+    while (b + n < state.blocks && state.block_ref[i + n] == ref) ++n;
+    add_blocks(
+        {state.block_sum.data() + i, state.c.data() + i, state.keep.data() + i, state.nu.data() + b,
+         state.eta.data() + b, state.vbar.data() + b, state.used.data() + i},
+        n, std::exp(double(ref) - m), &out);
+    b += n;
+  }
+  return out;
+}
 
 }  // namespace
 
 void finish_output(const PassState& state, int head, float* out) {
   const HeadSums& s = state.head[size_t(head)];
-  for (size_t c = 0; c < s.o.size(); ++c) out[c] = float(double(state.r[c]) + s.o[c] / s.l);
+  for (size_t c = 0; c < s.o.size(); ++c) out[c] = float(s.o[c] / s.l);
 }
 
-Certificate certify(const AttendContext& context, const PassState& state, int head,
-                    std::span<const BlockRef> blocks, const CorrectionLog& log, const float* out) {
+Certificate certify(const PassState& state, int head, const CorrectionLog& log, const float* out) {
   const HeadSums& sums = state.head[size_t(head)];
   const int d = state.head_dim;
   const double l = sums.l;
   Certificate c;
 
-  // O, and O - r as accumulated.
-  double o2 = 0, u2 = 0, ua = 0, cast2 = 0;
+  double o2 = 0, oa = 0, cast2 = 0;
   for (int i = 0; i < d; ++i) {
-    const double u = sums.o[size_t(i)] / l;
-    const double o = out[i];
-    const double cast = o - (double(state.r[size_t(i)]) + u);
+    const double o = out[i], cast = o - sums.o[size_t(i)] / l;
     o2 += o * o;
-    u2 += u * u;
-    ua += u * (sums.a[size_t(i)] / l);
+    oa += o * (sums.a[size_t(i)] / l);
     cast2 += cast * cast;
   }
   c.out_norm = std::sqrt(o2) * (1 + 0x1p-40);
-  const double u_norm = std::sqrt(u2);
 
   // Sums over all blocks. expm1(Delta) = c, exp(-Delta) = 1 / (1 + c).
-  double s = 0, h2 = 0, by_sum = 0, den = 0, e_val = 0, nu_max = 0, eta_max = 0;
-  double tail = 0, delta_max = 0, v_max = 0, c_tokens = 0;
-  bool nowhere_negative = true;  // a damaged annotation must not pay for others
-  double factor = 0, factor_ref = std::numeric_limits<double>::quiet_NaN();
-  for (size_t b = 0; b < state.blocks; ++b) {
-    const size_t i = state.at(head, b);
-    const double ref = state.block_ref[i];
-    if (!(ref == factor_ref)) {
-      factor = std::exp(ref - sums.m) / l;
-      factor_ref = ref;
-    }
-    const double rho = state.block_sum[i] * factor;
-    const double c_b = c_of_delta(state.delta[i]);
-    const double nu = blocks[b].nu, eta = eta_of(context, blocks[b], state.used[i]);
-    nowhere_negative = nowhere_negative && eta >= 0 && nu >= 0 && c_b >= 0 && rho >= 0;
-    s += c_b * rho;
-    h2 += c_b * rho * eta * eta;
-    by_sum += c_b * rho * (nu + c.out_norm);
-    den += rho / (1 + c_b);
-    e_val += rho * eta;
-    nu_max = nu > nu_max ? nu : (nu <= nu_max ? nu_max : nu);
-    eta_max = eta > eta_max ? eta : (eta <= eta_max ? eta_max : eta);
-    if ((state.used[i] & kUsedKey) == 0) {
-      tail += rho;
-      delta_max = std::max(delta_max, double(state.score_bound[i]));
-    }
-    v_max = std::max(v_max, nu);
-    c_tokens += c_b * blocks[b].tokens;
-  }
-  c.den = den * kRoundDown;
+  const BlockSums b = sum_blocks(state, head);
+  const double s = b.s / l, e_val = b.value / l;
+  c.den = b.den / l * kRoundDown;
 
-  // E2: R about the output, from sums about r. What corrections removed has left its rounding
-  // behind, so r_fp counts everything that ever entered m2 and a.
+  // E2 over T; what has original keys enters by the sum over its blocks. What corrections removed
+  // has left its rounding behind, so r_fp counts everything that ever entered m2 and a.
   const bool corrected = log.count > 0;
   const double m2 = sums.m2 / l;
-  const double g_m2 = corrected ? log.g_m2 / l : m2, g_s = corrected ? log.g_s / l : s;
-  // Beside a value 2^60 times larger, squares of v - r vanish in the pass's unit: at most 2^-149 for
-  // each square, product and sum is lost, twice with a's 2 |u| <= 4 sqrt(d) / unit in front.
-  const bool any_value = nu_max > 0 || sums.big_a > 0;  // all zero: nothing was rounded
+  const double g_s = corrected ? log.g_s / l : s, g_m2 = corrected ? log.g_m2 / l : m2;
+  const double g_a = (corrected ? log.g_a : b.a_bar) / l;
+  // Beside a value 2^60 times larger, squares vanish in the pass's unit, and products p step do
+  // beside weights of 1: at most 2^-149 is lost by each square, product and sum.
+  const bool any_value = state.nu_max > 0 || state.vbar_max > 0;  // all zero: nothing was rounded
   const double unit = state.unit;
-  const double m2_lost =
-      any_value ? (d + 64) * 0x1p-146 * (s + (double(state.tokens) + c_tokens) / l) / (unit * unit)
-                : 0.0;
-  const double r_fp = gamma_n(chain_m2(d) + d + 8 + 2.0 * log.count) *
-                          (g_m2 + 2 * u_norm * std::sqrt(g_s * g_m2) + g_s * u2) +
-                      m2_lost * (1 + 2.0 * log.count);
-  c.r_term = std::sqrt(positive_part(m2 - 2 * ua + s * u2) + r_fp);
-  c.h_term = std::sqrt(h2);
+  const double lost = any_value ? (d + 64) * 0x1p-146 * (1 + 2.0 * log.count) : 0.0;
+  const double tokens_l = double(state.tokens) / l;
+  const double m2_lost = lost * (s + tokens_l + sums.c_tokens / l) / (unit * unit);
+  const double n_m2 = kChainOutput + chain_norm(d) + d + 8 + 2.0 * log.count;
+  const double r_fp = gamma_n(n_m2) * (g_m2 + 2 * c.out_norm * g_a + g_s * o2) + m2_lost;
+  c.r_term = std::sqrt(positive_part(m2 - 2 * oa + s * o2) + r_fp);
+  c.h_term = std::sqrt(b.h2 / l);
   c.s_term = s;
-  c.key_sqrt = std::sqrt(s) * (c.r_term + c.h_term);
-  c.key_sum = by_sum;
+  const double originals = (b.f_nu + b.f_sum * c.out_norm) / l;
+  c.key_sqrt = std::sqrt(s) * (c.r_term + c.h_term) + originals;
+  c.key_sum = (b.t_nu + b.s * c.out_norm) / l + originals;
 
-  // E3 / 4b, about r: the accumulated vectors are v^ - r, whose subtraction is one more rounding.
-  const double g_l = corrected ? log.g_l : l;
-  // A norm whose square vanished is below sqrt(d) 2^-74 units.
-  const double norm_lost = any_value ? std::sqrt(double(d)) * 0x1p-74 / unit : 0.0;
-  const double g_o = (corrected ? log.g_o : sums.big_a) + norm_lost * g_l;
+  // E3 / 4b. The sums run over |base| + code step where values are codes.
+  const double g_l = corrected ? log.g_l : l, g_o = corrected ? log.g_o : b.g_o;
   const double n_out = kChainOutput + 2.0 * log.count + 3;
-  c.e_acc = (gamma_n(n_out) * g_o + gamma_n(n_out) * u_norm * g_l +
-             double(state.tokens) * double(kExpAbsolute) * (nu_max + eta_max + c.out_norm)) / l +
-            3 * kUnit * c.out_norm + std::sqrt(cast2);
+  c.e_acc =
+      (gamma_n(n_out) * (g_o + c.out_norm * g_l) +
+       double(state.tokens) * double(kExpAbsolute) * (state.nu_max + state.eta_max + c.out_norm)) /
+          l +
+      lost * tokens_l / unit + 3 * kUnit * c.out_norm + std::sqrt(cast2);
 
-  // Either is a bound by itself: where a or m2 overflowed, key_sqrt is inf or NaN and the sum counts.
+  // Either is a bound by itself: where a or m2 overflowed, key_sqrt is inf or NaN and the sum
+  // counts.
   const double key = c.key_sqrt <= c.key_sum ? c.key_sqrt : c.key_sum;
-  const double raise = 1 + 0x1p-10;
-  c.bound = raise * (key + e_val + c.e_acc) / c.den;
+  c.bound = kRaise * (key + e_val + c.e_acc) / c.den;
   c.e_key = key / c.den;
   c.e_val = e_val / c.den;
   c.e_fp = c.bound - c.e_key - c.e_val;
-  c.e_key_paper = 2 * v_max * std::exp(2 * delta_max) * tail * std::expm1(2 * delta_max);
+  const double score_max = double(sums.score_max);
+  c.e_key_paper =
+      2 * state.nu_max * std::exp(2 * score_max) * (b.tail / l) * std::expm1(2 * score_max);
 
   // E5. Every term of S is positive, so its error is relative.
   c.s = sums.s1 / l;
-  c.s_lo = c.s * (1 - 2 * gamma_n(kChainOutput + d / 8 + 16)) * kRoundDown;
+  c.s_lo = c.s * (1 - 2 * gamma_n(kChainOutput + 16)) * kRoundDown;
   if (corrected)  // a sum from which terms were subtracted: absolute error of what passed through
-    c.s_lo = c.s - 2 * gamma_n(n_out + d / 8 + 16) * (g_l / l) * (nu_max + eta_max);
+    c.s_lo = c.s - 2 * gamma_n(n_out + 16) * (g_l / l) * (state.nu_max + state.eta_max);
   c.relative = c.bound / c.s;
   if (c.bound == 0 && c.s == 0) c.relative = 0;
 
-  const bool sound = std::isfinite(c.bound) && std::isfinite(c.s) && std::isfinite(key) &&
-                     std::isfinite(c.out_norm) && std::isfinite(e_val) && nowhere_negative &&
-                     l > 0 && c.den > 0;
-  if (!sound) c.bound = c.relative = std::numeric_limits<double>::quiet_NaN();
+  const bool finite = std::isfinite(c.bound) && std::isfinite(c.s) && std::isfinite(key) &&
+                      std::isfinite(c.out_norm) && std::isfinite(e_val);
+  if (!(finite && b.sound && state.notes_sound && l > 0 && c.den > 0)) c.bound = c.relative = kNaN;
   return c;
 }
 
@@ -152,43 +223,57 @@ bool within_tolerance(const Certificate& c, bool relative, double tolerance) {
   return c.bound <= tolerance;
 }
 
-bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b,
-                   const BlockRef& was, const BlockRef& now, uint32_t mask, PassState* state,
+bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b, const BlockRef& was,
+                   const BlockRef& now, uint32_t mask, PassState* state,
                    std::span<CorrectionLog> logs, BlockTerms* before, BlockTerms* after) {
   const int heads = q.heads;
   for (int h = 0; h < heads; ++h) before->ref[h] = state->block_ref[state->at(h, b)];
-  block_terms(context, q, was, state->r.data(), state->unit, false, before);
+  block_terms(context, q, was, state->unit, false, before);
   for (int h = 0; h < heads; ++h) after->ref[h] = before->ref[h];
-  block_terms(context, q, now, state->r.data(), state->unit, true, after);
+  block_terms(context, q, now, state->unit, true, after);
 
   for (int h = 0; h < heads; ++h) {
     if ((mask >> h & 1) == 0) continue;
     const size_t i = state->at(h, b);
     const HeadSums& s = state->head[size_t(h)];
-    if (!(before->sum[h] == state->block_sum[i] && before->delta[h] == state->delta[i])) return false;
-    if (sources(was) != state->used[i]) return false;  // other values leave sum and delta as they are
+    // A block alone has at most the Delta that its run was charged.
+    if (!(before->sum[h] == state->block_sum[i] && before->delta[h] <= state->delta[i]))
+      return false;
+    if (sources(was) != state->used[i])
+      return false;  // other values leave sum and delta as they are
     if (!(double(after->ref[h]) - s.m < 300)) return false;  // doubles would overflow at 709
   }
   const double inv = 1.0 / state->unit;
+  const bool codes_before = was.k == nullptr, codes_after = now.k == nullptr;
+  const double bar_before = was.v == nullptr ? state->vbar[b] : state->nu[b];
+  const double bar_after = now.v == nullptr ? state->vbar[b] : state->nu[b];
   for (int h = 0; h < heads; ++h) {
     if ((mask >> h & 1) == 0) continue;
     const size_t i = state->at(h, b);
     HeadSums& s = state->head[size_t(h)];
     CorrectionLog& log = logs[size_t(h)];
     if (log.count == 0) {
+      const BlockSums sums = sum_blocks(*state, h);
       log.g_l = s.l;
-      log.g_o = s.big_a;
+      log.g_o = sums.g_o;
       log.g_m2 = s.m2;
-      log.g_s = weighted_c(*state, h);
+      log.g_s = sums.s;
+      log.g_a = sums.a_bar;
+    }
+    // c of the run, which the pass used; promoted values alone leave it as it is.
+    const double c_minus = codes_before ? state->c[i] : 0, c_plus = codes_after ? state->c[i] : 0;
+    if (codes_before && !codes_after) {
+      state->delta[i] = after->delta[h];
+      state->c[i] = c_of_delta(after->delta[h]);
+      state->keep[i] = keep_of(state->c[i]);
     }
     const double minus = std::exp(double(before->ref[h]) - s.m);
     const double plus = std::exp(double(after->ref[h]) - s.m);
-    const double c_minus = c_of_delta(before->delta[h]), c_plus = c_of_delta(after->delta[h]);
-    s.l += plus * after->sum[h] - minus * before->sum[h];
+    const double w_minus = minus * before->sum[h], w_plus = plus * after->sum[h];
     const double m2_minus = c_minus * minus * inv * inv * before->m2[h];
     const double m2_plus = c_plus * plus * inv * inv * after->m2[h];
+    s.l += w_plus - w_minus;
     s.m2 += m2_plus - m2_minus;
-    s.big_a += inv * (plus * after->big_a[h] - minus * before->big_a[h]);
     s.s1 += inv * (plus * after->s1[h] - minus * before->s1[h]);
     for (int c = 0; c < state->head_dim; ++c) {
       const double add = inv * plus * after->o[h][c], remove = inv * minus * before->o[h][c];
@@ -196,14 +281,13 @@ bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b,
       s.a[size_t(c)] += c_plus * add - c_minus * remove;
     }
     log.count += 1;
-    log.g_l += minus * before->sum[h] + plus * after->sum[h];
-    log.g_o += inv * (minus * before->big_a[h] + plus * after->big_a[h]);
-    log.g_s += c_minus * minus * before->sum[h] + c_plus * plus * after->sum[h];
+    log.g_l += w_minus + w_plus;
+    log.g_o += w_minus * bar_before + w_plus * bar_after;
+    log.g_s += c_minus * w_minus + c_plus * w_plus;
     log.g_m2 += m2_minus + m2_plus;
+    log.g_a += c_minus * w_minus * bar_before + c_plus * w_plus * bar_after;
     state->block_sum[i] = after->sum[h];
     state->block_ref[i] = after->ref[h];
-    state->delta[i] = after->delta[h];
-    state->score_bound[i] = after->score_bound[h];
     state->used[i] = sources(now);
   }
   return true;
@@ -212,7 +296,7 @@ bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b,
 bool must_rerun(const PassState& state, int head, const CorrectionLog& log) {
   if (log.count == 0) return false;
   const HeadSums& s = state.head[size_t(head)];
-  return !(s.l > 0) || !(log.g_l <= 8 * s.l) || !(log.g_o <= 8 * s.big_a);
+  return !(s.l > 0) || !(log.g_l <= 8 * s.l) || !(log.g_o <= 8 * sum_blocks(state, head).g_o);
 }
 
 }  // namespace certkv

@@ -23,9 +23,9 @@ struct Certificate {
   double relative = 0;     // bound / S; 0/0 is 0
   double den = 0;          // E2
   double e_acc = 0;        // E_acc of 4b, before den
-  double key_sqrt = 0, key_sum = 0;  // the two candidates of the minimum in E4, before den
+  double key_sqrt = 0, key_sum = 0;           // the two candidates of the minimum in E4, before den
   double r_term = 0, h_term = 0, s_term = 0;  // R, H and s of E2
-  double out_norm = 0;     // ||O||
+  double out_norm = 0;                        // ||O||
 };
 
 // What corrections have done to one head's sums since its pass (method 4b).
@@ -33,18 +33,21 @@ struct CorrectionLog {
   int count = 0;
   // All mass that ever passed through the sums: of the pass, plus everything removed and added.
   double g_l = 0;   // weights (G_l of 4b)
-  double g_o = 0;   // weights times ||v^ - r|| (G_o)
+  double g_o = 0;   // weights times vbar_b (G_o)
   double g_s = 0;   // c_b times weights: what the key bound's sums a and m2 were built from
-  double g_m2 = 0;  // c_b times weights times ||v^ - r||^2
+  double g_m2 = 0;  // c_b times weights times ||v^||^2
+  double g_a = 0;   // c_b times weights times vbar_b
 };
 
-// O = r + o / l. out: [head_dim]
+// E4's last factor: all roundings of the closing arithmetic, in double, and of its sums over
+// blocks.
+inline constexpr double kRaise = 1 + 0x1p-10;
+
+// O = o / l. out: [head_dim]
 void finish_output(const PassState& state, int head, float* out);
 
-// REQUIRES blocks: the snapshot the pass ran on (its page annotations are read). `out` as
-// finish_output wrote it.
-Certificate certify(const AttendContext& context, const PassState& state, int head,
-                    std::span<const BlockRef> blocks, const CorrectionLog& corrections,
+// Reads the pass alone. `out` as finish_output wrote it. THREADS: any, for one state.
+Certificate certify(const PassState& state, int head, const CorrectionLog& corrections,
                     const float* out);
 
 // E5, for a tolerance relative to S or absolute. NaN on either side: false.
@@ -54,8 +57,8 @@ bool within_tolerance(const Certificate& c, bool relative, double tolerance);
 // Returns false if the state cannot be corrected (what would be removed is not bitwise what was
 // added, or the new scores are out of reach): then the pass must be run again.
 // `terms_old` and `terms_new` are left holding both sides, for the canary.
-bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b,
-                   const BlockRef& was, const BlockRef& now, uint32_t mask, PassState* state,
+bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b, const BlockRef& was,
+                   const BlockRef& now, uint32_t mask, PassState* state,
                    std::span<CorrectionLog> logs, BlockTerms* terms_old, BlockTerms* terms_new);
 
 // The rerun rule after corrections (method 4b): true if cancellation has eaten the state.

@@ -1,6 +1,7 @@
 #include "runtime/certify/head_step.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 
@@ -16,13 +17,17 @@ HeadState::HeadState(DeviceTier t, size_t kq, size_t vq)
       keys(kq, size_t(tier.format().block_tokens) * size_t(tier.format().head_dim)),
       values(vq, size_t(tier.format().block_tokens) * size_t(tier.format().head_dim)),
       key_quota(kq),
-      value_quota(vq),
-      centre(size_t(tier.format().head_dim), 0.0f) {}
+      value_quota(vq) {}
 
 HeadState HeadState::fork() const {
-  HeadState copy(tier.fork(), key_quota, value_quota);
-  copy.centre = centre;
-  return copy;
+  return HeadState(tier.fork(), key_quota, value_quota);
+}
+
+void GroupReport::clear(size_t query_heads) {
+  std::vector<HeadReport> kept = std::move(heads);
+  *this = {};
+  kept.assign(query_heads, {});
+  heads = std::move(kept);
 }
 
 namespace {
@@ -31,59 +36,67 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Everything one head_step works on.
-struct Step {
-  const StepRules& rules;
-  const StepWhere& where;
-  HeadState& state;
-  HeadOriginals& originals;
-  GroupReport& report;
+}  // namespace
+
+// Everything one step works on. References would not let it be used again.
+struct HeadStep::Impl {
+  const StepRules* rules_ = nullptr;
+  StepWhere where;
+  HeadState* state_ = nullptr;
+  HeadOriginals* originals_ = nullptr;
+  GroupReport* report_ = nullptr;
+  const float* queries = nullptr;
+  float* out = nullptr;  // [heads, head_dim]
+  float* log_mass_out = nullptr;
+  std::chrono::steady_clock::time_point start;
   AttendContext context;
   QueryGroup q;
-  float* out;  // [heads, head_dim]
-  PassState pass;
+  PassState pass, fresh;
   std::vector<CorrectionLog> logs;
+  DenseStep dense_pass;  // policy dense
 
+  const StepRules& rules() const { return *rules_; }
+  HeadState& state() const { return *state_; }
+  GroupReport& report() const { return *report_; }
   float* out_of(int h) { return out + size_t(h) * size_t(q.head_dim); }
-  std::span<const BlockRef> blocks() const { return state.tier.blocks(); }
+  std::span<const BlockRef> blocks() const { return state().tier.blocks(); }
 
-  void run_pass() {
-    attend_pass(context, q, blocks(), state.centre.data(), &pass);
-    logs.assign(size_t(q.heads), {});
-  }
   Certificate judge(int h) {
     finish_output(pass, h, out_of(h));
-    return certify(context, pass, h, blocks(), logs[size_t(h)], out_of(h));
+    return certify(pass, h, logs[size_t(h)], out_of(h));
   }
   bool fits(const Certificate& c) const {
-    return within_tolerance(c, rules.tolerance.is_relative, rules.tolerance.value);
+    return within_tolerance(c, rules().tolerance.is_relative, rules().tolerance.value);
   }
   // The largest numerator of E4 that would be certified.
   double allowed(const Certificate& c) const {
-    const double limit = rules.tolerance.value * (rules.tolerance.is_relative ? c.s_lo : 1.0);
-    return limit * c.den / (1 + 0x1p-10);
+    const double limit = rules().tolerance.value * (rules().tolerance.is_relative ? c.s_lo : 1.0);
+    return limit * c.den / kRaise;
   }
   bool page_in(std::span<const uint32_t> blocks, BlockPart part);
   bool check_canary(uint32_t block, const BlockTerms& before, const BlockTerms& after,
                     const BlockRef& was, const BlockRef& now);
   bool promote(std::span<const uint32_t> keys, std::span<const uint32_t> values, uint32_t mask);
+  uint32_t climb();
+  std::vector<uint32_t> explore() const;
+  uint32_t paper_phase_two();
 };
 
 // Brings the blocks' originals into the scratch and lets the next pass use them.
-// Returns false if they do not fit the quota, or could not be had (then report.broken).
-bool Step::page_in(std::span<const uint32_t> blocks, BlockPart part) {
-  ScratchCache& cache = part == BlockPart::K ? state.keys : state.values;
+// Returns false if they do not fit the quota, or could not be had (then report().broken).
+bool HeadStep::Impl::page_in(std::span<const uint32_t> blocks, BlockPart part) {
+  ScratchCache& cache = part == BlockPart::K ? state().keys : state().values;
   std::vector<uint32_t> missing;
   for (uint32_t b : blocks) {
     if (cache.find(b) != nullptr) {
       cache.pin(b);
-      ++report.scratch_hits;
+      ++report().scratch_hits;
     } else {
       missing.push_back(b);
     }
   }
   const auto use = [&](uint32_t b, const uint16_t* p) {
-    part == BlockPart::K ? state.tier.use_key(b, p) : state.tier.use_value(b, p);
+    part == BlockPart::K ? state().tier.use_key(b, p) : state().tier.use_value(b, p);
   };
   if (blocks.size() > cache.capacity()) return false;
   std::vector<Destination> destinations(missing.size());
@@ -100,40 +113,42 @@ bool Step::page_in(std::span<const uint32_t> blocks, BlockPart part) {
                        .v = part == BlockPart::V ? slot : nullptr};
   }
   std::vector<BlockResult> results;
-  originals.read(missing, destinations, &results);
+  originals_->read(missing, destinations, &results);
   results.resize(missing.size());  // an answer that is missing is not Ok
   bool all = true;
   for (size_t i = 0; i < missing.size(); ++i) {
     if (results[i].status != BlockStatus::Ok) {
       cache.erase(missing[i]);
-      ++report.digest;
-      report.broken = true;
+      ++report().digest;
+      report().broken = true;
       all = false;
-      log_warning("sequence {} layer {} KV head {} block {}: originals are {}; the layer goes dense",
-                  where.sequence, where.layer, where.kv_head, missing[i],
-                  block_status_name(results[i].status));
+      log_warning(
+          "sequence {} layer {} KV head {} block {}: originals are {}; the layer goes dense",
+          where.sequence, where.layer, where.kv_head, missing[i],
+          block_status_name(results[i].status));
     } else {
-      ++report.scratch_misses;
-      report.paged_bytes += uint64_t(state.tier.format().block_tokens) * size_t(q.head_dim) * 2;
+      ++report().scratch_misses;
+      report().paged_bytes += uint64_t(state().tier.format().block_tokens) * size_t(q.head_dim) * 2;
     }
   }
   return all;
 }
 
-bool Step::check_canary(uint32_t block, const BlockTerms& before, const BlockTerms& after,
-                        const BlockRef& was, const BlockRef& now) {
+bool HeadStep::Impl::check_canary(uint32_t block, const BlockTerms& before, const BlockTerms& after,
+                                  const BlockRef& was, const BlockRef& now) {
   const CanaryResult result = canary(context, q.heads, before, after, was, now);
   if (result.ok) return true;
-  ++report.canary;
-  report.broken = true;
+  ++report().canary;
+  report().broken = true;
   log_error("canary: sequence {} layer {} KV head {} block {}: {}; the layer goes dense",
             where.sequence, where.layer, where.kv_head, block, result.what);
   return false;
 }
 
 // Rungs 1 and 2 for the heads in `mask`: subtract-and-replace. Returns false where the ladder must
-// go on to rung 3 (quota) or the layer to rung 4 (report.broken).
-bool Step::promote(std::span<const uint32_t> keys, std::span<const uint32_t> values, uint32_t mask) {
+// go on to rung 3 (quota) or the layer to rung 4 (report().broken).
+bool HeadStep::Impl::promote(std::span<const uint32_t> keys, std::span<const uint32_t> values,
+                             uint32_t mask) {
   if (!page_in(keys, BlockPart::K) || !page_in(values, BlockPart::V)) return false;
   thread_local BlockTerms before, after;
   std::vector<uint32_t> all;
@@ -144,8 +159,8 @@ bool Step::promote(std::span<const uint32_t> keys, std::span<const uint32_t> val
     BlockRef now = was;
     const bool want_key = std::binary_search(keys.begin(), keys.end(), b);
     const bool want_value = std::binary_search(values.begin(), values.end(), b);
-    if (want_key) now.k = state.keys.find(b);
-    if (want_value) now.v = state.values.find(b);
+    if (want_key) now.k = state().keys.find(b);
+    if (want_value) now.v = state().values.find(b);
     // Heads may differ in what their sums were built from: group them by it, before a correction
     // moves any of them to another group.
     uint32_t heads_using[4] = {};
@@ -164,15 +179,14 @@ bool Step::promote(std::span<const uint32_t> keys, std::span<const uint32_t> val
       corrected &= correct_block(context, q, b, source, target, same, &pass, logs, &before, &after);
       if (!check_canary(b, before, after, source, target)) return false;
     }
-    state.tier.use_key(b, now.k);
-    state.tier.use_value(b, now.v);
+    state().tier.use_key(b, now.k);
+    state().tier.use_value(b, now.v);
   }
   bool rerun = !corrected;
   for (int h = 0; h < q.heads; ++h)
     rerun = rerun || ((mask >> h & 1) != 0 && must_rerun(pass, h, logs[size_t(h)]));
   if (rerun) {  // cancellation ate the state: one more pass, with everything promoted so far
-    PassState fresh;
-    attend_pass(context, q, blocks(), state.centre.data(), &fresh);
+    attend_pass(context, q, blocks(), &fresh);
     for (int h = 0; h < q.heads; ++h) {
       if ((mask >> h & 1) == 0) continue;
       for (size_t b = 0; b < pass.blocks; ++b) {
@@ -180,6 +194,8 @@ bool Step::promote(std::span<const uint32_t> keys, std::span<const uint32_t> val
         pass.block_sum[i] = fresh.block_sum[i];
         pass.block_ref[i] = fresh.block_ref[i];
         pass.delta[i] = fresh.delta[i];
+        pass.c[i] = fresh.c[i];
+        pass.keep[i] = fresh.keep[i];
         pass.score_bound[i] = fresh.score_bound[i];
         pass.used[i] = fresh.used[i];
       }
@@ -189,6 +205,8 @@ bool Step::promote(std::span<const uint32_t> keys, std::span<const uint32_t> val
   }
   return true;
 }
+
+namespace {
 
 std::vector<uint32_t> merge(std::span<const uint32_t> a, std::span<const uint32_t> b) {
   std::vector<uint32_t> out;
@@ -211,35 +229,37 @@ void count_promotions(const PassState& pass, int h, std::span<const uint32_t> ke
     }
 }
 
-// Policy budget: rungs 1 and 2 until every head fits, or has to go dense. Returns the heads that do.
-uint32_t climb(Step* s) {
-  const int heads = s->q.heads, ranking = s->rules.ranking();
-  const size_t cap = size_t(std::ceil(s->rules.ladder.max_share * double(s->pass.blocks)));
+}  // namespace
+
+// Policy budget: rungs 1 and 2 until every head fits, or has to go dense. Returns the heads that
+// do.
+uint32_t HeadStep::Impl::climb() {
+  const int heads = q.heads, ranking = rules().ranking();
+  const size_t cap = size_t(std::ceil(rules().ladder.max_share * double(pass.blocks)));
   uint32_t dense = 0;
   for (int round = 0;; ++round) {
     std::vector<uint32_t> keys, values;
     uint32_t mask = 0;
     for (int h = 0; h < heads; ++h) {
       if ((dense >> h & 1) != 0) continue;
-      HeadReport& r = s->report.heads[size_t(h)];
+      HeadReport& r = report().heads[size_t(h)];
       if (!std::isfinite(r.returned.out_norm)) {  // NaN or Inf in the pass: a broken precondition
-        s->report.broken = true;
+        report().broken = true;
         return dense;
       }
-      const bool fits = s->fits(r.returned);
-      const auto undecided =
-          ranking_unresolved(s->context, s->q, s->pass, h, s->blocks(), ranking);
-      if (fits && undecided.empty()) continue;
+      const bool holds = fits(r.returned);
+      const auto undecided = ranking_unresolved(context, q, pass, h, blocks(), ranking);
+      if (holds && undecided.empty()) continue;
       Promotions p;
-      if (!fits)
-        p = select_for_budget(s->context, s->pass, h, s->blocks(), r.returned,
-                              s->allowed(r.returned), s->rules.ladder.value_share);
+      if (!holds)
+        p = select_for_budget(context, pass, h, blocks(), r.returned, allowed(r.returned),
+                              rules().ladder.value_share);
       p.keys = merge(p.keys, undecided);
       const size_t promoted =
           size_t(r.promoted_keys + r.promoted_values) + p.keys.size() + p.values.size();
-      if (round >= s->rules.ladder.max_rounds || !p.enough || promoted > cap ||
-          (p.keys.empty() && p.values.empty()) || p.keys.size() > s->state.key_quota ||
-          p.values.size() > s->state.value_quota) {
+      if (round >= rules().ladder.max_rounds || !p.enough || promoted > cap ||
+          (p.keys.empty() && p.values.empty()) || p.keys.size() > state().key_quota ||
+          p.values.size() > state().value_quota) {
         dense |= 1u << h;
         continue;
       }
@@ -249,121 +269,170 @@ uint32_t climb(Step* s) {
     }
     if (mask == 0) return dense;
     for (int h = 0; h < heads; ++h)
-      if ((mask >> h & 1) != 0)
-        count_promotions(s->pass, h, keys, values, &s->report.heads[size_t(h)]);
-    if (!s->promote(keys, values, mask)) return s->report.broken ? dense : dense | mask;
+      if ((mask >> h & 1) != 0) count_promotions(pass, h, keys, values, &report().heads[size_t(h)]);
+    if (!promote(keys, values, mask)) return report().broken ? dense : dense | mask;
     for (int h = 0; h < heads; ++h)
-      if ((mask >> h & 1) != 0) s->report.heads[size_t(h)].returned = s->judge(h);
+      if ((mask >> h & 1) != 0) report().heads[size_t(h)].returned = judge(h);
   }
 }
 
 // Seeded random share of tail blocks, so that the canary sees the whole cache over time (method 7).
-std::vector<uint32_t> explore(const Step& s) {
-  std::vector<uint32_t> out;
-  if (!(s.rules.ladder.exploration > 0)) return out;
-  for (uint32_t b = 0; b < s.pass.blocks; ++b) {
-    const BlockRef& ref = s.blocks()[b];
+std::vector<uint32_t> HeadStep::Impl::explore() const {
+  std::vector<uint32_t> chosen;
+  if (!(rules().ladder.exploration > 0)) return chosen;
+  for (uint32_t b = 0; b < pass.blocks; ++b) {
+    const BlockRef& ref = blocks()[b];
     if (ref.page == nullptr || ref.k != nullptr || ref.v != nullptr) continue;
-    if (counter_uniform(s.rules.exploration_seed, s.where, b) < s.rules.ladder.exploration)
-      out.push_back(b);
+    if (counter_uniform(rules().exploration_seed, where, b) < rules().ladder.exploration)
+      chosen.push_back(b);
   }
-  return out;
+  return chosen;
 }
 
 // Policy paper: two phases; the candidate's pass was the scoring phase. Returns heads for rung 3.
-uint32_t paper_phase_two(Step* s) {
-  const int heads = s->q.heads;
-  const PaperOptions& o = s->rules.paper;
-  const PaperRule rule{o.tau_cov, o.expand_tail, o.v_tol, o.k_min, o.k_max, o.value_rule == "greedy"};
+uint32_t HeadStep::Impl::paper_phase_two() {
+  const int heads = q.heads;
+  const PaperOptions& o = rules().paper;
+  const PaperRule rule{o.tau_cov, o.expand_tail, o.v_tol,
+                       o.k_min,   o.k_max,       o.value_rule == "greedy"};
   std::vector<uint32_t> keys, values;
   std::vector<std::vector<double>> scored(static_cast<size_t>(heads));
   for (int h = 0; h < heads; ++h) {
-    keys = merge(keys, select_paper_keys(s->pass, h, s->blocks(), rule));
-    values = merge(values, select_paper_values(s->context, s->pass, h, s->blocks(), rule));
-    for (size_t b = 0; b < s->pass.blocks; ++b)
-      scored[size_t(h)].push_back(block_log_mass(s->pass, h, b));
+    keys = merge(keys, select_paper_keys(pass, h, blocks(), rule));
+    values = merge(values, select_paper_values(context, pass, h, blocks(), rule));
+    for (size_t b = 0; b < pass.blocks; ++b)
+      scored[size_t(h)].push_back(block_log_mass(pass, h, b));
   }
   const uint32_t everyone = (1u << heads) - 1;
-  for (int h = 0; h < heads; ++h) count_promotions(s->pass, h, keys, values, &s->report.heads[size_t(h)]);
-  if (!s->promote(keys, values, everyone)) return s->report.broken ? 0 : everyone;
+  for (int h = 0; h < heads; ++h)
+    count_promotions(pass, h, keys, values, &report().heads[size_t(h)]);
+  if (!promote(keys, values, everyone)) return report().broken ? 0 : everyone;
   uint32_t dense = 0;
   for (int h = 0; h < heads; ++h) {
-    s->report.heads[size_t(h)].returned = s->judge(h);
-    const int r = s->rules.ranking();
-    if (!ranking_unresolved(s->context, s->q, s->pass, h, s->blocks(), r).empty() ||
-        !same_order_under_codes(s->pass, h, scored[size_t(h)], r))
+    report().heads[size_t(h)].returned = judge(h);
+    const int r = rules().ranking();
+    if (!ranking_unresolved(context, q, pass, h, blocks(), r).empty() ||
+        !same_order_under_codes(pass, h, scored[size_t(h)], r))
       dense |= 1u << h;
   }
   return dense;
 }
 
-}  // namespace
+HeadStep::HeadStep() : impl_(std::make_unique<Impl>()) {}
+HeadStep::~HeadStep() = default;
+HeadStep::HeadStep(HeadStep&&) noexcept = default;
+HeadStep& HeadStep::operator=(HeadStep&&) noexcept = default;
 
-void head_step(const StepRules& rules, const StepWhere& where, int heads, const float* q,
-               HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass_out,
-               GroupReport* report) {
-  const auto start = std::chrono::steady_clock::now();
-  *report = {};
-  report->heads.resize(size_t(heads));
-  const uint32_t everyone = (1u << heads) - 1;
+void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, const float* q,
+                     HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass,
+                     GroupReport* report) {
+  Impl& s = *impl_;
+  s.start = std::chrono::steady_clock::now();
+  s.rules_ = &rules;
+  s.where = where;
+  s.state_ = state;
+  s.originals_ = &originals;
+  s.report_ = report;
+  s.queries = q;
+  s.out = out;
+  s.log_mass_out = block_log_mass;
+  report->clear(size_t(heads));
   if (rules.policy == Policy::Dense) {
-    dense_step(where, heads, everyone, 3, q, state, originals, out, block_log_mass_out, report);
-    for (HeadReport& r : report->heads) r.candidate = r.returned;
-    report->pass_seconds = seconds_since(start);
+    s.q.heads = heads;
+    s.dense_pass.begin(where, heads, (1u << heads) - 1, q, state, originals);
     return;
   }
-  Step s{rules, where, *state, originals, *report,
-         {&state->tier.format(), state->tier.dtype()},
-         make_query_group(heads, state->tier.format().head_dim, q), out, {}, {}};
+  s.context = {&state->tier.format(), state->tier.dtype()};
+  make_query_group(heads, state->tier.format().head_dim, q, &s.q);
+  s.logs.assign(size_t(heads), {});
   if (rules.policy == Policy::Budget) {  // under the others the pass starts from codes alone
     report->f_blocks = state->keys.resident();
     report->x_blocks = state->values.resident();
     report->scratch_hits += report->f_blocks + report->x_blocks;
   }
+  attend_begin(s.context, s.q, s.blocks(), {}, &s.pass);
+}
 
-  s.run_pass();
+size_t HeadStep::splits() const {
+  return impl_->rules().policy == Policy::Dense
+             ? impl_->dense_pass.splits()
+             : attend_splits(impl_->context, impl_->blocks().size());
+}
+
+void HeadStep::attend(size_t first, size_t last) {
+  Impl& s = *impl_;
+  if (s.rules().policy == Policy::Dense)
+    s.dense_pass.attend(first, last);
+  else
+    attend_some(s.context, s.q, s.blocks(), first, last, &s.pass);
+}
+
+void HeadStep::finish() {
+  Impl& s = *impl_;
+  GroupReport* report = s.report_;
+  const int heads = s.q.heads;
+  const Policy policy = s.rules().policy;
+  if (policy == Policy::Dense) {
+    s.dense_pass.finish(3, s.out, s.log_mass_out, report);
+    for (HeadReport& r : report->heads) r.candidate = r.returned;
+    report->pass_seconds = seconds_since(s.start);
+    return;
+  }
+  const uint32_t everyone = (1u << heads) - 1;
+  attend_merge(&s.pass);
   for (int h = 0; h < heads; ++h) {
     HeadReport& r = report->heads[size_t(h)];
     r.candidate = r.returned = s.judge(h);
-    if (block_log_mass_out != nullptr)
+    if (s.log_mass_out != nullptr)
       for (size_t b = 0; b < s.pass.blocks; ++b)
-        block_log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
+        s.log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
   }
-  report->pass_seconds = seconds_since(start);
+  report->pass_seconds = seconds_since(s.start);
 
   uint32_t dense = 0;
-  if (rules.policy == Policy::Budget) {
-    const std::vector<uint32_t> tail = explore(s);
+  if (policy == Policy::Budget) {
+    const std::vector<uint32_t> tail = s.explore();
     if (!tail.empty() && s.promote(tail, tail, everyone) && !report->broken)
       for (int h = 0; h < heads; ++h) report->heads[size_t(h)].returned = s.judge(h);
-    if (!report->broken) dense = climb(&s);
-  } else if (rules.policy == Policy::Paper) {
-    dense = paper_phase_two(&s);
+    if (!report->broken) dense = s.climb();
+  } else if (policy == Policy::Paper) {
+    dense = s.paper_phase_two();
   }
-  if (rules.policy == Policy::Naive)
+  if (policy == Policy::Naive)
     for (const HeadReport& r : report->heads)
       if (!std::isfinite(r.returned.out_norm)) report->broken = true;
   if (report->broken) {  // dense_step follows, on all ranks
-    state->keys.unpin_all();
-    state->values.unpin_all();
+    s.state().keys.unpin_all();
+    s.state().values.unpin_all();
     return;
   }
 
-  const bool enforces = rules.policy == Policy::Budget;
+  const bool enforces = policy == Policy::Budget;
   for (int h = 0; h < heads; ++h) {
     HeadReport& r = report->heads[size_t(h)];
     r.outcome = s.fits(r.returned) ? Outcome::Certified : Outcome::Over;
     if (enforces && r.outcome == Outcome::Over) dense |= 1u << h;  // no fourth outcome
   }
-  if (rules.policy != Policy::Naive) {
-    std::vector<double> allowed;
-    for (int h = 0; h < heads; ++h) allowed.push_back(s.allowed(report->heads[size_t(h)].returned));
-    learn(s.context, s.pass, s.blocks(), allowed, rules.policy == Policy::Paper, state);
+  if (policy != Policy::Naive) {
+    std::array<double, kMaxGroupHeads> allowed;
+    for (int h = 0; h < heads; ++h)
+      allowed[size_t(h)] = s.allowed(report->heads[size_t(h)].returned);
+    learn(s.context, s.pass, s.blocks(), {allowed.data(), size_t(heads)}, policy == Policy::Paper,
+          s.state_);
   }
   if (dense != 0)
-    dense_step(where, heads, dense, 3, q, state, originals, out, nullptr, report);
-  remember_centre(heads, out, &state->centre);
-  report->ladder_seconds = seconds_since(start) - report->pass_seconds;
+    dense_step(s.where, heads, dense, 3, s.queries, s.state_, *s.originals_, s.out, nullptr,
+               report);
+  report->ladder_seconds = seconds_since(s.start) - report->pass_seconds;
+}
+
+void head_step(const StepRules& rules, const StepWhere& where, int heads, const float* q,
+               HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass,
+               GroupReport* report) {
+  thread_local HeadStep step;
+  step.begin(rules, where, heads, q, state, originals, out, block_log_mass, report);
+  step.attend(0, step.splits());
+  step.finish();
 }
 
 }  // namespace certkv

@@ -2,6 +2,7 @@
 // SOURCE: method sections 5, 6 and 7; rung 4 is decided by all ranks, outside (runtime/engine).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -21,6 +22,7 @@ class HeadOriginals {
  public:
   virtual ~HeadOriginals() = default;
   // results[i] for blocks[i]; nothing is Ok before its digest was verified on this side.
+  // THREADS: views (Destination::view) may be asked for by several threads at once.
   virtual void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
                     std::vector<BlockResult>* results) = 0;
 };
@@ -43,7 +45,7 @@ struct HeadState {
   DeviceTier tier;
   ScratchCache keys, values;
   size_t key_quota, value_quota;
-  std::vector<float> centre;  // [head_dim] mean of the heads' last outputs; zeros at first
+  std::vector<uint32_t> dropped;  // memory of learn()
 };
 
 struct HeadReport {
@@ -57,10 +59,11 @@ struct HeadReport {
 struct GroupReport {
   std::vector<HeadReport> heads;
   uint64_t scratch_hits = 0, scratch_misses = 0, paged_bytes = 0;
-  uint64_t canary = 0, digest = 0;   // failures
+  uint64_t canary = 0, digest = 0;      // failures
   uint64_t f_blocks = 0, x_blocks = 0;  // resident originals the pass used (open block excluded)
-  bool broken = false;               // a precondition broke: rung 4 must be entered
+  bool broken = false;                  // a precondition broke: rung 4 must be entered
   double pass_seconds = 0, ladder_seconds = 0;
+  void clear(size_t query_heads);  // to a fresh report's values, keeping memory
 };
 
 // Identity of the step, for log lines and exploration.
@@ -70,17 +73,63 @@ struct StepWhere {
   uint64_t step = 0;
 };
 
-// q, out: [heads, head_dim]. block_log_mass: nullptr or [heads, blocks], of the candidate.
-// The current token has been appended to state.tier already. REQUIRES at least one token.
-// ENSURES every head's out is certified, exact, over (policies that do not enforce) or failed (out
-// is then zero), unless report->broken: then out is unspecified and dense_step must follow.
+// One step in three parts, so that the pass, nearly all of the work, can be spread over threads. An
+// object is used for step after step: it allocates nothing while heads stay within rung 0 and the
+// sequence within what it has seen.
+class HeadStep {
+ public:
+  HeadStep();
+  ~HeadStep();
+  HeadStep(HeadStep&&) noexcept;
+  HeadStep& operator=(HeadStep&&) noexcept;
+
+  // q, out: [heads, head_dim]. block_log_mass: nullptr or [heads, blocks], of the candidate. All
+  // arguments must live until finish() has returned. The current token has been appended to
+  // state.tier already. REQUIRES at least one token.
+  void begin(const StepRules& rules, const StepWhere& where, int heads, const float* q,
+             HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass,
+             GroupReport* report);
+  size_t splits() const;
+  // Splits [first, last). THREADS: different splits at the same time. The result does not depend on
+  // who runs which, nor on how many in one call.
+  void attend(size_t first, size_t last);
+  // Judges, climbs the ladder, learns.
+  // ENSURES every head's out is certified, exact, over (policies that do not enforce) or failed
+  // (out is then zero), unless report->broken: then out is unspecified and dense_step must follow.
+  void finish();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// All of it on the calling thread.
 void head_step(const StepRules& rules, const StepWhere& where, int heads, const float* q,
                HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass,
                GroupReport* report);
 
-// Rungs 3 and 4 and policy `dense`: attention over originals for the heads in `mask`. Heads whose
-// originals cannot be had end as failed, with a zero out; nothing is thrown for it.
-// block_log_mass: nullptr or [heads, blocks], written for the heads in `mask`.
+// Rungs 3 and 4 and policy `dense`: attention over originals for the heads in `mask`, in the same
+// three parts. Heads whose originals cannot be had end as failed, with a zero out; nothing is
+// thrown for it. block_log_mass: nullptr or [heads, blocks], written for the heads in `mask`.
+class DenseStep {
+ public:
+  void begin(const StepWhere& where, int heads, uint32_t mask, const float* q, HeadState* state,
+             HeadOriginals& originals);
+  size_t splits() const;
+  void attend(size_t first, size_t last);  // THREADS: different splits at the same time
+  void finish(int rung, float* out, float* block_log_mass, GroupReport* report);
+
+ private:
+  StepWhere where_;
+  AttendContext context_;
+  HeadOriginals* originals_ = nullptr;
+  std::vector<BlockRef> refs_;
+  std::vector<int> chosen_;
+  std::vector<float> chosen_q_;
+  QueryGroup group_;
+  PassState pass_;
+  std::atomic<uint32_t> lost_{0};  // calls whose originals could not be had
+};
 void dense_step(const StepWhere& where, int heads, uint32_t mask, int rung, const float* q,
                 HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass,
                 GroupReport* report);

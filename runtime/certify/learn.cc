@@ -9,52 +9,50 @@
 namespace certkv {
 namespace {
 
-constexpr double kDecay = 0.85;       // a block idle for 20 steps keeps 4 % of its score
-constexpr double kKeepShare = 0.25;   // all dropped blocks together would cost a quarter of the budget
+constexpr double kDecay = 0.85;  // a block idle for 20 steps keeps 4 % of its score
+constexpr double kKeepShare =
+    0.25;  // all dropped blocks together would cost a quarter of the budget
 
 }  // namespace
 
 void learn(const AttendContext& context, const PassState& pass, std::span<const BlockRef> blocks,
            std::span<const double> allowed, bool by_mass, HeadState* state) {
-  std::vector<std::vector<double>> rho(allowed.size());
-  for (size_t h = 0; h < allowed.size(); ++h) block_masses(pass, int(h), &rho[h]);
-  const auto nu_plus = [&](size_t b) { return 2.0 * blocks[b].nu; };  // ||O|| is at most about nu
-  for (uint32_t b : state->keys.blocks()) {
+  // Mass of one block under a head's pass. What a resident block's codes would have cost is known
+  // from their score bound, which the pass keeps also where it used originals.
+  const auto rho = [&](size_t h, uint32_t b) {
+    const size_t i = pass.at(int(h), b);
+    return pass.block_sum[i] * std::exp(double(pass.block_ref[i]) - pass.head[h].m) /
+           pass.head[h].l;
+  };
+  state->keys.for_each([&](uint32_t b) {
     double now = 0;
     for (size_t h = 0; h < allowed.size(); ++h) {
       const double c_b = c_of_delta(pass.score_bound[pass.at(int(h), b)] + float(kEpsW));
-      now = std::max(now, c_b * rho[h][b] * nu_plus(b) / allowed[h]);
+      now = std::max(now,
+                     c_b * rho(h, b) * 2 * blocks[b].nu / allowed[h]);  // ||O|| is about nu at most
     }
     state->keys.score(b, now);
-  }
-  for (uint32_t b : state->values.blocks()) {
+  });
+  state->values.for_each([&](uint32_t b) {
     double now = 0;
     const double eta = page_annotations(*context.format, blocks[b].page, blocks[b].index).eta;
-    for (size_t h = 0; h < allowed.size(); ++h) now = std::max(now, rho[h][b] * eta / allowed[h]);
+    for (size_t h = 0; h < allowed.size(); ++h) now = std::max(now, rho(h, b) * eta / allowed[h]);
     state->values.score(b, now);
-  }
-  std::vector<uint32_t> dropped;
-  const auto keep = [](const ScratchCache& c) { return kKeepShare / double(std::max<size_t>(c.capacity(), 1)); };
+  });
+  const auto keep = [](const ScratchCache& c) {
+    return kKeepShare / double(std::max<size_t>(c.capacity(), 1));
+  };
   state->keys.unpin_all();
   state->values.unpin_all();
+  std::vector<uint32_t>& dropped = state->dropped;
   state->keys.age(kDecay, keep(state->keys), &dropped);
   for (uint32_t b : dropped) state->tier.use_key(b, nullptr);
   state->values.age(kDecay, keep(state->values), &dropped);
   for (uint32_t b : dropped) state->tier.use_value(b, nullptr);
   if (by_mass) {  // the published policy scores everything from codes at every step
-    for (uint32_t b : state->keys.blocks()) state->tier.use_key(b, nullptr);
-    for (uint32_t b : state->values.blocks()) state->tier.use_value(b, nullptr);
+    state->keys.for_each([&](uint32_t b) { state->tier.use_key(b, nullptr); });
+    state->values.for_each([&](uint32_t b) { state->tier.use_value(b, nullptr); });
   }
-}
-
-void remember_centre(int heads, const float* out, std::vector<float>* centre) {
-  const size_t d = centre->size();
-  std::vector<float> mean(d, 0.0f);
-  for (int h = 0; h < heads; ++h)
-    for (size_t c = 0; c < d; ++c) mean[c] += out[size_t(h) * d + c] / float(heads);
-  for (float x : mean)
-    if (!std::isfinite(x)) return;
-  *centre = std::move(mean);
 }
 
 double counter_uniform(uint64_t seed, const StepWhere& where, uint32_t block) {
@@ -70,7 +68,8 @@ double counter_uniform(uint64_t seed, const StepWhere& where, uint32_t block) {
   return double(x >> 11) * 0x1p-53;
 }
 
-bool same_order_under_codes(const PassState& pass, int head, std::span<const double> scored, int r) {
+bool same_order_under_codes(const PassState& pass, int head, std::span<const double> scored,
+                            int r) {
   std::vector<uint32_t> inside;
   for (size_t b = 0; b < pass.blocks; ++b)
     if ((pass.used[pass.at(head, b)] & kUsedKey) != 0) inside.push_back(uint32_t(b));

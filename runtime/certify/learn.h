@@ -1,4 +1,4 @@
-// What a step leaves behind for the next: which originals stay near the compute, and the centre.
+// What a step leaves behind for the next: which originals stay near the compute.
 // SOURCE: method section 5.4.
 #pragma once
 
@@ -10,14 +10,11 @@
 namespace certkv {
 
 // Scores every resident block by what it would have contributed to the bound had its codes been
-// used, as a share of what each head may spend (`allowed`), lets the others age out, and unpins all.
-// by_mass (policy paper): resident blocks only serve as a cache, so they are kept by recency alone
-// and the next pass starts from codes again.
+// used, as a share of what each head may spend (`allowed`), lets the others age out, and unpins
+// all. by_mass (policy paper): resident blocks only serve as a cache, so they are kept by recency
+// alone and the next pass starts from codes again.
 void learn(const AttendContext& context, const PassState& pass, std::span<const BlockRef> blocks,
            std::span<const double> allowed, bool by_mass, HeadState* state);
-
-// The mean of the heads' outputs, if finite; the next pass accumulates about it.
-void remember_centre(int heads, const float* out, std::vector<float>* centre);
 
 // Uniform in [0, 1) from a counter: the same on every machine and for every number of ranks.
 double counter_uniform(uint64_t seed, const StepWhere& where, uint32_t block);

@@ -9,7 +9,9 @@
 namespace certkv {
 namespace {
 
-bool promotable(const BlockRef& b) { return b.page != nullptr; }
+bool promotable(const BlockRef& b) {
+  return b.page != nullptr;
+}
 
 // Sorts block numbers by weight, heaviest first; NaN first of all, ties by number.
 void sort_by(std::vector<uint32_t>* blocks, const std::vector<double>& weight) {
@@ -54,7 +56,7 @@ Promotions select_for_budget(const AttendContext& context, const PassState& stat
   for (size_t b = 0; b < n; ++b) {
     const size_t i = state.at(head, b);
     const uint8_t used = state.used[i];
-    c_b[b] = c_of_delta(state.delta[i]);
+    c_b[b] = state.c[i];
     if (promotable(blocks[b]) && (used & kUsedValue) == 0) {
       eta[b] = page_annotations(*context.format, blocks[b].page, blocks[b].index).eta;
       value[b] = rho[b] * eta[b];
@@ -94,8 +96,8 @@ Promotions select_for_budget(const AttendContext& context, const PassState& stat
   for (size_t i = 0; i < forced; ++i) remove(out.keys[i]);
   const auto fits = [&] {
     const double share = positive_part(s) / c.s_term;
-    const double by_sqrt = std::sqrt(positive_part(s)) *
-                           (c.r_term * std::sqrt(share) + std::sqrt(positive_part(h2)));
+    const double by_sqrt =
+        std::sqrt(positive_part(s)) * (c.r_term * std::sqrt(share) + std::sqrt(positive_part(h2)));
     return by_sqrt <= left || by_sum <= left;
   };
   size_t taken = 0;
@@ -183,10 +185,11 @@ std::vector<uint32_t> ranking_unresolved(const AttendContext& context, const Que
   if (inside.size() < size_t(r)) {
     sort_by(&outside, log_mass);
     outside.resize(std::min(outside.size(), size_t(r) - inside.size()));
+    std::sort(outside.begin(), outside.end());  // callers merge and search
     return outside;
   }
   const uint32_t last = inside[size_t(r) - 1];
-  const double g = gamma_n(chain_originals(q.head_dim)) * double(q.norm[size_t(head)]) *
+  const double g = gamma_n(chain_originals(q.head_dim)) * double(q.norm[head]) *
                    blocks[last].k_norm * (1 + 4 * kUnit);
   for (uint32_t b : outside) {
     const double eps_l = gamma_n(context.format->block_tokens + 4) +

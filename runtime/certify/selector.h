@@ -21,8 +21,8 @@ struct Promotions {
 };
 
 // Policy `budget`, rungs 1 and 2. SOURCE: method section 5.3.
-// allowed: the largest numerator of E4 that would be certified, (tolerance * S_lo) * den / (1+2^-10).
-// value_share: of `allowed` that E_val may use before values are promoted.
+// allowed: the largest numerator of E4 that would be certified, (tolerance * S_lo) * den /
+// (1+2^-10). value_share: of `allowed` that E_val may use before values are promoted.
 Promotions select_for_budget(const AttendContext& context, const PassState& state, int head,
                              std::span<const BlockRef> blocks, const Certificate& certificate,
                              double allowed, double value_share);
@@ -33,8 +33,8 @@ struct PaperRule {
   int64_t k_min, k_max;
   bool greedy_values;
 };
-// Blocks by INT8-estimated mass, descending: the smallest K that reaches tau_cov, clamped; once more
-// with 2 k_max where the tail left exceeds expand_tail. Only quantised blocks count.
+// Blocks by INT8-estimated mass, descending: the smallest K that reaches tau_cov, clamped; once
+// more with 2 k_max where the tail left exceeds expand_tail. Only quantised blocks count.
 std::vector<uint32_t> select_paper_keys(const PassState& state, int head,
                                         std::span<const BlockRef> blocks, const PaperRule& rule);
 std::vector<uint32_t> select_paper_values(const AttendContext& context, const PassState& state,
@@ -43,7 +43,7 @@ std::vector<uint32_t> select_paper_values(const AttendContext& context, const Pa
 
 // Ranking consistency. SOURCE: method section 6. Returns the blocks outside F that leave the r-th
 // place undecided; empty when resolved. When |F| < r and F is not everything: the heaviest blocks
-// outside F, as many as are lacking.
+// outside F, as many as are lacking. Ascending.
 // eps_l uses block_tokens + 4 terms. NaN anywhere counts as unresolved.
 std::vector<uint32_t> ranking_unresolved(const AttendContext& context, const QueryGroup& q,
                                          const PassState& state, int head,

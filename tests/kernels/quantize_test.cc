@@ -61,7 +61,25 @@ TEST(Seal, AnnotationsCoverWhatIsServedAndAreNotLoose) {
           decode_page(s.format, s.page.get(), k.data(), v.data());
           EXPECT_EQ(k, served.k);
           EXPECT_EQ(v, served.v);
+          double kbar2 = 0;
+          for (int c = 0; c < d; ++c) {
+            const ServedAffine a = served_key_affine(s.format, s.page.get(), c);
+            const double kbar = std::abs(double(a.base)) + double(a.max_code) * a.step;
+            kbar2 += kbar * kbar;
+          }
+          EXPECT_GE(page_notes(s.format, s.page.get()).kbar_norm * kMeasured, std::sqrt(kbar2));
+          for (size_t t = 0; t < size_t(s.format.group_tokens); ++t) {
+            double norm2 = 0;
+            for (size_t c = 0; c < size_t(d); ++c)
+              norm2 += served.v[t * size_t(d) + c] * served.v[t * size_t(d) + c];
+            ASSERT_LE(served.norm_below[t], std::sqrt(norm2) * kMeasured);
+            ASSERT_GE(served.norm_above[t] * kMeasured, std::sqrt(norm2));
+            ASSERT_LE(served.norm_above[t] - served.norm_below[t], 1e-4 * std::sqrt(norm2));
+          }
+          const PageNotes& notes = page_notes(s.format, s.page.get());
           for (int b = 0; b < s.format.blocks(); ++b) {
+            EXPECT_GE(notes.kappa, page_annotations(s.format, s.page.get(), b).kappa);
+            EXPECT_GE(notes.e, page_annotations(s.format, s.page.get(), b).e);
             const BlockAnnotations& note = page_annotations(s.format, s.page.get(), b);
             const oracle::Measured m = oracle::measure(s.format, served, s.x, b);
             EXPECT_GE(note.eta * kMeasured, m.eta);
@@ -69,7 +87,9 @@ TEST(Seal, AnnotationsCoverWhatIsServedAndAreNotLoose) {
             EXPECT_GE(note.kappa * kMeasured, m.kappa);
             EXPECT_GE(note.e * kMeasured, m.e);
             EXPECT_GE(note.k_norm * kMeasured, m.k_norm);
-            EXPECT_LE(note.eta, 1.01 * m.eta);  // the rounding of the kernel's decode included
+            EXPECT_GE(note.vbar * kMeasured, m.vbar);
+            EXPECT_LE(note.vbar, 1.001 * m.vbar);
+            EXPECT_LE(note.eta, 1.001 * m.eta);
             EXPECT_LE(note.nu, 1.001 * m.nu);
             EXPECT_LE(note.kappa, 0.51);
             EXPECT_LE(note.e, 1.001 * m.e);
@@ -143,7 +163,8 @@ TEST(Layouts, StayWithinTheirBytes) {
   };
   EXPECT_LE(bytes("compact"), 240);
   EXPECT_LE(bytes("balanced"), 280);
-  EXPECT_LE(bytes("paper"), 288 + 1.25);  // annotations: 20 bytes a block
+  // Annotations: 24 bytes a block, two a token and sixteen a page of 16 tokens.
+  EXPECT_LE(bytes("paper"), 288 + 1.5 + 2 + 1);
 }
 
 }  // namespace

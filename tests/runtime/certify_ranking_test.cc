@@ -19,7 +19,6 @@ struct Ranked {
     pass.head.resize(1);
     q.heads = 1;
     q.head_dim = 64;
-    q.norm = {0.0f};
   }
   void add(double log_mass, double delta, bool in_f) {
     pass.block_ref.push_back(float(log_mass));

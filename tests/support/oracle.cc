@@ -101,10 +101,7 @@ double metadata(DType type, const std::byte* section, size_t i) {
   return decode(DType::F16, h);
 }
 
-// Two 4-bit codes a byte: lane i low, lane i + 8 high.
-int four_bits(const std::byte* bytes, size_t lane) {
-  return std::to_integer<int>(bytes[lane % 8]) >> (lane >= 8 ? 4 : 0) & 15;
-}
+int four_bits(std::byte byte, bool high) { return std::to_integer<int>(byte) >> (high ? 4 : 0) & 15; }
 
 struct Line {
   double step, base;
@@ -123,33 +120,43 @@ Served decode_page(const PageFormat& f, const std::byte* page) {
   Served out;
   out.k.resize(n * d);
   out.v.resize(n * d);
+  out.bar2.resize(n);
   for (size_t c = 0; c < d; ++c) {
     const Line line = line_of(kp, metadata(kp.metadata, page + f.key_scale, c),
                               metadata(kp.metadata, page + f.key_offset, c));
     out.key_step.push_back(line.step);
     for (size_t t = 0; t < n; ++t) {
-      const size_t row = t / 16 * d + c, lane = t % 16;
-      int code = std::to_integer<int>(page[f.key_base + row * 16 + lane]);
+      const size_t four = t / 16 * (d / 4) + c / 4, lane = t % 16;
+      int code = std::to_integer<int>(page[f.key_base + (four * 16 + lane) * 4 + c % 4]);
       if (kp.read_residual)
-        code = (code << kp.residual_bits) + four_bits(page + f.key_residual + row * 8, lane);
+        code = (code << kp.residual_bits) +
+               four_bits(page[f.key_residual + (t / 16 * (d / 2) + c / 2) * 16 + lane], c % 2 == 1);
       out.k[t * d + c] = line.base + line.step * code;
     }
   }
   for (size_t t = 0; t < n; ++t)
     for (size_t c = 0; c < d; ++c) {
-      const size_t tile = t / 16, lane = t % 16;
-      const size_t cell = (tile * (d / 16) + c / 16) * 16 + lane;
+      const size_t pair = (c / 32 * n + t) * 16 + c % 16;
       int code = vp.code_bits - vp.residual_bits == 8
-                     ? std::to_integer<int>(page[f.value_base + cell * 16 + c % 16])
-                     : four_bits(page + f.value_base + cell * 8, c % 16);
+                     ? std::to_integer<int>(page[f.value_base + (c / 16 * n + t) * 16 + c % 16])
+                     : four_bits(page[f.value_base + pair], c / 16 % 2 == 1);
       if (vp.read_residual)
-        code = (code << vp.residual_bits) + four_bits(page + f.value_residual + cell * 8, c % 16);
-      const size_t at =
-          (tile * size_t(f.value_groups) + c / size_t(f.value_group)) * 16 + lane;
+        code = (code << vp.residual_bits) + four_bits(page[f.value_residual + pair], c / 16 % 2 == 1);
+      const size_t at = c / size_t(f.value_group) * n + t;
       const Line line = line_of(vp, metadata(vp.metadata, page + f.value_scale, at),
                                 metadata(vp.metadata, page + f.value_offset, at));
       out.v[t * d + c] = line.base + line.step * code;
+      const double bar = std::abs(line.base) + line.step * code;
+      out.bar2[t] += bar * bar;
     }
+  float norm_step;
+  std::memcpy(&norm_step, page + f.notes, 4);
+  for (size_t t = 0; t < n; ++t) {
+    uint16_t code;
+    std::memcpy(&code, page + f.value_norms + 2 * t, 2);
+    out.norm_below.push_back(double(norm_step) * code);
+    out.norm_above.push_back(double(norm_step) * (code + 1) * (1 + 0x1p-20));
+  }
   return out;
 }
 
@@ -167,6 +174,7 @@ Measured measure(const PageFormat& f, const Served& served, const Originals& x, 
       k_norm += k * k;
       if (served.key_step[c] > 0) out.kappa = std::max(out.kappa, std::abs(dk) / served.key_step[c]);
     }
+    out.vbar = std::max(out.vbar, std::sqrt(served.bar2[t]));
     out.eta = std::max(out.eta, std::sqrt(v_error));
     out.nu = std::max(out.nu, std::sqrt(v_norm));
     out.e = std::max(out.e, std::sqrt(k_error));

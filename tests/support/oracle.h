@@ -40,12 +40,14 @@ Exact attention(const Originals& x, size_t tokens, const float* q);
 struct Served {
   std::vector<double> k, v;
   std::vector<double> key_step;  // [head_dim] of the planes that are read
+  std::vector<double> norm_below, norm_above;  // [group_tokens] what the page says of ||v^_t||
+  std::vector<double> bar2;      // [group_tokens] || |base| + code step ||^2
 };
 Served decode_page(const PageFormat& format, const std::byte* page);
 
 // Annotations of one block, measured on served values. SOURCE: method section 2.
 struct Measured {
-  double eta = 0, nu = 0, kappa = 0, e = 0, k_norm = 0;
+  double eta = 0, nu = 0, kappa = 0, e = 0, k_norm = 0, vbar = 0;
 };
 Measured measure(const PageFormat& format, const Served& served, const Originals& x, int block);
 
