@@ -18,6 +18,11 @@ constexpr struct {
     {"attention", "one layer's decode attention: dense, certified, and what its parts cost",
      "certkv bench attention --context 32768,131072 --layout compact,balanced",
      bench_attention_command},
+    {"decode", "a model's decode steps in this process, by phase",
+     "certkv bench decode --model reader --context 32768 --compare budget,dense",
+     bench_decode_command},
+    {"prefill", "a model's prefill in this process, by phase, with its peak of memory",
+     "certkv bench prefill --model reader --context 8192,16384,32768", bench_prefill_command},
 };
 
 std::string usage() {

@@ -12,6 +12,8 @@ namespace certkv {
 
 // Entry points of launcher/bench_<name>.cc; `values` is what follows the subcommand's name.
 int bench_attention_command(const std::vector<std::string>& values);
+int bench_decode_command(const std::vector<std::string>& values);   // launcher/bench_engine.cc
+int bench_prefill_command(const std::vector<std::string>& values);  // launcher/bench_engine.cc
 
 // "a,b,c" without empty words. Throws InvalidArgument naming `key`.
 std::vector<std::string> split_list(const std::string& text, const char* key);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <mutex>
 
@@ -220,10 +221,13 @@ void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* f
     g.heads.resize(per_group);
     if (!s.failed()) {
       try {
+        const auto start = std::chrono::steady_clock::now();
         state.tier.append(rows[row].k + h * d, rows[row].v + h * d, 1, sink(s, layer, int(h)));
+        const std::chrono::duration<double> appended = std::chrono::steady_clock::now() - start;
         Originals originals(*this, s, layer, int(h));
         head_step(s.rules, where(s, layer, int(h), state), int(per_group), rows[row].q + h * per_group * d, &state,
                   originals, out, nullptr, &g);
+        g.append_seconds = appended.count();
       } catch (const Error& e) {
         if (e.kind() == ErrorKind::StoreLost) throw;  // ends the job, not the request
         fail(s, e.kind(), e.what());
@@ -258,9 +262,11 @@ void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
     Originals originals(*this, s, layer, int(h));
     HeadState& state = s.heads[size_t(layer) * heads + h];
     GroupReport& g = s.groups[h];
+    const auto start = std::chrono::steady_clock::now();
     dense_step(where(s, layer, int(h), state), int(per_group), (1u << per_group) - 1, 4,
                rows[row].q + h * per_group * d, &state, originals,
                rows[row].out + h * per_group * d, nullptr, &g);
+    g.ladder_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     group_.alive();
   });
   for (const DecodeRow& row : rows) {

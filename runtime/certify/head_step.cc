@@ -322,6 +322,7 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
   }
 
   s.run_pass();
+  report->pass_seconds = seconds_since(start);
   for (int h = 0; h < heads; ++h) {
     HeadReport& r = report->heads[size_t(h)];
     r.candidate = r.returned = s.judge(h);
@@ -329,7 +330,7 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
       for (size_t b = 0; b < s.pass.blocks; ++b)
         block_log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
   }
-  report->pass_seconds = seconds_since(start);
+  report->judge_seconds = seconds_since(start) - report->pass_seconds;
 
   uint32_t dense = 0;
   if (rules.policy == Policy::Budget) {
@@ -363,7 +364,7 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
   if (dense != 0)
     dense_step(where, heads, dense, 3, q, state, originals, out, nullptr, report);
   remember_centre(heads, out, &state->centre);
-  report->ladder_seconds = seconds_since(start) - report->pass_seconds;
+  report->ladder_seconds = seconds_since(start) - report->pass_seconds - report->judge_seconds;
 }
 
 }  // namespace certkv

@@ -60,7 +60,8 @@ struct GroupReport {
   uint64_t canary = 0, digest = 0;   // failures
   uint64_t f_blocks = 0, x_blocks = 0;  // resident originals the pass used (open block excluded)
   bool broken = false;               // a precondition broke: rung 4 must be entered
-  double pass_seconds = 0, ladder_seconds = 0;
+  double append_seconds = 0;         // of the new token, before the step (written by its caller)
+  double pass_seconds = 0, judge_seconds = 0, ladder_seconds = 0;
 };
 
 // Identity of the step, for log lines and exploration.
