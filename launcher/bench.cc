@@ -4,6 +4,7 @@
 #include <fmt/core.h>
 
 #include <charconv>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 
 #include "runtime/options_io.h"
@@ -72,6 +73,8 @@ nlohmann::ordered_json machine_json(const Machine& m, int threads) {
   json["threads"] = threads;
   json["last_level_cache_bytes"] = m.last_cache_bytes;
   json["memory_bytes"] = m.memory_bytes;
+  double load[1] = {0};
+  json["load_average"] = getloadavg(load, 1) == 1 ? nlohmann::ordered_json(load[0]) : nullptr;
   json["system"] = m.system;
   json["compiler"] = __VERSION__;
   json["version"] = CERTKV_VERSION;

@@ -18,10 +18,11 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 void print_row(const char* what, const Timing& t, double bytes, const AttentionCase& c) {
-  std::string moved = "                          ";
+  std::string moved = fmt::format("{:35}", "");
   if (bytes > 0) {
     const double gbps = bytes / t.us * 1e-3;
-    moved = fmt::format("{:8.2f} {:8.2f} {:8.2f}", bytes / 1e6, gbps, gbps / c.best_copy_gbps());
+    moved = fmt::format("{:8.2f} {:8.2f} {:8.2f} {:8.2f}", bytes / 1e6, gbps,
+                        gbps / c.best_copy_gbps(), gbps / c.read_gbps);
   }
   fmt::print("  {:<34} {:10.1f} {:6.1f} % {} {:8.3f}\n", what, t.us, 100 * t.spread, moved,
              t.us / c.dense.us);
@@ -36,8 +37,8 @@ void print_case(const AttentionCase& c, const AttentionBenchOptions& o) {
       o.batch, head_kind_name(o.heads));
   fmt::print("{} rotating sets ({} KV heads each) of {} tokens\n", c.sets, o.batch * o.kv_heads,
              c.tokens);
-  fmt::print("  {:<34} {:>10} {:>8} {:>8} {:>8} {:>8} {:>8}\n", "", "us", "spread", "MB", "GB/s",
-             "of copy", "/ dense");
+  fmt::print("  {:<34} {:>10} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}\n", "", "us", "spread", "MB",
+             "GB/s", "of copy", "of read", "/ dense");
   print_row("dense", c.dense, c.dense_bytes, c);
   print_row("dense, originals' digests checked", c.dense_verified, 0, c);
   print_row("certified, steady", c.certified, c.certified_bytes, c);
@@ -126,7 +127,8 @@ Json case_json(const AttentionCase& c, const AttentionBenchOptions& o) {
 int bench_attention_command(const std::vector<std::string>& values) {
   JobOptions job;
   AttentionBenchOptions o;
-  std::string backend = "cpu", contexts = "32768", layouts = "compact", heads = "mixed", json;
+  std::string backend = "cpu", contexts = "32768", cache = "auto", layouts = "compact",
+              heads = "mixed", json;
   OptionTable table(job, {"tolerance", "ladder", "paper", "scratch"});
   table.add("backend", &backend, {.meaning = "whose kernels are measured", .allowed = "cpu"});
   table.add("context", &contexts,
@@ -148,6 +150,10 @@ int bench_attention_command(const std::vector<std::string>& values) {
       "heads", &heads,
       {.meaning = "how concentrated the synthetic heads are", .allowed = "diffuse mixed sharp"});
   table.add("seed", &o.seed, {.meaning = "of the synthetic heads"});
+  table.add(
+      "cache", &cache,
+      {.meaning = "last-level cache, which the rotating sets exceed fourfold; auto: as hwloc says",
+       .bytes = true});
   table.add("json", &json, {.meaning = "file to write the figures to"});
   const auto parsed = table.read_arguments(values);
   if (parsed.help) {
@@ -161,7 +167,8 @@ int bench_attention_command(const std::vector<std::string>& values) {
   o.ladder = job.ladder;
   o.paper = job.paper;
   o.scratch = job.scratch;
-  const Machine machine = inspect_machine();
+  Machine machine = inspect_machine();
+  if (cache != "auto") machine.last_cache_bytes = parse_byte_size(cache).value();  // checked above
   o.cache_bytes = machine.last_cache_bytes;
 
   struct Asked {

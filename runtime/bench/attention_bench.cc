@@ -221,17 +221,16 @@ double Bench::correction() {
   });
   BenchHead& head = *layer.heads[0];
   const std::span<const BlockRef> blocks = head.budget.tier.blocks();
-  std::vector<uint32_t> chosen;  // spread over the context, none of F and X among them
-  const size_t stride = std::max<size_t>(1, head.budget.tier.sealed_blocks() / kCorrectedBlocks);
-  for (size_t part = 0; part < kCorrectedBlocks; ++part)
-    for (size_t b = part * stride; b < (part + 1) * stride && b < blocks.size(); ++b)
-      if (blocks[b].page != nullptr && blocks[b].k == nullptr && blocks[b].v == nullptr) {
-        chosen.push_back(uint32_t(b));
-        break;
-      }
-  CERTKV_EXPECT(chosen.size() == kCorrectedBlocks, InvalidArgument,
+  std::vector<uint32_t> chosen;  // none of F and X among them
+  for (size_t b = 0; b < blocks.size(); ++b)
+    if (blocks[b].page != nullptr && blocks[b].k == nullptr && blocks[b].v == nullptr)
+      chosen.push_back(uint32_t(b));
+  CERTKV_EXPECT(chosen.size() >= kCorrectedBlocks, InvalidArgument,
                 "a context of {} tokens has no {} blocks to correct outside F and X", asked_,
                 kCorrectedBlocks);
+  for (size_t i = 0; i < kCorrectedBlocks; ++i)  // spread over the context
+    chosen[i] = chosen[i * chosen.size() / kCorrectedBlocks];
+  chosen.resize(kCorrectedBlocks);
   std::vector<CorrectionLog> logs(static_cast<size_t>(per_group_));
   std::vector<Destination> to(chosen.size());
   std::vector<BlockResult> results;

@@ -28,7 +28,7 @@ Shares shares_of(HeadKind kind) {
     case HeadKind::Mixed:
       break;
   }
-  return {0.30, 0.28, 0.32, 0.10};
+  return {0.30, 0.29, 0.33, 0.08};
 }
 
 // Counter-based, so that the data do not depend on the standard library.
@@ -170,13 +170,19 @@ SyntheticHead make_synthetic_head(const SyntheticShape& shape, uint64_t seed) {
     }
   }
 
-  // A query is noise in keys' units, so that scores of the rest have variance 1, plus strengths.
-  const double root = std::sqrt(double(d)), rest = double(n) * std::exp(0.5) / shares.rest;
+  // A query is noise in the keys' units, which gives the scores of the rest their variance of 1
+  // (and every token's mass a factor of e^1/2 on average), plus strengths.
+  const double root = std::sqrt(double(d)), rest = double(n) / shares.rest;
   const auto noise = [&] {
     Vector x(d);
     for (size_t c = 0; c < d; ++c) x[c] = random.normal() / key_scale[c];
     remove(direction, &x);  // what the strengths add is theirs alone
     return x;
+  };
+  const auto to_unit_variance = [&](Vector* x) {
+    double sum = 0;
+    for (size_t c = 0; c < d; ++c) sum += std::pow((*x)[c] * key_scale[c], 2);
+    for (double& v : *x) v *= root / std::sqrt(sum);
   };
   const double sink = strength_for(marked[kSink], shares.sinks * rest);
   const double local = strength_for(marked[kRecent], shares.local * rest);
@@ -185,7 +191,10 @@ SyntheticHead make_synthetic_head(const SyntheticShape& shape, uint64_t seed) {
   head.q.reserve(size_t(shape.query_steps * shape.query_heads) * d);
   for (int step = 0; step < shape.query_steps; ++step)
     for (int h = 0; h < shape.query_heads; ++h) {
-      const Vector own = noise();
+      Vector query = noise();
+      for (size_t c = 0; c < d; ++c)
+        query[c] = kKept * base[size_t(h)][c] + std::sqrt(1 - kKept * kKept) * query[c];
+      to_unit_variance(&query);
       const auto varied = [&](double x) { return x * (1 + kStrengthNoise * random.normal()); };
       std::array<double, kDirections> strength{};
       strength[kSink] = varied(sink);
@@ -197,7 +206,7 @@ SyntheticHead make_synthetic_head(const SyntheticShape& shape, uint64_t seed) {
           strength[topic] = varied(strength_for(marked[topic], share * rest));
         }
       for (size_t c = 0; c < d; ++c) {
-        double x = kKept * base[size_t(h)][c] + std::sqrt(1 - kKept * kKept) * own[c];
+        double x = query[c];
         for (size_t i = 0; i < kDirections; ++i) x += strength[i] * root * direction[i][c];
         head.q.push_back(float(x));
       }

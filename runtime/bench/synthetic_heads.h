@@ -12,7 +12,7 @@
 //
 //   shares of the mass   sinks  local  far   rest
 //   sharp                0.30   0.30   0.36  0.04
-//   mixed                0.30   0.28   0.32  0.10
+//   mixed                0.30   0.29   0.33  0.08
 //   diffuse              0.20   0.10   0     0.70
 //
 // Keys and values have per-channel scales (log-normal; one channel in 32 is an outlier of 4 times
