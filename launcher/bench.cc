@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 
+#include "kernels/blas.h"
 #include "runtime/options_io.h"
 
 namespace certkv {
@@ -76,6 +77,7 @@ nlohmann::ordered_json machine_json(const Machine& m, int threads) {
   double load[1] = {0};
   json["load_average"] = getloadavg(load, 1) == 1 ? nlohmann::ordered_json(load[0]) : nullptr;
   json["system"] = m.system;
+  json["openblas_core"] = blas_core();
   json["compiler"] = __VERSION__;
   json["version"] = CERTKV_VERSION;
   return json;

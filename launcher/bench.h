@@ -21,7 +21,7 @@ std::vector<std::string> split_list(const std::string& text, const char* key);
 std::vector<int64_t> split_numbers(const std::string& text, const char* key, int64_t least);
 
 // cpu, features, cores, memory and cache sizes, what else ran (load_average before the measurement
-// itself added to it), system, compiler: what a figure belongs to.
+// itself added to it), system, OpenBLAS's choice of code, compiler: what a figure belongs to.
 nlohmann::ordered_json machine_json(const Machine& machine, int threads);
 
 }  // namespace certkv

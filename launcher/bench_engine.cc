@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/thread_pool.h"
+#include "kernels/blas.h"
 #include "launcher/bench.h"
 #include "parallel/communicator.h"
 #include "parallel/local_world.h"
@@ -288,10 +289,11 @@ int bench_engine(const std::vector<std::string>& values, bool decode) {
     peak = sgemm_peak_gflops(kPeakMatrix, kPeakRepeats, pool);
   }
   fmt::print(
-      "{}, {} threads; model {}: {} layers, {} query heads over {} KV heads of {}; originals on "
-      "this node, one process\n",
-      machine.cpu, threads, job.model.path, config->layers, config->heads, config->kv_heads,
-      config->head_dim);
+      "{}, {} threads, OpenBLAS's code for {}; model {}: {} layers, {} query heads over {} KV "
+      "heads "
+      "of {}; originals on this node, one process\n",
+      machine.cpu, threads, blas_core(), job.model.path, config->layers, config->heads,
+      config->kv_heads, config->head_dim);
   Json report;
   report["machine"] = machine_json(machine, threads);
   report["model"] = job.model.path;
