@@ -1,19 +1,19 @@
 #include "runtime/bench/attention_bench.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <numeric>
 
 #include "kernels/base/error.h"
 #include "kernels/base/thread_pool.h"
 #include "runtime/bench/bench_layer.h"
+#include "runtime/bench/layer_runner.h"
 #include "runtime/bench/memory_bandwidth.h"
-#include "runtime/certify/canary.h"
 
 namespace certkv {
 namespace {
 
+constexpr DType kDtype = DType::F16;  // of the originals
 constexpr uint64_t kAssumedCache = uint64_t(32) << 20;
 constexpr uint64_t kBeyondCache = 4;  // what rotates, and what is copied, is so many caches large
 constexpr int kWarmUpSteps = 8;
@@ -55,17 +55,13 @@ class Bench {
   StepRules rules(Policy policy) const;
   const float* queries(size_t task, size_t step) const;
   // Runs body(task, head) for every KV head of a layer on the pool; returns microseconds.
-  template <typename Body>
-  double timed(BenchLayer& layer, const Body& body);
-  void step(Policy policy, size_t task, BenchHead& head, HeadState* state);
+  std::vector<HeadTask> tasks(BenchLayer& layer, HeadState BenchHead::*state) const;
+  double step(Policy policy, BenchLayer& layer, HeadState BenchHead::*state);
   void count(const BenchLayer& layer, AttentionCase* c) const;
 
   double dense(bool verify);
-  double certified(AttentionCase* c);
-  double pass(bool certificate);
   double cold();
   double correction();
-  double other(Policy policy);
   double ladder();
 
   const AttentionBenchOptions& o_;
@@ -76,11 +72,8 @@ class Bench {
   std::vector<SyntheticHead> data_;  // [batch, kv_heads]; k and v are given up once copied
   std::vector<BenchLayer> sets_;
   MemoryBandwidth memory_;
-  AttendContext context_;
+  LayerRunner runner_;
   int64_t asked_;
-  // Of a correction, which runs in one thread.
-  std::vector<uint16_t> corrected_k_, corrected_v_;
-  BlockTerms before_, after_;
 };
 
 Bench::Bench(const AttentionBenchOptions& options, std::shared_ptr<const PageFormat> format,
@@ -91,11 +84,11 @@ Bench::Bench(const AttentionBenchOptions& options, std::shared_ptr<const PageFor
       per_group_(options.query_heads / options.kv_heads),
       tasks_(size_t(options.batch) * size_t(options.kv_heads)),
       memory_(kBeyondCache * cache_bytes(options), pool_),
-      context_{format_.get(), DType::F16},
+      runner_(format_, kDtype, per_group_, pool_),
       asked_(context) {
   data_.resize(tasks_);
   const SyntheticShape shape{.kind = o_.heads,
-                             .dtype = context_.dtype,
+                             .dtype = kDtype,
                              .query_heads = per_group_,
                              .head_dim = o_.head_dim,
                              .tokens = tokens_of(*format_, context)};
@@ -103,16 +96,12 @@ Bench::Bench(const AttentionBenchOptions& options, std::shared_ptr<const PageFor
       tasks_, [&](size_t i) { data_[i] = make_synthetic_head(shape, o_.seed * 1000003 + i); });
   sets_.resize(sets);
   pool_.parallel_for(sets, [&](size_t i) {
-    sets_[i] = make_bench_layer(format_, context_.dtype, data_,
-                                size_t(o_.scratch.key_blocks / o_.kv_heads),
+    sets_[i] = make_bench_layer(format_, kDtype, data_, size_t(o_.scratch.key_blocks / o_.kv_heads),
                                 size_t(o_.scratch.value_blocks / o_.kv_heads));
   });
   for (SyntheticHead& h : data_) h.k = h.v = {};
   for (BenchLayer& layer : sets_)
     for (auto& head : layer.heads) head->out.resize(size_t(per_group_ * o_.head_dim));
-  const size_t elements = kCorrectedBlocks * size_t(format_->block_tokens * o_.head_dim);
-  corrected_k_.resize(elements);
-  corrected_v_.resize(elements);
 }
 
 StepRules Bench::rules(Policy policy) const {
@@ -124,18 +113,19 @@ const float* Bench::queries(size_t task, size_t step) const {
   return data_[task].q.data() + step % steps * row;
 }
 
-template <typename Body>
-double Bench::timed(BenchLayer& layer, const Body& body) {
-  const auto start = std::chrono::steady_clock::now();
-  pool_.parallel_for(tasks_, [&](size_t task) { body(task, *layer.heads[task]); });
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start)
-      .count();
+std::vector<HeadTask> Bench::tasks(BenchLayer& layer, HeadState BenchHead::*state) const {
+  std::vector<HeadTask> out;
+  for (size_t i = 0; i < tasks_; ++i) {
+    BenchHead& head = *layer.heads[i];
+    out.push_back({.head = &head, .state = &(head.*state), .q = queries(i, step_)});
+  }
+  return out;
 }
 
-void Bench::step(Policy policy, size_t task, BenchHead& head, HeadState* state) {
-  const StepWhere where{0, 0, int(task), step_};
-  head_step(rules(policy), where, per_group_, queries(task, step_), state, head.originals,
-            head.out.data(), nullptr, &head.report);
+double Bench::step(Policy policy, BenchLayer& layer, HeadState BenchHead::*state) {
+  const double us = runner_.step(rules(policy), step_, tasks(layer, state));
+  count(layer, nullptr);
+  return us;
 }
 
 void Bench::count(const BenchLayer& layer, AttentionCase* c) const {
@@ -160,112 +150,36 @@ void Bench::warm_up() {
   for (BenchLayer& layer : sets_)
     for (int i = 0; i < kWarmUpSteps; ++i) {
       ++step_;
-      timed(layer, [&](size_t task, BenchHead& head) {
-        step(Policy::Paper, task, head, &head.paper);
-        step(Policy::Naive, task, head, &head.naive);
-        step(Policy::Budget, task, head, &head.budget);
-      });
-      count(layer, nullptr);
+      step(Policy::Paper, layer, &BenchHead::paper);
+      step(Policy::Naive, layer, &BenchHead::naive);
+      step(Policy::Budget, layer, &BenchHead::budget);
     }
 }
 
 double Bench::dense(bool verify) {
   BenchLayer& layer = next();
   for (auto& head : layer.heads) head->originals.set_verify(verify);
-  const double us = timed(
-      layer, [&](size_t task, BenchHead& head) { step(Policy::Dense, task, head, &head.sealed); });
+  const double us = step(Policy::Dense, layer, &BenchHead::sealed);
   for (auto& head : layer.heads) head->originals.set_verify(true);
-  count(layer, nullptr);
   return us;
-}
-
-double Bench::certified(AttentionCase* c) {
-  BenchLayer& layer = next();
-  const double us = timed(
-      layer, [&](size_t task, BenchHead& head) { step(Policy::Budget, task, head, &head.budget); });
-  count(layer, c);
-  return us;
-}
-
-// The pass as the certified step runs it, over the same snapshot.
-double Bench::pass(bool certificate) {
-  if (!certificate) return std::nan("");  // the kernels cannot leave the certificate's sums out
-  return timed(next(), [&](size_t task, BenchHead& head) {
-    const QueryGroup q = make_query_group(per_group_, o_.head_dim, queries(task, step_));
-    attend_pass(context_, q, head.budget.tier.blocks(), head.budget.centre.data(), &head.pass);
-  });
 }
 
 double Bench::cold() {
   BenchLayer& layer = next();
   std::vector<HeadState> fresh;
-  for (auto& head : layer.heads) {
-    fresh.push_back(head->sealed.fork());
-    std::fill(fresh.back().centre.begin(), fresh.back().centre.end(), 0.0f);
-  }
-  const double us = timed(
-      layer, [&](size_t task, BenchHead& head) { step(Policy::Budget, task, head, &fresh[task]); });
+  for (auto& head : layer.heads) fresh.push_back(head->sealed.fork());
+  std::vector<HeadTask> work = tasks(layer, &BenchHead::sealed);
+  for (size_t i = 0; i < tasks_; ++i) work[i].state = &fresh[i];
+  const double us = runner_.step(rules(Policy::Budget), step_, work);
   count(layer, nullptr);
   return us;
 }
 
+// A correction follows its pass, on all KV heads; only the correction is timed.
 double Bench::correction() {
-  BenchLayer& layer = next();
-  // A correction follows its pass, on all KV heads; only the correction is timed.
-  std::vector<QueryGroup> q;
-  for (size_t task = 0; task < tasks_; ++task)
-    q.push_back(make_query_group(per_group_, o_.head_dim, queries(task, step_)));
-  timed(layer, [&](size_t task, BenchHead& head) {
-    attend_pass(context_, q[task], head.budget.tier.blocks(), head.budget.centre.data(),
-                &head.pass);
-  });
-  BenchHead& head = *layer.heads[0];
-  const std::span<const BlockRef> blocks = head.budget.tier.blocks();
-  std::vector<uint32_t> chosen;  // none of F and X among them
-  for (size_t b = 0; b < blocks.size(); ++b)
-    if (blocks[b].page != nullptr && blocks[b].k == nullptr && blocks[b].v == nullptr)
-      chosen.push_back(uint32_t(b));
-  CERTKV_EXPECT(chosen.size() >= kCorrectedBlocks, InvalidArgument,
-                "a context of {} tokens has no {} blocks to correct outside F and X", asked_,
-                kCorrectedBlocks);
-  for (size_t i = 0; i < kCorrectedBlocks; ++i)  // spread over the context
-    chosen[i] = chosen[i * chosen.size() / kCorrectedBlocks];
-  chosen.resize(kCorrectedBlocks);
-  std::vector<CorrectionLog> logs(static_cast<size_t>(per_group_));
-  std::vector<Destination> to(chosen.size());
-  std::vector<BlockResult> results;
-  const size_t rows = size_t(format_->block_tokens * o_.head_dim);
-  bool sound = true;
-
-  const auto start = std::chrono::steady_clock::now();
-  for (size_t i = 0; i < chosen.size(); ++i)
-    to[i] = {.k = corrected_k_.data() + i * rows, .v = corrected_v_.data() + i * rows};
-  head.originals.read(chosen, to, &results);
-  for (size_t i = 0; i < chosen.size(); ++i) {
-    const BlockRef& was = blocks[chosen[i]];
-    BlockRef now = was;
-    now.k = results[i].k;
-    now.v = results[i].v;
-    sound = correct_block(context_, q[0], chosen[i], was, now, 1, &head.pass, logs, &before_,
-                          &after_) &&
-            canary(context_, per_group_, before_, after_, was, now).ok && sound;
-  }
-  finish_output(head.pass, 0, head.out.data());
-  const Certificate judged = certify(context_, head.pass, 0, blocks, logs[0], head.out.data());
-  const double us =
-      std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
-  CERTKV_EXPECT(sound && std::isfinite(judged.bound), Uncertifiable,
-                "a measured correction was refused or its bound is {}", judged.bound);
-  return us;
-}
-
-double Bench::other(Policy policy) {
-  BenchLayer& layer = next();
-  const double us = timed(layer, [&](size_t task, BenchHead& head) {
-    step(policy, task, head, policy == Policy::Paper ? &head.paper : &head.naive);
-  });
-  count(layer, nullptr);
-  return us;
+  const std::vector<HeadTask> work = tasks(next(), &BenchHead::budget);
+  runner_.pass(work, true);
+  return runner_.correct(work[0], kCorrectedBlocks);
 }
 
 // So many layer steps in a row that 5 % of their head-steps are a whole number.
@@ -273,17 +187,12 @@ double Bench::ladder() {
   const int heads = o_.batch * o_.query_heads, steps = kRung3Every / std::gcd(kRung3Every, heads);
   double us = 0;
   for (int i = 0; i < steps; ++i) {
-    std::vector<uint32_t> exact(tasks_, 0);  // heads of each KV head that go to rung 3
+    BenchLayer& layer = next();
+    std::vector<HeadTask> work = tasks(layer, &BenchHead::budget);
     for (int h = 0; h < heads; ++h)
       if ((i * heads + h) % kRung3Every == kRung3Every / 2)
-        exact[size_t(h / per_group_)] |= 1u << (h % per_group_);
-    BenchLayer& layer = next();
-    us += timed(layer, [&](size_t task, BenchHead& head) {
-      step(Policy::Budget, task, head, &head.budget);
-      if (exact[task] != 0)
-        dense_step({0, 0, int(task), step_}, per_group_, exact[task], 3, queries(task, step_),
-                   &head.budget, head.originals, head.out.data(), nullptr, &head.report);
-    });
+        work[size_t(h / per_group_)].rung3 |= 1u << (h % per_group_);
+    us += runner_.step(rules(Policy::Budget), step_, work);
     count(layer, nullptr);
     ++step_;
   }
@@ -303,13 +212,16 @@ AttentionCase Bench::run() {
     ++step_;
     ++turn_;  // no measurement meets the same set at every repeat
     dense_us.push_back(dense(false));
-    certified_us.push_back(certified(&c));
-    pass_us.push_back(pass(true));
-    bare_us.push_back(pass(false));
+    BenchLayer& layer = next();
+    certified_us.push_back(step(Policy::Budget, layer, &BenchHead::budget));
+    count(layer, &c);
+    pass_us.push_back(*runner_.pass(tasks(next(), &BenchHead::budget), true));
+    if (const auto us = runner_.pass(tasks(next(), &BenchHead::budget), false))
+      bare_us.push_back(*us);
     cold_us.push_back(cold());
     correction_us.push_back(correction());
-    paper_us.push_back(other(Policy::Paper));
-    naive_us.push_back(other(Policy::Naive));
+    paper_us.push_back(step(Policy::Paper, next(), &BenchHead::paper));
+    naive_us.push_back(step(Policy::Naive, next(), &BenchHead::naive));
     ladder_us.push_back(ladder());
     verified_us.push_back(dense(true));
     copy.push_back(memory_.copy_gbps());
@@ -321,8 +233,7 @@ AttentionCase Bench::run() {
   c.dense_verified = timing_of(verified_us);
   c.certified = timing_of(certified_us);
   c.pass = timing_of(pass_us);
-  if (std::all_of(bare_us.begin(), bare_us.end(), [](double x) { return std::isfinite(x); }))
-    c.uncertified_pass = timing_of(bare_us);
+  if (!bare_us.empty()) c.uncertified_pass = timing_of(bare_us);
   c.cold = timing_of(cold_us);
   c.correction = timing_of(correction_us);
   c.paper = timing_of(paper_us);

@@ -34,7 +34,7 @@ class BenchOriginals : public HeadOriginals {
 
 struct BenchHead {
   BenchOriginals originals;
-  HeadState sealed;                // never stepped: what forks start from
+  HeadState sealed;  // stepped densely alone, which leaves it as it is: forks start here
   HeadState budget, paper, naive;  // stepped under these policies, each with its own scratch
   GroupReport report;              // of the last step
   std::vector<float> out;          // [query_heads, head_dim] of the last step
