@@ -48,6 +48,8 @@ void print_case(const AttentionCase& c, const AttentionBenchOptions& o) {
   print_row("certified, cold", c.cold, 0, c);
   print_row("certified, 5 % at rung 3", c.ladder, 0, c);
   print_row("correction of 16 blocks, one head", c.correction, 0, c);
+  print_row("  of it: read back and verified", c.correction_read, 0, c);
+  print_row("  of it: the canary", c.correction_canary, 0, c);
   print_row("policy paper", c.paper, 0, c);
   print_row("policy naive", c.naive, 0, c);
   if (const auto share = c.certificate_share())
@@ -90,6 +92,8 @@ Json case_json(const AttentionCase& c, const AttentionBenchOptions& o) {
   // Beyond what every reader of this format knows.
   v["pass_us"] = c.pass.us;
   v["ladder_us"] = c.ladder.us;
+  v["correction_read_us"] = c.correction_read.us;
+  v["correction_canary_us"] = c.correction_canary.us;
   v["dense_verified_us"] = c.dense_verified.us;
   const auto share = c.certificate_share();
   v["certificate_share"] = share ? Json(*share) : Json();

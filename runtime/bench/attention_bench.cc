@@ -61,7 +61,7 @@ class Bench {
 
   double dense(bool verify);
   double cold();
-  double correction();
+  LayerRunner::Correction correction();
   double ladder();
 
   const AttentionBenchOptions& o_;
@@ -176,7 +176,7 @@ double Bench::cold() {
 }
 
 // A correction follows its pass, on all KV heads; only the correction is timed.
-double Bench::correction() {
+LayerRunner::Correction Bench::correction() {
   const std::vector<HeadTask> work = tasks(next(), &BenchHead::budget);
   runner_.pass(work, true);
   return runner_.correct(work[0], kCorrectedBlocks);
@@ -206,8 +206,8 @@ AttentionCase Bench::run() {
   c.tokens = tokens_of(*format_, asked_);
   c.sets = sets_.size();
   c.bytes_per_token = format_->bytes_per_token();
-  Samples dense_us, verified_us, certified_us, pass_us, bare_us, cold_us, correction_us, paper_us,
-      naive_us, ladder_us, copy, streaming, read;
+  Samples dense_us, verified_us, certified_us, pass_us, bare_us, cold_us, correction_us,
+      read_back_us, canary_us, paper_us, naive_us, ladder_us, copy, streaming, read;
   for (int i = 0; i < o_.repeats; ++i) {
     ++step_;
     ++turn_;  // no measurement meets the same set at every repeat
@@ -219,7 +219,10 @@ AttentionCase Bench::run() {
     if (const auto us = runner_.pass(tasks(next(), &BenchHead::budget), false))
       bare_us.push_back(*us);
     cold_us.push_back(cold());
-    correction_us.push_back(correction());
+    const LayerRunner::Correction corrected = correction();
+    correction_us.push_back(corrected.all);
+    read_back_us.push_back(corrected.read);
+    canary_us.push_back(corrected.canary);
     paper_us.push_back(step(Policy::Paper, next(), &BenchHead::paper));
     naive_us.push_back(step(Policy::Naive, next(), &BenchHead::naive));
     ladder_us.push_back(ladder());
@@ -236,6 +239,8 @@ AttentionCase Bench::run() {
   if (!bare_us.empty()) c.uncertified_pass = timing_of(bare_us);
   c.cold = timing_of(cold_us);
   c.correction = timing_of(correction_us);
+  c.correction_read = timing_of(read_back_us);
+  c.correction_canary = timing_of(canary_us);
   c.paper = timing_of(paper_us);
   c.naive = timing_of(naive_us);
   c.ladder = timing_of(ladder_us);

@@ -52,10 +52,11 @@ struct AttentionCase {
   Timing pass;            // its pass alone, without judging and learning
   std::optional<Timing> uncertified_pass;  // the same without the certificate's sums
   Timing cold;                             // the step after a prefill: empty scratch, centre 0
-  Timing correction;    // 16 blocks, keys and values, in one query head: read back with digests
-                        // checked, corrected, canary, judged again
-  Timing paper, naive;  // the step under these policies
-  Timing ladder;        // a certified step in which 5 % of the head-steps go on to rung 3
+  Timing correction;  // 16 blocks, keys and values, in one query head: read back with digests
+                      // checked, corrected, canary, judged again
+  Timing correction_read, correction_canary;  // of it: reading back; the canary
+  Timing paper, naive;                        // the step under these policies
+  Timing ladder;  // a certified step in which 5 % of the head-steps go on to rung 3
 
   double dense_bytes = 0, certified_bytes = 0;  // read by a step
   double copy_gbps = 0, copy_streaming_gbps = 0, read_gbps = 0;

@@ -52,7 +52,7 @@ std::optional<double> LayerRunner::pass(std::span<const HeadTask> tasks, bool ce
   return us_since(start);
 }
 
-double LayerRunner::correct(const HeadTask& t, size_t count) {
+LayerRunner::Correction LayerRunner::correct(const HeadTask& t, size_t count) {
   const std::span<const BlockRef> blocks = t.state->tier.blocks();
   std::vector<uint32_t> chosen;
   for (size_t b = 0; b < blocks.size(); ++b)
@@ -77,6 +77,7 @@ double LayerRunner::correct(const HeadTask& t, size_t count) {
   for (size_t i = 0; i < count; ++i)
     to[i] = {.k = k_.data() + i * elements, .v = v_.data() + i * elements};
   t.head->originals.read(chosen, to, &results);
+  Correction us{.read = us_since(start)};
   for (size_t i = 0; i < count; ++i) {
     const BlockRef& was = blocks[chosen[i]];
     BlockRef now = was;
@@ -85,12 +86,15 @@ double LayerRunner::correct(const HeadTask& t, size_t count) {
     sound = results[i].status == BlockStatus::Ok &&
             correct_block(context_, q, chosen[i], was, now, 1, &t.head->pass, logs, before_.get(),
                           after_.get()) &&
-            canary(context_, query_heads_, *before_, *after_, was, now).ok && sound;
+            sound;
+    const auto asked = Clock::now();
+    sound = canary(context_, query_heads_, *before_, *after_, was, now).ok && sound;
+    us.canary += us_since(asked);
   }
   finish_output(t.head->pass, 0, t.head->out.data());
   const Certificate judged =
       certify(context_, t.head->pass, 0, blocks, logs[0], t.head->out.data());
-  const double us = us_since(start);
+  us.all = us_since(start);
   CERTKV_EXPECT(sound && std::isfinite(judged.bound), Uncertifiable,
                 "a measured correction was refused, or its bound is {}", judged.bound);
   return us;

@@ -42,7 +42,11 @@ class LayerRunner {
   // REQUIRES a pass of this task with its certificate. ERRORS: InvalidArgument where there are not
   // so many blocks outside F and X; Uncertifiable where a correction was refused. UNITS:
   // microseconds of wall time
-  double correct(const HeadTask& task, size_t blocks);
+  struct Correction {
+    double all = 0;
+    double read = 0, canary = 0;  // of it: originals read back and verified; the canary
+  };
+  Correction correct(const HeadTask& task, size_t blocks);
 
  private:
   std::shared_ptr<const PageFormat> format_;

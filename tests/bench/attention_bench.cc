@@ -2,6 +2,7 @@
 // 0 compact, 1 balanced, 2 paper. One thread; 4 query heads share a KV head of 128.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
@@ -9,6 +10,7 @@
 #include "kernels/digest.h"
 #include "kernels/prefill_attention.h"
 #include "kernels/quantize.h"
+#include "runtime/certify/canary.h"
 #include "runtime/certify/certificate.h"
 #include "tests/bench/bench_data.h"
 
@@ -71,7 +73,53 @@ void pass(State& state) {
 }
 BENCHMARK(pass)->Apply(with_layouts);
 
-// The same over originals: what rungs 3 and 4 and policy dense run. Bytes: of originals.
+// Scores and weighted values of one block: keys and values each from codes (0) or originals (1).
+// Bytes: of what is read, metadata apart.
+void block(State& state) {
+  const Data data("compact");
+  constexpr size_t kAt = 7;
+  BlockRef ref = data.tier.blocks()[kAt];
+  int64_t bytes = 0;
+  for (const int tensor : {0, 1}) {
+    const bool original = state.range(tensor) == 1;
+    const TensorPlanes& codes = tensor == 0 ? data.format->layout.key : data.format->layout.value;
+    bytes += kBlock * kHeadDim * (original ? 16 : codes.base_bits()) / 8;
+    if (original && tensor == 0) ref.k = data.originals[kAt].k;
+    if (original && tensor == 1) ref.v = data.originals[kAt].v;
+  }
+  const auto terms = std::make_unique<BlockTerms>();
+  for (auto _ : state) {
+    std::fill_n(terms->ref, kHeads, -1e30f);
+    block_terms(data.context(), data.query, ref, data.centre.data(), 1, true, terms.get());
+    benchmark::DoNotOptimize(terms->o);
+  }
+  state.SetBytesProcessed(state.iterations() * bytes);
+}
+BENCHMARK(block)->ArgNames({"keys", "values"})->ArgsProduct({{0, 1}, {0, 1}});
+
+// Both sides of a block against each other.
+void canary_of_one_block(State& state) {
+  const Data data("compact");
+  constexpr size_t kAt = 7;
+  const BlockRef codes = data.tier.blocks()[kAt];
+  BlockRef exact = codes;
+  exact.k = data.originals[kAt].k;
+  exact.v = data.originals[kAt].v;
+  const auto before = std::make_unique<BlockTerms>(), after = std::make_unique<BlockTerms>();
+  for (BlockTerms* t : {before.get(), after.get()}) {
+    std::fill_n(t->ref, kHeads, -1e30f);
+    block_terms(data.context(), data.query, t == before.get() ? codes : exact, data.centre.data(),
+                1, true, t);
+  }
+  for (auto _ : state)
+    if (!canary(data.context(), kHeads, *before, *after, codes, exact).ok) {
+      state.SkipWithError("the canary saw damage");
+      break;
+    }
+}
+BENCHMARK(canary_of_one_block);
+
+// The pass over originals: what rungs 3 and 4 and policy dense run. Bytes: of originals.
 void dense(State& state) {
   const Data data("compact");
   PassState result;
