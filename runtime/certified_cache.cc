@@ -266,7 +266,8 @@ void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
     dense_step(where(s, layer, int(h), state), int(per_group), (1u << per_group) - 1, 4,
                rows[row].q + h * per_group * d, &state, originals,
                rows[row].out + h * per_group * d, nullptr, &g);
-    g.ladder_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    g.ladder_seconds += seconds.count();
     group_.alive();
   });
   for (const DecodeRow& row : rows) {
