@@ -33,6 +33,10 @@ void product(CBLAS_TRANSPOSE transpose_b, size_t m, size_t n, size_t k, const fl
 
 }  // namespace
 
+const char* blas_core() {
+  return openblas_get_corename();
+}
+
 void blas_product_nt(size_t m, size_t n, size_t k, const float* a, size_t a_stride, const float* b,
                      size_t b_stride, bool add, float* c, size_t c_stride) {
   product(CblasTrans, m, n, k, a, a_stride, b, b_stride, add, c, c_stride);

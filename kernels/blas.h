@@ -14,4 +14,8 @@ void blas_product_nt(size_t m, size_t n, size_t k, const float* a, size_t a_stri
 void blas_product_nn(size_t m, size_t n, size_t k, const float* a, size_t a_stride, const float* b,
                      size_t b_stride, bool add, float* c, size_t c_stride);
 
+// The instruction set that OpenBLAS chose when it was loaded, by the name of a core: "Haswell",
+// "SkylakeX", ...
+const char* blas_core();
+
 }  // namespace certkv

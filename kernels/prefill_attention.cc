@@ -52,9 +52,45 @@ float row_max(const float* s, size_t n, float floor) {
   return m;
 }
 
+#if defined(__x86_64__) && !defined(CERTKV_SANITIZED)
+// row_exp with 16 lanes in one register: the same operations on the same elements, and the same
+// sums.
+using Float16 = float __attribute__((vector_size(64)));
+using Int16x32 = int32_t __attribute__((vector_size(64)));
+
+__attribute__((target("arch=x86-64-v4"))) size_t row_exp_16(float* s, size_t n, float m,
+                                                            float* sums) {
+  Float16 sum{};
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    Float16 x;
+    std::memcpy(&x, s + i, sizeof x);
+    x = exp_nonpositive<Float16, Int16x32>(x - m);
+    std::memcpy(s + i, &x, sizeof x);
+    sum += x;
+  }
+  std::memcpy(sums, &sum, sizeof sum);
+  return i;
+}
+
+bool has_16_lanes() {
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+  return has;
+}
+#else
+size_t row_exp_16(float*, size_t, float, float*) {
+  return 0;
+}
+bool has_16_lanes() {
+  return false;
+}
+#endif
+
 // s[i] = exp(s[i] - m); returns their sum.
 CERTKV_CPU_VERSIONS
-float row_exp(float* s, size_t n, float m) {
+float row_exp_8(float* s, size_t n, float m) {
   Float8 sum0{}, sum1{};
   size_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
@@ -67,6 +103,15 @@ float row_exp(float* s, size_t n, float m) {
   }
   float sum = sum8(sum0 + sum1);
   for (; i < n; ++i) sum += s[i] = exp_nonpositive(s[i] - m);
+  return sum;
+}
+
+float row_exp(float* s, size_t n, float m) {
+  if (!has_16_lanes()) return row_exp_8(s, n, m);
+  float sums[16];
+  const size_t done = row_exp_16(s, n, m, sums);
+  float sum = sum8(load8(sums) + load8(sums + 8));
+  for (size_t i = done; i < n; ++i) sum += s[i] = exp_nonpositive(s[i] - m);
   return sum;
 }
 

@@ -18,6 +18,36 @@ uint64_t mix(uint64_t z) {
 }
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
 
+// Token ids by descending logit, lowest id first among equals; sorted only as far as is asked for,
+// which seldom is far in a vocabulary of 100,000.
+class Descending {
+ public:
+  explicit Descending(std::span<const float> logits) : logits_(logits), ids_(logits.size()) {
+    std::iota(ids_.begin(), ids_.end(), 0);
+  }
+  int32_t operator[](size_t i) {
+    while (i >= sorted_) extend();
+    return ids_[i];
+  }
+
+ private:
+  void extend() {
+    const auto before = [this](int32_t a, int32_t b) {
+      const float x = logits_[size_t(a)], y = logits_[size_t(b)];
+      return x > y || (x == y && a < b);
+    };
+    const size_t to = std::min(ids_.size(), std::max<size_t>(64, 8 * sorted_));
+    const auto first = ids_.begin() + ptrdiff_t(sorted_), last = ids_.begin() + ptrdiff_t(to);
+    if (to < ids_.size()) std::nth_element(first, last, ids_.end(), before);
+    std::sort(first, last, before);
+    sorted_ = to;
+  }
+
+  std::span<const float> logits_;
+  std::vector<int32_t> ids_;
+  size_t sorted_ = 0;
+};
+
 }  // namespace
 
 double uniform_at(uint64_t seed, uint64_t request, uint64_t position) {
@@ -50,39 +80,35 @@ int32_t sample_token(std::span<const float> logits, const SampleOptions& options
   const int32_t best = sample_greedy(logits);
   if (options.temperature == 0 || options.top_k == 1) return best;
 
-  std::vector<int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto before = [&](int32_t a, int32_t b) {
-    return logits[size_t(a)] > logits[size_t(b)] ||
-           (logits[size_t(a)] == logits[size_t(b)] && a < b);
-  };
+  Descending order(logits);
   const size_t k =
-      options.top_k == 0 ? order.size() : std::min(order.size(), size_t(options.top_k));
-  std::partial_sort(order.begin(), order.begin() + ptrdiff_t(k), order.end(), before);
-  order.resize(k);
-
-  std::vector<double> mass(k);
+      options.top_k == 0 ? logits.size() : std::min(logits.size(), size_t(options.top_k));
+  const auto mass_of = [&](int32_t id) {
+    return std::exp((double(logits[size_t(id)]) - double(logits[size_t(best)])) /
+                    options.temperature);
+  };
   double total = 0;
-  for (size_t i = 0; i < k; ++i) {
-    const double below = double(logits[size_t(order[i])]) - double(logits[size_t(best)]);
-    total += mass[i] = std::exp(below / options.temperature);
+  if (k == logits.size()) {
+    for (size_t id = 0; id < k; ++id) total += mass_of(int32_t(id));
+  } else {
+    for (size_t i = 0; i < k; ++i) total += mass_of(order[i]);
   }
   // The prefix that reaches top_p of the mass; the largest token is always in it.
   size_t kept = k;
-  double sum = 0;
+  double sum = total;
   if (options.top_p < 1) {
+    sum = 0;
     for (kept = 0; kept < k && (kept == 0 || sum < options.top_p * total); ++kept)
-      sum += mass[kept];
-  } else {
-    sum = total;
+      sum += mass_of(order[kept]);
   }
   double left = uniform * sum;
   for (size_t i = 0; i < kept; ++i) {
-    if (left < mass[i]) return order[i];
-    left -= mass[i];
+    const double mass = mass_of(order[i]);
+    if (left < mass) return order[i];
+    left -= mass;
   }
   // Rounding used up the whole mass: the last token that has any.
-  while (kept > 1 && mass[kept - 1] == 0) --kept;
+  while (kept > 1 && mass_of(order[kept - 1]) == 0) --kept;
   return order[kept - 1];
 }
 

@@ -8,8 +8,8 @@ ScratchCache::ScratchCache(size_t capacity, size_t block_elements)
     : capacity_(capacity), block_elements_(block_elements) {}
 
 const uint16_t* ScratchCache::find(uint32_t block) const {
-  const auto it = slot_of_.find(block);
-  return it == slot_of_.end() ? nullptr : slots_[it->second].data.get();
+  const uint32_t slot = slot_of(block);
+  return slot == kNone ? nullptr : slots_[slot].data.get();
 }
 
 uint16_t* ScratchCache::insert(uint32_t block, uint32_t* evicted) {
@@ -33,32 +33,33 @@ uint16_t* ScratchCache::insert(uint32_t block, uint32_t* evicted) {
     if (victim == nullptr) return nullptr;
     index = uint32_t(victim - slots_.data());
     *evicted = victim->block;
-    slot_of_.erase(victim->block);
+    slot_of_[victim->block] = kNone;
   }
   Slot& s = slots_[index];
   s.block = block;
   s.pinned = true;
   s.score = s.now = 0;
+  if (slot_of_.size() <= block) slot_of_.resize(size_t(block) + 1, kNone);
   slot_of_[block] = index;
   return s.data.get();
 }
 
 void ScratchCache::erase(uint32_t block) {
-  const auto it = slot_of_.find(block);
-  if (it == slot_of_.end()) return;
-  slots_[it->second].block = kNone;
-  slots_[it->second].pinned = false;
-  free_.push_back(it->second);
-  slot_of_.erase(it);
+  const uint32_t slot = slot_of(block);
+  if (slot == kNone) return;
+  slots_[slot].block = kNone;
+  slots_[slot].pinned = false;
+  free_.push_back(slot);
+  slot_of_[block] = kNone;
 }
 
-void ScratchCache::pin(uint32_t block) { slots_[slot_of_.at(block)].pinned = true; }
+void ScratchCache::pin(uint32_t block) { slots_.at(slot_of(block)).pinned = true; }
 
 void ScratchCache::unpin_all() {
   for (Slot& s : slots_) s.pinned = false;
 }
 
-void ScratchCache::score(uint32_t block, double now) { slots_[slot_of_.at(block)].now = now; }
+void ScratchCache::score(uint32_t block, double now) { slots_.at(slot_of(block)).now = now; }
 
 void ScratchCache::age(double decay, double keep, std::vector<uint32_t>* dropped) {
   dropped->clear();
@@ -74,8 +75,9 @@ void ScratchCache::age(double decay, double keep, std::vector<uint32_t>* dropped
 
 std::vector<uint32_t> ScratchCache::blocks() const {
   std::vector<uint32_t> out;
-  out.reserve(slot_of_.size());
-  for (const auto& [block, slot] : slot_of_) out.push_back(block);
+  out.reserve(resident());
+  for (const Slot& s : slots_)
+    if (s.block != kNone) out.push_back(s.block);
   std::sort(out.begin(), out.end());
   return out;
 }

@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
 namespace certkv {
@@ -20,7 +19,7 @@ class ScratchCache {
   ScratchCache(size_t capacity, size_t block_elements);
 
   size_t capacity() const { return capacity_; }
-  size_t resident() const { return slot_of_.size(); }
+  size_t resident() const { return slots_.size() - free_.size(); }
   uint64_t bytes() const { return slots_.size() * block_elements_ * 2; }
 
   // The block's originals, or nullptr. A block that is not resident never has an address.
@@ -58,7 +57,11 @@ class ScratchCache {
   size_t capacity_, block_elements_;
   std::vector<Slot> slots_;
   std::vector<uint32_t> free_;
-  std::unordered_map<uint32_t, uint32_t> slot_of_;
+  std::vector<uint32_t> slot_of_;  // by block, kNone where not resident; as long as has been needed
+
+  uint32_t slot_of(uint32_t block) const {
+    return block < slot_of_.size() ? slot_of_[block] : kNone;
+  }
 };
 
 }  // namespace certkv

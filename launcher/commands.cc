@@ -11,6 +11,7 @@ namespace {
 constexpr Command kCommands[] = {
     {"ask", "one question about one text, in this process alone", ask_command},
     {"attend", "one certified attention step on your own tensors", attend_command},
+    {"bench", "times of attention and of whole steps on this machine", bench_command},
     {"demo-batch", "questions with known answers over long texts, and their score", demo_batch_command},
     {"doctor", "what this machine has, and whether a configuration fits it", doctor_command},
     {"make-model", "write a demo model whose answers are known", make_model_command},

@@ -47,6 +47,7 @@ constexpr int kExitDone = 0, kExitOther = 1, kExitUsage = 2, kExitNo = 3, kExitS
 
 int ask_command(Args& args);
 int attend_command(Args& args);
+int bench_command(Args& args);
 int demo_batch_command(Args& args);
 int doctor_command(Args& args);
 int make_model_command(Args& args);

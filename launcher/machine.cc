@@ -1,6 +1,7 @@
 #include "launcher/machine.h"
 
 #include <fmt/core.h>
+#include <hwloc.h>
 #include <sys/resource.h>
 #include <sys/statvfs.h>
 #include <sys/utsname.h>
@@ -28,6 +29,24 @@ uint64_t soft_limit(int resource) {
   rlimit limit{};
   if (getrlimit(__rlimit_resource_t(resource), &limit) != 0) return 0;
   return limit.rlim_cur == RLIM_INFINITY ? std::numeric_limits<uint64_t>::max() : limit.rlim_cur;
+}
+
+// Caches of the highest level that there is. hwloc counts only those that this process may use.
+uint64_t last_cache() {
+  hwloc_topology_t topology;
+  if (hwloc_topology_init(&topology) != 0) return 0;
+  uint64_t bytes = 0;
+  if (hwloc_topology_load(topology) == 0) {
+    for (const hwloc_obj_type_t level : {HWLOC_OBJ_L4CACHE, HWLOC_OBJ_L3CACHE, HWLOC_OBJ_L2CACHE}) {
+      hwloc_obj_t cache = nullptr;
+      while ((cache = hwloc_get_next_obj_by_type(topology, level, cache)) != nullptr) {
+        bytes += cache->attr->cache.size;
+      }
+      if (bytes > 0) break;
+    }
+  }
+  hwloc_topology_destroy(topology);
+  return bytes;
 }
 
 }  // namespace
@@ -87,6 +106,7 @@ Machine inspect_machine() {
   m.features = cpu_features(cpuinfo);
   m.cores_online = int(sysconf(_SC_NPROCESSORS_ONLN));
   m.cores_usable = usable_cores();
+  m.last_cache_bytes = last_cache();
   m.memory_bytes = uint64_t(sysconf(_SC_PHYS_PAGES)) * uint64_t(sysconf(_SC_PAGESIZE));
   m.memory_available_bytes = available_memory_bytes();
   struct statvfs shm {};

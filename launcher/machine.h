@@ -11,6 +11,7 @@ struct Machine {
   std::string host, system, cpu;      // system: kernel name, release, architecture
   std::vector<std::string> features;  // of the CPU: AVX2, AVX-512F, AVX-512-VNNI, AVX-VNNI, ...
   int cores_online = 0, cores_usable = 0;      // usable: affinity mask and control group
+  uint64_t last_cache_bytes = 0;               // last-level cache in all; 0: unknown
   uint64_t memory_bytes = 0;                   // installed
   uint64_t memory_available_bytes = 0;         // this process may still take
   uint64_t shm_bytes = 0, shm_free_bytes = 0;  // /dev/shm; 0: there is none

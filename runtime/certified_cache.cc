@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <mutex>
 
@@ -11,12 +12,6 @@
 #include "parallel/communicator.h"
 
 namespace certkv {
-
-namespace {
-
-constexpr size_t kMostSplitsAtOnce = 8;
-
-}  // namespace
 
 struct CertifiedCache::Sequence {
   int64_t handle = 0;
@@ -65,8 +60,7 @@ class CertifiedCache::Originals : public HeadOriginals {
 struct CertifiedCache::Task {
   HeadStep step;
   std::optional<Originals> originals;
-  size_t first_stretch = 0;  // of this task within all stretches of the step
-  bool runs = false;         // false: its sequence has failed
+  bool runs = false;  // false: its sequence has failed
 };
 
 CertifiedCache::CertifiedCache(const ModelConfig& config, ShardRange heads,
@@ -254,49 +248,44 @@ void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* f
     at(rows[row].sequence).groups[h].clear(per_group);
     guarded(task, [&](Sequence& s) {
       HeadState& state = s.heads[size_t(layer) * heads + h];
+      const auto start = std::chrono::steady_clock::now();
       state.tier.append(rows[row].k + h * d, rows[row].v + h * d, 1, sink(s, layer, int(h)));
+      const std::chrono::duration<double> appended = std::chrono::steady_clock::now() - start;
       t.originals.emplace(*this, s, layer, int(h));
       t.step.begin(s.rules, where(s, layer, int(h), state), int(per_group),
                    rows[row].q + h * per_group * d, &state, *t.originals,
                    rows[row].out + h * per_group * d, nullptr, &s.groups[h]);
+      s.groups[h].append_seconds = appended.count();
       t.runs = true;
     });
     group_.alive();
   });
-  // The pass: stretches of all heads in one list, so that a few long sequences use every thread. A
-  // stretch is a few splits, which read memory more evenly than one, but leaves work for all.
-  size_t splits = 0;
-  for (size_t i = 0; i < tasks; ++i)
-    if (tasks_[i]->runs) splits += tasks_[i]->step.splits();
-  const size_t stretch =
-      std::clamp<size_t>(splits / (4 * size_t(pool_.threads())), 1, kMostSplitsAtOnce);
-  size_t stretches = 0;
-  for (size_t i = 0; i < tasks; ++i) {
-    tasks_[i]->first_stretch = stretches;
-    if (tasks_[i]->runs) stretches += (tasks_[i]->step.splits() + stretch - 1) / stretch;
-  }
-  pool_.parallel_for(stretches, [&](size_t i) {
-    const auto next =
-        std::upper_bound(tasks_.begin(), tasks_.begin() + std::ptrdiff_t(tasks), i,
-                         [](size_t value, const auto& t) { return value < t->first_stretch; });
-    const auto task = size_t(next - tasks_.begin()) - 1;
-    guarded(task, [&](Sequence&) {
-      HeadStep& step = tasks_[task]->step;
-      const size_t first = (i - tasks_[task]->first_stretch) * stretch;
-      step.attend(first, std::min(step.splits(), first + stretch));
+  // The pass, and once more for heads that the ladder sends to rung 3.
+  for (bool more = true; more;) {
+    splits_.clear();
+    for (size_t i = 0; i < tasks; ++i) splits_.add(tasks_[i]->runs ? tasks_[i]->step.splits() : 0);
+    splits_.run(pool_, [&](size_t task, size_t first, size_t last) {
+      guarded(task, [&](Sequence&) { tasks_[task]->step.attend(first, last); });
+      group_.alive();
     });
-    group_.alive();
-  });
-  pool_.parallel_for(tasks, [&](size_t task) {
+    std::atomic<bool> unfinished = false;
+    pool_.parallel_for(tasks, [&](size_t task) {
+      if (tasks_[task]->runs) {
+        tasks_[task]->runs = false;
+        guarded(task, [&](Sequence&) { tasks_[task]->runs = tasks_[task]->step.finish(); });
+        if (tasks_[task]->runs) unfinished = true;
+      }
+      group_.alive();
+    });
+    more = unfinished;
+  }
+  for (size_t task = 0; task < tasks; ++task) {
     const size_t row = task / heads, h = task % heads;
-    if (tasks_[task]->runs) guarded(task, [&](Sequence&) { tasks_[task]->step.finish(); });
     Sequence& s = at(rows[row].sequence);
-    if (s.failed()) {
-      std::fill_n(rows[row].out + h * per_group * d, per_group * d, 0.0f);
-      s.groups[h].broken = false;
-    }
-    group_.alive();
-  });
+    if (!s.failed()) continue;
+    std::fill_n(rows[row].out + h * per_group * d, per_group * d, 0.0f);
+    s.groups[h].broken = false;
+  }
   for (size_t row = 0; row < rows.size(); ++row) {
     Sequence& s = at(rows[row].sequence);
     bool broken = false;
@@ -320,9 +309,12 @@ void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
     Originals originals(*this, s, layer, int(h));
     HeadState& state = s.heads[size_t(layer) * heads + h];
     GroupReport& g = s.groups[h];
+    const auto start = std::chrono::steady_clock::now();
     dense_step(where(s, layer, int(h), state), int(per_group), (1u << per_group) - 1, 4,
                rows[row].q + h * per_group * d, &state, originals,
                rows[row].out + h * per_group * d, nullptr, &g);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    g.ladder_seconds += seconds.count();
     group_.alive();
   });
   for (const DecodeRow& row : rows) {

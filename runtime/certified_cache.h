@@ -18,6 +18,7 @@
 #include "kvstore/client.h"
 #include "parallel/shard.h"
 #include "runtime/certify/head_step.h"
+#include "runtime/certify/split_list.h"
 #include "runtime/kv_attention.h"
 #include "runtime/model_config.h"
 
@@ -109,6 +110,7 @@ class CertifiedCache : public KvAttention {
   std::shared_ptr<TierAccount> account_;
   std::map<int64_t, std::unique_ptr<Sequence>> sequences_;
   std::vector<std::unique_ptr<Task>> tasks_;  // of the step under way, [rows, local_kv_heads]
+  SplitList splits_;
   int64_t next_ = 1;
   uint64_t step_ = 0;
 };

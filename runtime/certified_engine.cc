@@ -90,6 +90,7 @@ class CertifiedEngine : public Engine {
   int64_t reserve(const Request& request, std::string* why);
   void prefill(const Request& request, int64_t prompt);
   void decode(Policy policy);
+  StepRecord::Phases phases_of(std::span<const int64_t> handles) const;
   void finish(std::list<Generation>::iterator g);
   void fail(Generation& g, ErrorKind kind, const std::string& text);
   StepRules rules_of(const Request& request, Policy policy) const;
@@ -112,7 +113,7 @@ class CertifiedEngine : public Engine {
   uint64_t step_ = 0;
   uint64_t tokens_ = 0;
   size_t next_policy_ = 0;
-  bool blocked_ = false;                 // the first waiting request waits for room
+  bool blocked_ = false;  // the first waiting request waits for room
 };
 
 std::vector<Policy> policies_of(const Request& r) {
@@ -136,11 +137,11 @@ void CertifiedEngine::submit(Request r) {
                   "does not belong to this model",
                   t, parts_.config->vocab);
   const EngineNeed n = need(r);
-  CERTKV_EXPECT(n.tier1 + n.scratch <= tier1_capacity_, OutOfMemory,
-                "a prompt of {} tokens needs {} of tier 1 and scratch on each rank, {} are allowed: "
-                "raise run.tier1_memory, or use more ranks (parallel.tensor)",
-                prompt, byte_size_text(n.tier1 + n.scratch),
-                byte_size_text(tier1_capacity_));
+  CERTKV_EXPECT(
+      n.tier1 + n.scratch <= tier1_capacity_, OutOfMemory,
+      "a prompt of {} tokens needs {} of tier 1 and scratch on each rank, {} are allowed: "
+      "raise run.tier1_memory, or use more ranks (parallel.tensor)",
+      prompt, byte_size_text(n.tier1 + n.scratch), byte_size_text(tier1_capacity_));
   waiting_.push_back(std::move(r));
 }
 
@@ -228,9 +229,14 @@ bool CertifiedEngine::step(bool stop) {
   share_plan(&plan, &payload);
   switch (Action(plan.action)) {
     case Action::Done:
-    case Action::Stop: return false;
-    case Action::Admit: admit(decode_request(payload)); return true;
-    case Action::Decode: decode(Policy(plan.policy)); return true;
+    case Action::Stop:
+      return false;
+    case Action::Admit:
+      admit(decode_request(payload));
+      return true;
+    case Action::Decode:
+      decode(Policy(plan.policy));
+      return true;
   }
   CERTKV_THROW(CommError, "the leader asks for step kind {}, which is not known", plan.action);
 }
@@ -300,6 +306,7 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
   const std::vector<Policy> policies = policies_of(r);
   std::vector<float> logits;
   std::optional<Error> error;
+  transformer_.clear_phases();
   try {
     logits = transformer_.prefill(prompt, r.prompt, [&](int, size_t) { group_.alive(); });
   } catch (const Error& e) {
@@ -307,6 +314,18 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
     error = e;
   }
   const double seconds = seconds_since(start);
+  if (leader() && on_prefill && !error) {
+    const ForwardPhases p = transformer_.phases();
+    const double named = p.projections + p.attention + p.store + p.communicate;
+    on_prefill({.id = r.id,
+                .tokens = r.prompt.size(),
+                .seconds = seconds,
+                .projections = p.projections,
+                .attention = p.attention,
+                .store = p.store,
+                .communicate = p.communicate,
+                .other = std::max(0.0, seconds - named)});
+  }
   open_forks_[r.id] = int(policies.size());
   for (Policy policy : policies) {
     Generation g(r, policy, parts_.tokenizer, stop_ids_);
@@ -361,9 +380,11 @@ void CertifiedEngine::decode(Policy policy) {
   for (int64_t handle : handles) verdicts.push_back(cache_.verdict(handle));
   group_.reduce_verdict(verdicts, {});
   group_.wait();
+  const double agree_seconds = seconds_since(agreeing);
+  const auto recording = Clock::now();
   StepFigures figures(*parts_.config, heads_, group_.size());
   figures.gather(cache_, handles, group_);
-  const double agree_seconds = seconds_since(agreeing);
+  double record_seconds = seconds_since(recording);
 
   const auto sampling = Clock::now();
   StepRecord record;
@@ -373,48 +394,71 @@ void CertifiedEngine::decode(Policy policy) {
     Generation& g = *rows[i];
     const VerdictRecord& v = verdicts[i];
     CERTKV_EXPECT(verdict_agreed(v, uint64_t(group_.size()), step_), CommError,
-                  "step {}: the ranks do not agree on the step ({} of {} votes)", step_, v.sum.votes,
-                  group_.size());
+                  "step {}: the ranks do not agree on the step ({} of {} votes)", step_,
+                  v.sum.votes, group_.size());
     g.count(v);
     record.counts.add(v);
     figures.add_to(i, &g.returned, &g.candidate);
     const Outcome outcome = outcome_of_severity(v.max.severity);
     if (out.nonfinite_layer[i] >= 0) {
-      fail(g, ErrorKind::NonFinite,
-           fmt::format("layer {}: a NaN or an infinity in the activations", out.nonfinite_layer[i]));
+      fail(
+          g, ErrorKind::NonFinite,
+          fmt::format("layer {}: a NaN or an infinity in the activations", out.nonfinite_layer[i]));
     } else if (outcome == Outcome::Failed) {
       const SequenceReport& mine = cache_.report(g.handle);
-      const ErrorKind kind = v.max.error > 0 ? ErrorKind(v.max.error - 1) : ErrorKind::Uncertifiable;
-      fail(g, kind, mine.error ? mine.error_text : "on another rank of the group; its log says more");
+      const ErrorKind kind =
+          v.max.error > 0 ? ErrorKind(v.max.error - 1) : ErrorKind::Uncertifiable;
+      fail(g, kind,
+           mine.error ? mine.error_text : "on another rank of the group; its log says more");
     } else {
       const size_t vocab = size_t(parts_.config->vocab);
-      g.accept(sample_token({out.logits.data() + i * vocab, vocab}, g.sample_options(), g.uniform()));
+      g.accept(
+          sample_token({out.logits.data() + i * vocab, vocab}, g.sample_options(), g.uniform()));
       ++tokens_;
       ++record.tokens;
     }
   }
   const double sample_seconds = seconds_since(sampling);
-  record.sequences = rows.size();
+  if (leader() && on_step) {
+    const auto filling = Clock::now();
+    record.sequences = rows.size();
+    figures.fill(&record);
+    record_seconds += seconds_since(filling);
+    record.phase_seconds = phases_of(handles);
+    record.phase_seconds.communicate += agree_seconds;
+    record.phase_seconds.sample = sample_seconds;
+    record.phase_seconds.record = record_seconds;
+  }
   record.seconds = seconds_since(start);
   for (auto g : rows) g->decode_seconds += record.seconds / double(rows.size());
   if (leader() && on_step) {
-    const ForwardPhases p = transformer_.phases();
-    figures.fill(&record);
-    // The ladder's time is a sum over tasks; of the step's time it took its share of the threads.
-    const double ladder = std::min(figures.ladder_seconds() / pool_.threads(), p.attention);
-    record.phase_seconds = {.projections = p.projections,
-                            .attention = p.attention - ladder,
-                            .ladder = ladder,
-                            .communicate = p.communicate + agree_seconds,
-                            .sample = sample_seconds,
-                            .other = 0};
-    record.phase_seconds.other =
-        std::max(0.0, record.seconds - p.projections - p.attention - p.communicate - agree_seconds -
-                          sample_seconds);
+    StepRecord::Phases& p = record.phase_seconds;
+    p.other = std::max(
+        0.0, record.seconds - (p.projections + p.append + p.attention + p.judge + p.ladder +
+                               p.balance + p.communicate + p.sample + p.record));
     on_step(record);
   }
   for (auto g : rows)
     if (g->finished) finish(g);
+}
+
+// Where the forward pass spent its time. Heads are spread over the pool's threads: of the wall time
+// of attention each of their phases took its sum over the heads, divided by the threads.
+StepRecord::Phases CertifiedEngine::phases_of(std::span<const int64_t> handles) const {
+  const ForwardPhases forward = transformer_.phases();
+  StepRecord::Phases p;
+  p.projections = forward.projections;
+  p.communicate = forward.communicate;
+  for (int64_t handle : handles)
+    for (const GroupReport& g : cache_.report(handle).layers) {
+      p.append += g.append_seconds;
+      p.attention += g.pass_seconds;
+      p.judge += g.judge_seconds;
+      p.ladder += g.ladder_seconds;
+    }
+  for (double* x : {&p.append, &p.attention, &p.judge, &p.ladder}) *x /= pool_.threads();
+  p.balance = std::max(0.0, forward.attention - p.append - p.attention - p.judge - p.ladder);
+  return p;
 }
 
 void CertifiedEngine::fail(Generation& g, ErrorKind kind, const std::string& text) {

@@ -18,13 +18,13 @@
 namespace certkv {
 
 struct Request {
-  uint64_t id = 0;                    // unique in the job: index of the input line
-  std::vector<int32_t> prompt;        // token ids, special tokens included
+  uint64_t id = 0;              // unique in the job: index of the input line
+  std::vector<int32_t> prompt;  // token ids, special tokens included
   SamplingOptions sampling;
   Policy policy = Policy::Budget;
   Tolerance tolerance;
-  std::vector<Policy> compare;        // decode under each of these from one prefill; empty: policy
-  bool policy_is_job_wide = true;     // false where the request itself asked for a policy
+  std::vector<Policy> compare;     // decode under each of these from one prefill; empty: policy
+  bool policy_is_job_wide = true;  // false where the request itself asked for a policy
 };
 
 // Distribution of a non-negative figure over head-steps; quantiles from a logarithmic histogram
@@ -33,13 +33,13 @@ struct Request {
 // infinity, and a quantile that reaches them is NaN.
 struct BoundHistogram {
   static constexpr int kBins = 1024;
-  std::vector<uint64_t> bins;         // empty until first used
-  double max = 0;                     // NaN if one was NaN
+  std::vector<uint64_t> bins;  // empty until first used
+  double max = 0;              // NaN if one was NaN
   double sum = 0;
   uint64_t count = 0;
   void add(double x);
   void merge(const BoundHistogram& other);
-  double quantile(double p) const;    // 0 when count is 0
+  double quantile(double p) const;  // 0 when count is 0
   double mean() const { return count == 0 ? 0 : sum / double(count); }
 };
 
@@ -56,19 +56,19 @@ struct HeadStepCounts {
 
 struct Completion {
   uint64_t id = 0;
-  Policy policy = Policy::Budget;     // under which this completion was decoded
+  Policy policy = Policy::Budget;  // under which this completion was decoded
   bool failed = false;
-  std::string error_kind, error;      // when failed
-  std::vector<int32_t> tokens;        // generated, without the stop token
-  std::string text;                   // up to the stop string, exclusive
-  std::string finish_reason;          // stop, length
+  std::string error_kind, error;         // when failed
+  std::vector<int32_t> tokens;           // generated, without the stop token
+  std::string text;                      // up to the stop string, exclusive
+  std::string finish_reason;             // stop, length
   Outcome outcome = Outcome::Certified;  // the worst of its head-steps
   HeadStepCounts counts;
-  double bound_max = 0, relative_max = 0;        // returned
-  double bound_mean = 0, relative_mean = 0;      // returned; mean over steps of the worst head
+  double bound_max = 0, relative_max = 0;    // returned
+  double bound_mean = 0, relative_mean = 0;  // returned; mean over steps of the worst head
   struct Distribution {
-    BoundHistogram bound, relative;   // absolute and relative, over this rank group's head-steps
-  } returned, candidate;              // candidate: before the ladder acted
+    BoundHistogram bound, relative;  // absolute and relative, over this rank group's head-steps
+  } returned, candidate;             // candidate: before the ladder acted
   uint64_t prompt_tokens = 0, tier1_bytes = 0, dense_bytes = 0;
   double prefill_seconds = 0, decode_seconds = 0;
 };
@@ -86,9 +86,29 @@ struct StepRecord {
   } candidate, returned;
   double e_key_max = 0, e_val_max = 0, e_fp_max = 0, e_key_paper_max = 0;
   uint64_t f_blocks = 0, x_blocks = 0;  // resident original blocks used by the pass
+  // The leader's wall time. What its threads do for different heads at once counts as their mean.
   struct Phases {
-    double projections = 0, attention = 0, ladder = 0, communicate = 0, sample = 0, other = 0;
+    double projections = 0;  // norms, products, rotary embedding, logits
+    double append = 0;       // the new token into tier 1; sealing, when a scale group is full
+    double attention = 0;    // the pass; under `dense` the whole of attention
+    double judge = 0;        // certificates of the pass
+    double ladder = 0;       // rungs 1 to 4, learning F
+    double balance = 0;      // of attention: threads that wait for the slowest head, or to be woken
+    double communicate = 0;  // sums over the ranks, and their agreement on the step
+    double sample = 0;       // sampling, text, stop conditions
+    double record = 0;       // figures of the step's head-steps, for this record and for results
+    double other = 0;        // of `seconds`, what is left
   } phase_seconds;
+};
+
+// What a prompt's prefill took on the leader.
+struct PrefillRecord {
+  uint64_t id = 0, tokens = 0;
+  double seconds = 0;
+  double projections = 0, attention = 0;  // as above
+  double store = 0;  // sealing into tier 1, and originals into the node's store
+  double communicate = 0;
+  double other = 0;
 };
 
 class Engine {
@@ -104,8 +124,9 @@ class Engine {
   // `stop` (leader's value counts): end without admitting or finishing anything more.
   virtual bool step(bool stop) = 0;
 
-  std::function<void(Completion&&)> on_completion;     // leader only
-  std::function<void(const StepRecord&)> on_step;      // leader only
+  std::function<void(Completion&&)> on_completion;       // leader only
+  std::function<void(const StepRecord&)> on_step;        // leader only
+  std::function<void(const PrefillRecord&)> on_prefill;  // leader only; before its first step
 
   struct Load {
     uint64_t waiting = 0, running = 0, tokens = 0;

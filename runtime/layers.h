@@ -31,6 +31,7 @@ struct Weights;
 // Time spent since it was last cleared. UNITS: seconds
 struct ForwardPhases {
   double projections = 0, attention = 0, communicate = 0;
+  double store = 0;  // of a prefill: the cache takes a layer's originals
 };
 
 // How products are called. Tiles: OpenBLAS on fixed tiles of rows counted from the first (prefill).

@@ -8,7 +8,7 @@ namespace certkv {
 namespace {
 
 constexpr size_t kFloats = sizeof(HeadFigures) / sizeof(float);
-constexpr size_t kExtras = 3;  // ladder seconds, F blocks, X blocks of the rank
+constexpr size_t kExtras = 2;  // F blocks, X blocks of the rank
 
 // Maximum that keeps NaN.
 void raise(double& largest, double x) {
@@ -21,7 +21,9 @@ StepFigures::StepFigures(const ModelConfig& config, ShardRange heads, int ranks)
     : per_sequence_(size_t(config.layers * heads.count() * config.heads_per_group()) * kFloats),
       ranks_(size_t(ranks)) {}
 
-size_t StepFigures::stride() const { return sequences_ * per_sequence_ + kExtras; }
+size_t StepFigures::stride() const {
+  return sequences_ * per_sequence_ + kExtras;
+}
 
 const HeadFigures* StepFigures::figures(size_t rank, size_t sequence) const {
   return reinterpret_cast<const HeadFigures*>(all_.data() + rank * stride() +
@@ -33,27 +35,24 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
   sequences_ = sequences.size();
   std::vector<float> mine;
   mine.reserve(stride());
-  double ladder = 0;
   uint64_t f = 0, x = 0;
   for (int64_t s : sequences) {
     const SequenceReport& report = cache.report(s);
     const float* p = reinterpret_cast<const float*>(report.figures.data());
     mine.insert(mine.end(), p, p + per_sequence_);
     for (const GroupReport& g : report.layers) {
-      ladder += g.ladder_seconds;
       f += g.f_blocks;
       x += g.x_blocks;
     }
   }
-  mine.insert(mine.end(), {float(ladder), float(f), float(x)});
+  mine.insert(mine.end(), {float(f), float(x)});
   all_.resize(mine.size() * ranks_);
   group.all_gather(view_f32(mine.data(), mine.size()), view_f32(all_.data(), all_.size()), {});
   group.wait();
   for (size_t r = 0; r < ranks_; ++r) {
     const float* extras = all_.data() + (r + 1) * stride() - kExtras;
-    ladder_seconds_ = std::max(ladder_seconds_, double(extras[0]));
-    f_blocks_ += uint64_t(extras[1]);
-    x_blocks_ += uint64_t(extras[2]);
+    f_blocks_ += uint64_t(extras[0]);
+    x_blocks_ += uint64_t(extras[1]);
   }
 }
 

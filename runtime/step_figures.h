@@ -21,13 +21,11 @@ class StepFigures {
   void add_to(size_t sequence, Completion::Distribution* returned,
               Completion::Distribution* candidate) const;
   void fill(StepRecord* record) const;
-  double ladder_seconds() const { return ladder_seconds_; }  // slowest rank
 
  private:
   size_t per_sequence_;  // floats of one sequence of one rank
   size_t ranks_, sequences_ = 0;
   std::vector<float> all_;  // [ranks, sequences * per_sequence + extras]
-  double ladder_seconds_ = 0;
   uint64_t f_blocks_ = 0, x_blocks_ = 0;
   const HeadFigures* figures(size_t rank, size_t sequence) const;
   size_t stride() const;

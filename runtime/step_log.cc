@@ -62,10 +62,14 @@ json step_json(const StepRecord& r, int replica, const std::string& session) {
   const StepRecord::Phases& p = r.phase_seconds;
   json phases = json::object();
   put_figure(phases, "projections", p.projections);
+  put_figure(phases, "append", p.append);
   put_figure(phases, "attention", p.attention);
+  put_figure(phases, "judge", p.judge);
   put_figure(phases, "ladder", p.ladder);
+  put_figure(phases, "balance", p.balance);
   put_figure(phases, "communicate", p.communicate);
   put_figure(phases, "sample", p.sample);
+  put_figure(phases, "record", p.record);
   put_figure(phases, "other", p.other);
   v["phase_seconds"] = phases;
   return v;

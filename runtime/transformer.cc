@@ -136,7 +136,7 @@ void Transformer::prefill_layer(size_t layer, Prompt& p, const Progress& progres
     prefill_chunk(layer, p, first, rows);
     if (progress) progress(int(layer), first + rows);
   }
-  Stopwatch watch(layers_.phases.attention);
+  Stopwatch watch(layers_.phases.store);
   cache_.store_prefill(p.sequence, int(layer), p.tokens, p.k.data(), p.v.data());
 }
 

@@ -277,7 +277,7 @@ double decode_key(const PageFormat& format, const std::byte* page, int t, int c)
   return double(code) * s.step + s.base;
 }
 
-double decode_value(const PageFormat& format, const std::byte* page, int t, int c) {
+int value_code(const PageFormat& format, const std::byte* page, int t, int c) {
   const TensorPlanes& vp = format.layout.value;
   const size_t pair = value_cell(format, size_t(t), size_t(c), 32);
   const bool high = c % 32 >= 16;
@@ -287,12 +287,20 @@ double decode_value(const PageFormat& format, const std::byte* page, int t, int 
                  : nibble(page + format.value_base, pair, high);
   if (vp.read_residual)
     code = code << vp.residual_bits | nibble(page + format.value_residual, pair, high);
-  const size_t group = size_t(c / format.value_group);
-  const size_t at = group * size_t(format.group_tokens) + size_t(t);
+  return code;
+}
+
+Served served_value(const PageFormat& format, const std::byte* page, int t, int group) {
+  const TensorPlanes& vp = format.layout.value;
+  const size_t at = size_t(group) * size_t(format.group_tokens) + size_t(t);
   const Affine a{load_metadata(vp.metadata, page + format.value_scale, at),
                  load_metadata(vp.metadata, page + format.value_offset, at)};
-  const Served s = served(vp, a);
-  return double(code) * s.step + s.base;
+  return served(vp, a);
+}
+
+double decode_value(const PageFormat& format, const std::byte* page, int t, int c) {
+  const Served s = served_value(format, page, t, c / format.value_group);
+  return double(value_code(format, page, t, c)) * s.step + s.base;
 }
 
 }  // namespace
@@ -305,11 +313,16 @@ ValueErrors value_errors(const PageFormat& format, const std::byte* page, int bl
   };
   for (int t = 0; t < format.block_tokens; ++t) {
     double error2 = 0, norm2 = 0;
-    for (int c = 0; c < format.head_dim; ++c) {
-      const double x = float_from_16(dtype, v[t * format.head_dim + c]);
-      const double e = x - decode_value(format, page, block * format.block_tokens + t, c);
-      error2 += e * e;
-      norm2 += x * x;
+    for (int g = 0; g < format.value_groups; ++g) {
+      const Served s = served_value(format, page, block * format.block_tokens + t, g);
+      for (int c = g * format.value_group; c < (g + 1) * format.value_group; ++c) {
+        const double x = float_from_16(dtype, v[t * format.head_dim + c]);
+        const double e =
+            x - (double(value_code(format, page, block * format.block_tokens + t, c)) * s.step +
+                 s.base);
+        error2 += e * e;
+        norm2 += x * x;
+      }
     }
     raise(worst.error, std::sqrt(error2));
     raise(worst.norm, std::sqrt(norm2));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 
@@ -49,11 +50,18 @@ struct HeadStep::Impl {
   float* out = nullptr;  // [heads, head_dim]
   float* log_mass_out = nullptr;
   std::chrono::steady_clock::time_point start;
+  std::atomic<int64_t> pass_ns{0};  // of all threads that attend
+  bool dense_now() const { return on_rung3 || rules().policy == Policy::Dense; }
+  void add_to_pass(std::chrono::steady_clock::time_point since) {
+    pass_ns.fetch_add((std::chrono::steady_clock::now() - since).count(),
+                      std::memory_order_relaxed);
+  }
   AttendContext context;
   QueryGroup q;
   PassState pass, fresh;
   std::vector<CorrectionLog> logs;
-  DenseStep dense_pass;  // policy dense
+  DenseStep dense_pass;  // policy dense, and heads on rung 3
+  bool on_rung3 = false;
 
   const StepRules& rules() const { return *rules_; }
   HeadState& state() const { return *state_; }
@@ -328,11 +336,13 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
                      GroupReport* report) {
   Impl& s = *impl_;
   s.start = std::chrono::steady_clock::now();
+  s.pass_ns = 0;
   s.rules_ = &rules;
   s.where = where;
   s.state_ = state;
   s.originals_ = &originals;
   s.report_ = report;
+  s.on_rung3 = false;
   s.queries = q;
   s.out = out;
   s.log_mass_out = block_log_mass;
@@ -340,6 +350,7 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
   if (rules.policy == Policy::Dense) {
     s.q.heads = heads;
     s.dense_pass.begin(where, heads, (1u << heads) - 1, q, state, originals);
+    s.add_to_pass(s.start);
     return;
   }
   s.context = {&state->tier.format(), state->tier.dtype()};
@@ -351,35 +362,46 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
     report->scratch_hits += report->f_blocks + report->x_blocks;
   }
   attend_begin(s.context, s.q, s.blocks(), {}, &s.pass);
+  s.add_to_pass(s.start);
 }
 
 size_t HeadStep::splits() const {
-  return impl_->rules().policy == Policy::Dense
-             ? impl_->dense_pass.splits()
-             : attend_splits(impl_->context, impl_->blocks().size());
+  return impl_->dense_now() ? impl_->dense_pass.splits()
+                            : attend_splits(impl_->context, impl_->blocks().size());
 }
 
 void HeadStep::attend(size_t first, size_t last) {
   Impl& s = *impl_;
-  if (s.rules().policy == Policy::Dense)
+  const auto start = std::chrono::steady_clock::now();
+  if (s.dense_now())
     s.dense_pass.attend(first, last);
   else
     attend_some(s.context, s.q, s.blocks(), first, last, &s.pass);
+  s.add_to_pass(start);
 }
 
-void HeadStep::finish() {
+bool HeadStep::finish() {
   Impl& s = *impl_;
   GroupReport* report = s.report_;
   const int heads = s.q.heads;
   const Policy policy = s.rules().policy;
+  const auto finishing = std::chrono::steady_clock::now();
   if (policy == Policy::Dense) {
     s.dense_pass.finish(3, s.out, s.log_mass_out, report);
     for (HeadReport& r : report->heads) r.candidate = r.returned;
-    report->pass_seconds = seconds_since(s.start);
-    return;
+    s.add_to_pass(finishing);
+    report->pass_seconds = 1e-9 * double(s.pass_ns);
+    return false;
+  }
+  if (s.on_rung3) {
+    s.dense_pass.finish(3, s.out, nullptr, report);
+    report->ladder_seconds += 1e-9 * double(s.pass_ns) + seconds_since(finishing);
+    return false;
   }
   const uint32_t everyone = (1u << heads) - 1;
   attend_merge(&s.pass);
+  const double merged = seconds_since(finishing);
+  report->pass_seconds = 1e-9 * double(s.pass_ns) + merged;
   for (int h = 0; h < heads; ++h) {
     HeadReport& r = report->heads[size_t(h)];
     r.candidate = r.returned = s.judge(h);
@@ -387,7 +409,7 @@ void HeadStep::finish() {
       for (size_t b = 0; b < s.pass.blocks; ++b)
         s.log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
   }
-  report->pass_seconds = seconds_since(s.start);
+  report->judge_seconds = seconds_since(finishing) - merged;
 
   uint32_t dense = 0;
   if (policy == Policy::Budget) {
@@ -404,7 +426,7 @@ void HeadStep::finish() {
   if (report->broken) {  // dense_step follows, on all ranks
     s.state().keys.unpin_all();
     s.state().values.unpin_all();
-    return;
+    return false;
   }
 
   const bool enforces = policy == Policy::Budget;
@@ -420,10 +442,13 @@ void HeadStep::finish() {
     learn(s.context, s.pass, s.blocks(), {allowed.data(), size_t(heads)}, policy == Policy::Paper,
           s.state_);
   }
-  if (dense != 0)
-    dense_step(s.where, heads, dense, 3, s.queries, s.state_, *s.originals_, s.out, nullptr,
-               report);
-  report->ladder_seconds = seconds_since(s.start) - report->pass_seconds;
+  s.on_rung3 = dense != 0;
+  if (s.on_rung3) {
+    s.pass_ns = 0;
+    s.dense_pass.begin(s.where, heads, dense, s.queries, s.state_, *s.originals_);
+  }
+  report->ladder_seconds = seconds_since(finishing) - merged - report->judge_seconds;
+  return s.on_rung3;
 }
 
 void head_step(const StepRules& rules, const StepWhere& where, int heads, const float* q,
@@ -431,8 +456,8 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
                GroupReport* report) {
   thread_local HeadStep step;
   step.begin(rules, where, heads, q, state, originals, out, block_log_mass, report);
-  step.attend(0, step.splits());
-  step.finish();
+  do step.attend(0, step.splits());
+  while (step.finish());
 }
 
 }  // namespace certkv

@@ -61,8 +61,9 @@ struct GroupReport {
   uint64_t scratch_hits = 0, scratch_misses = 0, paged_bytes = 0;
   uint64_t canary = 0, digest = 0;      // failures
   uint64_t f_blocks = 0, x_blocks = 0;  // resident originals the pass used (open block excluded)
-  bool broken = false;                  // a precondition broke: rung 4 must be entered
-  double pass_seconds = 0, ladder_seconds = 0;
+  bool broken = false;               // a precondition broke: rung 4 must be entered
+  double append_seconds = 0;         // of the new token, before the step (written by its caller)
+  double pass_seconds = 0, judge_seconds = 0, ladder_seconds = 0;
   void clear(size_t query_heads);  // to a fresh report's values, keeping memory
 };
 
@@ -93,10 +94,11 @@ class HeadStep {
   // Splits [first, last). THREADS: different splits at the same time. The result does not depend on
   // who runs which, nor on how many in one call.
   void attend(size_t first, size_t last);
-  // Judges, climbs the ladder, learns.
-  // ENSURES every head's out is certified, exact, over (policies that do not enforce) or failed
+  // Judges, climbs the ladder, learns. Returns true where heads go to rung 3: then splits() are to be
+  // attended once more, and finish() called again.
+  // ENSURES, once it returns false, every head's out is certified, exact, over (policies that do not enforce) or failed
   // (out is then zero), unless report->broken: then out is unspecified and dense_step must follow.
-  void finish();
+  bool finish();
 
  private:
   struct Impl;

@@ -1,8 +1,11 @@
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "kernels/base/dtype.h"
@@ -61,6 +64,18 @@ TEST(ThreadPool, RunsEveryTaskOnceForAnyNumberOfThreads) {
       pool.parallel_for(hits.size(), [&](size_t i) { ++hits[i]; });
       for (auto& h : hits) ASSERT_EQ(h, 1);
     }
+  }
+}
+
+// Workers look for the next call for a while and then sleep: calls come in both states, and so fast
+// that a worker may miss one altogether.
+TEST(ThreadPool, RunsEveryTaskOfShortCallsInARowAndAfterPauses) {
+  ThreadPool pool(4);
+  for (int call = 0; call < 20000; ++call) {
+    std::array<int, 3> hits{};  // not atomic: each task has a place of its own
+    pool.parallel_for(hits.size(), [&](size_t i) { ++hits[i]; });
+    for (int h : hits) ASSERT_EQ(h, 1) << "call " << call;
+    if (call % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 }
 

@@ -2,10 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
 #include <set>
+#include <utility>
+#include <vector>
 
 #include "kernels/base/error.h"
 
@@ -89,6 +92,46 @@ TEST(Sample, TopPKeepsTheSmallestPrefixThatReachesIt) {
   EXPECT_NEAR(share[0], 0.3 / 0.8, kShareTolerance);
   EXPECT_EQ(share[2], 0);
   EXPECT_NEAR(shares(logits, {.temperature = 1, .top_p = 1e-9})[1], 1, 1e-9);
+}
+
+// The choice by its definition: everything sorted, everything summed in that order. Where the sums'
+// last bits decide between two tokens (2^-40 of the draws), either is right; none is among these.
+int32_t sample_by_sorting(const std::vector<float>& logits, const SampleOptions& o,
+                          double uniform) {
+  std::vector<std::pair<float, int32_t>> order;
+  for (size_t i = 0; i < logits.size(); ++i) order.emplace_back(-logits[i], int32_t(i));
+  std::sort(order.begin(), order.end());
+  if (o.top_k > 0) order.resize(std::min(order.size(), size_t(o.top_k)));
+  std::vector<double> mass;
+  double total = 0, kept = 0;
+  for (const auto& [minus, id] : order) {
+    mass.push_back(std::exp((double(order[0].first) - double(minus)) / o.temperature));
+    total += mass.back();
+  }
+  size_t n = 0;
+  while (n < mass.size() && (n == 0 || kept < o.top_p * total)) kept += mass[n++];
+  double left = uniform * kept;
+  size_t i = 0;
+  while (i + 1 < n && left >= mass[i]) left -= mass[i++];
+  return order[i].second;
+}
+
+TEST(Sample, ALargeVocabularyIsChosenFromAsBySortingAllOfIt) {
+  std::vector<float> peaked, flat;
+  for (uint64_t i = 0; i < 20000; ++i) {
+    const double u = uniform_at(1, 2, i);
+    peaked.push_back(float(-3 * std::log(u)));       // masses fall like a power of the rank
+    flat.push_back(float(std::floor(u * 50) / 50));  // many equals
+  }
+  for (const auto& logits : {peaked, flat})
+    for (const SampleOptions& o :
+         {SampleOptions{1, 0, 1}, SampleOptions{0.7, 0, 0.9}, SampleOptions{1, 0, 0.999},
+          SampleOptions{2, 500, 0.95}, SampleOptions{1, 19999, 1}, SampleOptions{0.2, 3, 0.5}})
+      for (int i = 0; i < 20; ++i) {
+        const double uniform = uniform_at(3, 4, uint64_t(i));
+        EXPECT_EQ(sample_token(logits, o, uniform), sample_by_sorting(logits, o, uniform))
+            << o.temperature << " " << o.top_k << " " << o.top_p << " " << uniform;
+      }
 }
 
 TEST(Sample, AVanishingTemperatureIsGreedy) {

@@ -145,6 +145,33 @@ TEST_F(CertifiedEngineTest, EveryHeadStepIsCountedOnceWhateverThePolicy) {
   }
 }
 
+TEST_F(CertifiedEngineTest, PhasesOfAStepAddUpToItsTime) {
+  constexpr double kRounding = 1e-9;  // seconds: sums of ten doubles below a second
+  JobOptions o = deterministic_options();
+  Request r = random_request(3, vocab, 200, 20);
+  r.compare = {Policy::Budget, Policy::Dense};
+  for (int threads : {1, 2}) {
+    const RunResult result = run(o, 1, threads, {r});
+    ASSERT_FALSE(result.steps.empty());
+    for (const StepRecord& s : result.steps) {
+      const StepRecord::Phases& p = s.phase_seconds;
+      double sum = 0;
+      for (double x : {p.projections, p.append, p.attention, p.judge, p.ladder, p.balance,
+                       p.communicate, p.sample, p.record, p.other}) {
+        EXPECT_GE(x, 0);
+        sum += x;
+      }
+      EXPECT_NEAR(sum, s.seconds, kRounding);
+      EXPECT_GT(p.projections, 0);
+      EXPECT_GT(p.attention, 0);
+      EXPECT_GT(p.append, 0);
+      if (s.policy == Policy::Budget) {
+        EXPECT_GT(p.judge, 0);
+      }
+    }
+  }
+}
+
 TEST_F(CertifiedEngineTest, WhatFitsTheOpenBlockIsCertifiedAtRungZero) {
   const RunResult result = run(deterministic_options(), 2, 1, {random_request(4, vocab, 20, 20)});
   const Completion& c = result.completions.begin()->second;
