@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/base/log.h"
+#include "runtime/audit/capture.h"
 #include "runtime/certify/head_step.h"
 #include "runtime/certify/selector.h"
 
@@ -61,6 +62,8 @@ void dense_step(const StepWhere& where, int heads, uint32_t mask, int rung, cons
           block_log_mass_out[size_t(chosen[i]) * pass.blocks + b] =
               float(block_log_mass(pass, int(i), b));
       r.returned = certify(context, pass, int(i), refs, {}, o);
+      if (where.audit != nullptr)
+        capture_head(context, pass, int(i), refs, {}, chosen[i], where.audit);
       // `exact` needs verified originals, a finite output and a stated rounding bound.
       if (std::isfinite(r.returned.bound)) r.outcome = Outcome::Exact;
     }

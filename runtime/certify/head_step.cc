@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/base/log.h"
+#include "runtime/audit/capture.h"
 #include "runtime/certify/canary.h"
 #include "runtime/certify/learn.h"
 #include "runtime/certify/selector.h"
@@ -354,6 +355,8 @@ void head_step(const StepRules& rules, const StepWhere& where, int heads, const 
     HeadReport& r = report->heads[size_t(h)];
     r.outcome = s.fits(r.returned) ? Outcome::Certified : Outcome::Over;
     if (enforces && r.outcome == Outcome::Over) dense |= 1u << h;  // no fourth outcome
+    if (where.audit != nullptr)
+      capture_head(s.context, s.pass, h, s.blocks(), s.logs[size_t(h)], h, where.audit);
   }
   if (rules.policy != Policy::Naive) {
     std::vector<double> allowed;

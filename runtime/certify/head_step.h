@@ -16,6 +16,8 @@
 
 namespace certkv {
 
+struct AuditCapture;  // runtime/audit/capture.h
+
 // Originals of the sealed blocks of one KV head of one sequence at one layer.
 class HeadOriginals {
  public:
@@ -63,11 +65,13 @@ struct GroupReport {
   double pass_seconds = 0, ladder_seconds = 0;
 };
 
-// Identity of the step, for log lines and exploration.
+// Identity of the step, for log lines and exploration; audit: nullptr, or where what the returned
+// certificates were computed from is left.
 struct StepWhere {
   int64_t sequence = 0;
   int layer = 0, kv_head = 0;
   uint64_t step = 0;
+  AuditCapture* audit = nullptr;
 };
 
 // q, out: [heads, head_dim]. block_log_mass: nullptr or [heads, blocks], of the candidate.
