@@ -60,12 +60,15 @@ void print_result(const audit::VerifyResult& r, const std::string& folder) {
   for (const audit::FileSummary& f : r.files)
     fmt::print("{}: {} bytes, {} links, {} records, digest {}{}{}\n", f.path, f.bytes, f.links,
                f.records, audit::hex(f.digest), f.broken.empty() ? "" : "; ", f.broken);
-  fmt::print("\n{:<8} {:<10} {:>10} {:>17} {:>10} {:>13} {:>22}\n", "policy", "outcome",
-             "head-steps", "worst true/bound", "mean", "worst true/S", "recomputed/bound from");
-  for (const auto& [key, t] : r.tightness)
-    fmt::print("{:<8} {:<10} {:>10} {:>17.4g} {:>10.4g} {:>13.4g} {:>22.4f}\n", key.first,
-               key.second, t.head_steps, t.worst,
-               t.head_steps == 0 ? 0 : t.sum / double(t.head_steps), t.worst_error, t.least_due);
+  fmt::print("\n{:<8} {:<10} {:>10} {:>17} {:>8} {:>13} {:>23} {:>7}\n", "policy", "outcome",
+             "head-steps", "worst true/bound", "mean", "worst true/S", "recomputed/bound: least",
+             "mean");
+  for (const auto& [key, t] : r.tightness) {
+    const double n = double(std::max<uint64_t>(t.head_steps, 1));
+    fmt::print("{:<8} {:<10} {:>10} {:>17.3g} {:>8.3g} {:>13.3g} {:>23.4f} {:>7.4f}\n", key.first,
+               key.second, t.head_steps, t.worst, t.sum / n, t.worst_error, t.least_due,
+               t.due_sum / n);
+  }
   for (const audit::Violation& v : r.listed)
     fmt::print("violation of {}: {}: {}\n", v.rule, v.where, v.text);
   if (r.violations > r.listed.size())

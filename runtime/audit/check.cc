@@ -94,6 +94,11 @@ CERTKV_CPU_VERSIONS void code_distances(const uint16_t* x, const double* step, c
   *out = {sum(sa), sum(sb)};
 }
 
+// max(x, 0) that keeps NaN.
+double positive(double x) {
+  return x > 0 ? x : (x <= 0 ? 0 : std::numeric_limits<double>::quiet_NaN());
+}
+
 double norm(const std::vector<double>& x) {
   double s = 0;
   for (double v : x) s += v * v;
@@ -318,7 +323,7 @@ double Checker::true_error() {
   // n + d roundings of sums, and weights off by the scores' rounding (d terms of |q||k|).
   const double own =
       0x1p-52 * (double(n_ + d_) + double(d_) * q_norm_ * inv_ * k_max_) * (mean_norm / z);
-  return std::max(0.0, std::sqrt(error2) - own);
+  return positive(std::sqrt(error2) - own);
 }
 
 // The recorded masses are those of the data used. A weight is exp of a score that is off by at most
@@ -382,7 +387,7 @@ void Checker::bound() {
       else
         row_distances(x_.v.data() + t * d_, d_, o_.data(), centre_.data(), &to);
       block_m2 += share * to.a2;
-      block_a1 += share * std::max(0.0, std::sqrt(to.b2) - b.decode);
+      block_a1 += share * positive(std::sqrt(to.b2) - b.decode);
     }
     // Shares within a block: each weight is off by kappa, and so is their sum.
     const double off = 2 * b.kappa;
@@ -392,14 +397,14 @@ void Checker::bound() {
   }
   // R is about the sums' o / l, off by the output's cast, and of the registers' v^.
   const double cast = kUnit * o_norm_;
-  const double r = std::max(0.0, std::sqrt(m2) - std::sqrt(decode2) - std::sqrt(s) * cast);
+  const double r = positive(std::sqrt(m2) - std::sqrt(decode2) - std::sqrt(s) * cast);
   const double key = std::min(std::sqrt(s) * (r + std::sqrt(h2)), by_sum);
   // E_acc without its smallest terms. n roundings of a sum of norms, themselves of d terms.
   const double n_out = file_.chain_output + 2.0 * h_.head.corrections + 3;
   std::vector<double> u(d_);
   for (size_t c = 0; c < d_; ++c) u[c] = o_[c] - centre_[c];
   const double e_acc =
-      gamma_n(n_out) * (a1 * (1 - gamma_n(n_out + double(d_))) + std::max(0.0, norm(u) - cast)) +
+      gamma_n(n_out) * (a1 * (1 - gamma_n(n_out + double(d_))) + positive(norm(u) - cast)) +
       3 * kUnit * o_norm_;
   const double due = (1 + 0x1p-10) * (key + e_val + e_acc) / den;
   const double slack = 1 - 4 * kDouble;

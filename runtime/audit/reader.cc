@@ -48,7 +48,7 @@ bool PayloadReader::read(Place place, std::string* out) const {
 
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 40;
+constexpr int64_t kMost = int64_t(1) << 40, kMostTokens = int64_t(1) << 30;
 
 double number(const json& object, const char* key, const std::string& name) {
   const json& v = json_member(object, key, name);
@@ -130,7 +130,7 @@ class Indexer {
  public:
   Indexer(FileIndex* out) : out_(*out) {}
 
-  // "" or what is wrong.
+  // Throws BadFile.
   void take(LinkKind kind, std::string_view payload, Place place, const std::string& name) {
     CERTKV_EXPECT((out_.links == 0) == (kind == LinkKind::Header), BadFile,
                   "{}: the header is not the first link, or not the only one", name);
@@ -163,8 +163,8 @@ class Indexer {
     StreamInfo& s = out_.streams[id];
     s.id = id;
     s.request = json_integer(v, "request", 0, kMost, name);
-    s.prompt_tokens = uint64_t(json_integer(v, "prompt_tokens", 0, kMost, name));
-    s.max_tokens = uint64_t(json_integer(v, "max_tokens", 0, kMost, name));
+    s.prompt_tokens = uint64_t(json_integer(v, "prompt_tokens", 0, kMostTokens, name));
+    s.max_tokens = uint64_t(json_integer(v, "max_tokens", 0, kMostTokens, name));
     return s;
   }
   StreamInfo& known(int64_t id, const std::string& name) {
@@ -191,7 +191,8 @@ class Indexer {
     CERTKV_EXPECT(!s.is_prompt() && !s.closed, BadFile, "{}: stream {} cannot be closed", name,
                   s.id);
     s.closed = true;
-    s.tokens = uint64_t(json_integer(v, "tokens", 0, kMost, name));
+    s.tokens =
+        uint64_t(json_integer(v, "tokens", 0, int64_t(s.prompt_tokens + s.max_tokens), name));
     s.failed = json_bool_or(v, "failed", false, name);
     s.records = uint64_t(json_integer(v, "records", 0, kMost, name));
     s.head_steps = uint64_t(json_integer(v, "head_steps", 0, kMost, name));

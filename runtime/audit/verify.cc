@@ -264,7 +264,9 @@ void Verifier::check_record(const Unit& unit, const StreamInfo& s, const HeadRow
     const double ratio = result.error == 0 ? 0 : result.error / result.bound;
     t.worst = ratio <= t.worst ? t.worst : ratio;
     t.sum += ratio;
-    if (result.due < t.least_due * result.bound) t.least_due = result.due / result.bound;
+    const double due = result.due == 0 ? 0 : result.due / result.bound;
+    t.least_due = std::min(t.least_due, due);
+    t.due_sum += due;
     const double relative = result.error == 0 ? 0 : result.error / result.s;
     t.worst_error = relative <= t.worst_error ? t.worst_error : relative;
   }

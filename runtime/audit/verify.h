@@ -33,7 +33,8 @@ struct Tightness {
   uint64_t head_steps = 0;
   double worst = 0, sum = 0;  // of true error / bound (0/0 is 0)
   double worst_error = 0;     // of true error / S
-  double least_due = 1;       // of recomputed / recorded bound: how closely bounds are checked
+  // Of recomputed / recorded bound: how closely bounds are checked.
+  double least_due = 1, due_sum = 0;
 };
 
 struct FileSummary {
