@@ -146,9 +146,13 @@ void Verifier::compare_ranks() {
 
 // Exactly the chosen steps are recorded.
 void Verifier::check_choice(const FileIndex& f, const StreamInfo& s) {
-  // A failed sequence may have lost its last step.
-  const uint64_t last = s.failed && s.tokens > 0 ? s.tokens - 1 : s.tokens;
   const FileHeader& h = f.header;
+  uint64_t last = s.tokens;
+  if (!s.closed)
+    for (const auto& [key, list] : f.record)
+      if (key.stream == s.id) last = std::max(last, list.back().tokens);
+  // A failed sequence may have lost its last step, one that was left open too.
+  if ((s.failed || !s.closed) && last > 0) --last;
   for (uint32_t layer = 0; layer < h.layers; ++layer)
     for (auto head = uint32_t(h.first_kv_head); head < h.first_kv_head + h.local_kv_heads; ++head) {
       const auto at = f.record.find({s.id, layer, head});
@@ -159,7 +163,7 @@ void Verifier::check_choice(const FileIndex& f, const StreamInfo& s) {
         return fmt::format("{} request {} policy {} layer {} KV head {} at {} tokens", name_of(f),
                            s.request, s.policy, layer, head, tokens);
       };
-      for (uint64_t t = s.prompt_tokens + 1; s.closed && t <= last; ++t)
+      for (uint64_t t = s.prompt_tokens + 1; t <= last; ++t)
         if (recorded.count(t) == 0 && must_be_recorded(h, s.request, layer, head, t)) {
           violation(where(t), "choice", "the step was chosen and is not recorded");
           break;
