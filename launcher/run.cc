@@ -278,7 +278,9 @@ int run_command(Args& args) {
                  .ranks = ranks.world->size(),
                  .tensor = ranks.layout.tensor,
                  .data = ranks.layout.data,
-                 .command = command_line(args, ranks.world->size(), launch.by_launcher)};
+                 .command = command_line(args, ranks.world->size(), launch.by_launcher),
+                 .audit_sample = job.audit.sample,
+                 .audit_folder = audit_folder(job)};
     o.terminal = ::isatty(2) != 0;
     o.progress_seconds = job.run.progress_seconds;
     output = std::make_unique<JobOutput>(

@@ -10,6 +10,7 @@
 #include "kernels/arith/rounding.h"
 #include "kernels/base/log.h"
 #include "parallel/communicator.h"
+#include "runtime/audit/log.h"
 
 namespace certkv {
 
@@ -19,6 +20,7 @@ struct CertifiedCache::Sequence {
   StepRules rules;
   OriginalsSpan prefix, own;  // blocks of the prompt (shared by forks), and those after it
   uint32_t prefix_blocks = 0;
+  uint32_t audit = 0;               // its stream in the audit
   std::vector<HeadState> heads;     // [layers, local_kv_heads]
   std::vector<GroupReport> groups;  // [local_kv_heads], of the layer under way
   SequenceReport report;
@@ -127,7 +129,7 @@ OriginalsSpan CertifiedCache::reserve(uint32_t first_block, uint32_t blocks) {
   return store_->reserve(r);
 }
 
-int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id) {
+int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) {
   auto s = std::make_unique<Sequence>();
   const int64_t groups = prompt_tokens / format_->group_tokens;  // only whole groups are sealed
   s->handle = next_++;
@@ -138,6 +140,7 @@ int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id) {
   const size_t value_quota = size_t(options_.scratch.value_blocks / config_.kv_heads);
   for (int64_t i = 0; i < config_.layers * heads_.count(); ++i)
     s->heads.emplace_back(DeviceTier(format_, options_.dtype, account_), key_quota, value_quota);
+  if (audit_ != nullptr) s->audit = audit_->open_prompt(sequence_id, prompt_tokens, max_tokens);
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;
@@ -157,12 +160,19 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
   s->own = reserve(s->prefix_blocks, uint32_t(groups * format_->blocks()));
   s->heads.reserve(from.heads.size());
   for (const HeadState& h : from.heads) s->heads.push_back(h.fork());
+  if (audit_ != nullptr)
+    s->audit =
+        audit_->open_sequence(from.audit, int64_t(from.heads[0].tier.tokens()), max_tokens, rules);
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;
 }
 
-void CertifiedCache::drop(int64_t sequence) {
+void CertifiedCache::drop(int64_t sequence, bool failed) {
+  if (audit_ != nullptr) {
+    const Sequence& s = at(sequence);
+    audit_->close(s.audit, s.heads[0].tier.tokens(), failed || s.failed());
+  }
   sequences_.erase(sequence);
 }
 
@@ -196,6 +206,11 @@ void CertifiedCache::store_prefill(int64_t sequence, int layer, size_t tokens, c
     DeviceTier& tier = s.heads[size_t(layer) * heads + h].tier;
     tier.append(k + h * tokens * d, v + h * tokens * d, tokens, sink(s, layer, int(h)));
   });
+  if (audit_ == nullptr) return;
+  for (size_t h = 0; h < heads; ++h) {
+    audit_->rows(s.audit, layer, int(h), tokens, k + h * tokens * d, v + h * tokens * d);
+    group_.alive();
+  }
 }
 
 void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequences) {
@@ -217,16 +232,43 @@ const SequenceReport& CertifiedCache::report(int64_t sequence) const {
   return at(sequence).report;
 }
 
+void CertifiedCache::end_step() {
+  if (audit_ != nullptr) audit_->end_step();
+}
+
+void CertifiedCache::start_audit(int layer, std::span<const DecodeRow> rows) {
+  std::vector<AuditLog::Row> audited;
+  for (const DecodeRow& row : rows) {
+    const Sequence& s = at(row.sequence);
+    if (s.failed()) continue;
+    const HeadState& state = s.heads[size_t(layer) * size_t(heads_.count())];
+    audited.push_back({s.audit, state.tier.tokens() + 1, row.k, row.v});
+  }
+  audit_->start_layer(step_, layer, audited);
+}
+
+void CertifiedCache::keep_audit(std::span<const DecodeRow> rows) {
+  const size_t width = size_t(config_.heads_per_group()) * size_t(format_->head_dim);
+  for (const DecodeRow& row : rows) {
+    const Sequence& s = at(row.sequence);
+    if (s.failed()) audit_->discard(s.audit);
+    for (size_t h = 0; h < size_t(heads_.count()); ++h)
+      audit_->keep(s.audit, int(h), row.q + h * width, row.out + h * width, s.groups[h]);
+  }
+}
+
 // The step is counted by the sequence's own tokens, so that what depends on it (exploration) does
 // not depend on neighbours in the batch.
 StepWhere CertifiedCache::where(const Sequence& s, int layer, int head,
                                 const HeadState& state) const {
-  return {s.id, layer, int(heads_.begin) + head, uint64_t(state.tier.tokens())};
+  return {s.id, layer, int(heads_.begin) + head, uint64_t(state.tier.tokens()),
+          audit_ != nullptr ? audit_->capture(s.audit, head) : nullptr};
 }
 
 void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* flags) {
   const size_t heads = size_t(heads_.count()), d = size_t(format_->head_dim);
   const size_t per_group = size_t(config_.heads_per_group());
+  if (audit_ != nullptr) start_audit(layer, rows);
   const size_t tasks = rows.size() * heads;
   while (tasks_.size() < tasks) tasks_.push_back(std::make_unique<Task>());
 
@@ -294,6 +336,7 @@ void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* f
     // Other ranks may still ask for rung 4: then decode_dense counts these heads anew.
     for (size_t h = 0; h < heads; ++h) account(layer, s, h, s.groups[h]);
   }
+  if (audit_ != nullptr) keep_audit(rows);
 }
 
 void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
@@ -321,6 +364,7 @@ void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
     Sequence& s = at(row.sequence);
     for (size_t h = 0; h < heads; ++h) account(layer, s, h, s.groups[h]);
   }
+  if (audit_ != nullptr) keep_audit(rows);
 }
 
 // Writes the heads' figures; the verdict is counted from the figures of all layers at the end, so a

@@ -24,6 +24,7 @@
 
 namespace certkv {
 
+class AuditLog;
 class Communicator;
 
 struct CertifiedCacheOptions {
@@ -64,16 +65,20 @@ class CertifiedCache : public KvAttention {
   CertifiedCache(const ModelConfig& config, ShardRange heads, CertifiedCacheOptions options,
                  ThreadPool& pool, std::shared_ptr<StoreClient> store, Communicator& group);
   ~CertifiedCache() override;
+  // From here on: what the log chooses is audited. It must outlive the cache.
+  void watch(AuditLog* audit) { audit_ = audit; }
 
-  // A sequence that will be prefilled with `prompt_tokens`: reserves its originals.
-  // Throws OutOfMemory where the arena has no room.
-  int64_t create(int64_t prompt_tokens, int64_t sequence_id);
+  // A sequence that will be prefilled with `prompt_tokens`: reserves its originals. max_tokens:
+  // that a decode of it will have at most. Throws OutOfMemory where the arena has no room.
+  int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens);
   // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more.
   int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules);
-  void drop(int64_t sequence);
+  void drop(int64_t sequence, bool failed = false);  // failed: of a decode, for its audit
 
   // Starts a step: clears the reports of the sequences named.
   void begin_step(uint64_t step, std::span<const int64_t> sequences);
+  // After the last layer of a step.
+  void end_step();
   const SequenceReport& report(int64_t sequence) const;
   // This rank's vote on the step, counted over local query heads.
   VerdictRecord verdict(int64_t sequence) const;
@@ -94,6 +99,8 @@ class CertifiedCache : public KvAttention {
   struct Task;
   Sequence& at(int64_t sequence) const;
   void account(int layer, Sequence& s, size_t head, const GroupReport& g);
+  void start_audit(int layer, std::span<const DecodeRow> rows);
+  void keep_audit(std::span<const DecodeRow> rows);
   StepWhere where(const Sequence& s, int layer, int head, const HeadState& state) const;
   void fail(Sequence& s, ErrorKind kind, const std::string& text) const;
   OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
@@ -113,6 +120,7 @@ class CertifiedCache : public KvAttention {
   SplitList splits_;
   int64_t next_ = 1;
   uint64_t step_ = 0;
+  AuditLog* audit_ = nullptr;
 };
 
 }  // namespace certkv

@@ -64,6 +64,17 @@ class CertifiedEngine : public Engine {
         transformer_(*parts_.config, *parts_.weights, group_, cache_, pool_,
                      {.deterministic = options.deterministic,
                       .originals = originals_dtype(options, *parts_.config)}) {
+    if (parts_.audit) {
+      const ModelConfig& c = *parts_.config;
+      audit_ =
+          std::make_unique<AuditLog>(*parts_.audit, AuditShape{.layers = c.layers,
+                                                               .query_heads = c.heads,
+                                                               .kv_heads = c.kv_heads,
+                                                               .heads = heads_,
+                                                               .dtype = originals_dtype(options, c),
+                                                               .format = &cache_.format()});
+      cache_.watch(audit_.get());
+    }
     stop_ids_ = parts_.config->eos_ids;
     stop_ids_.insert(stop_ids_.end(), parts_.stop_ids.begin(), parts_.stop_ids.end());
     if (options.run.tier1_memory == "auto") {
@@ -101,6 +112,7 @@ class CertifiedEngine : public Engine {
   ThreadPool pool_;
   Communicator& group_;
   ShardRange heads_;
+  std::unique_ptr<AuditLog> audit_;
   CertifiedCache cache_;
   Transformer transformer_;
 
@@ -230,6 +242,7 @@ bool CertifiedEngine::step(bool stop) {
   switch (Action(plan.action)) {
     case Action::Done:
     case Action::Stop:
+      if (audit_ != nullptr) audit_->end();
       return false;
     case Action::Admit:
       admit(decode_request(payload));
@@ -257,7 +270,7 @@ int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
     return 0;
   }
   try {
-    return cache_.create(int64_t(r.prompt.size()), int64_t(r.id));
+    return cache_.create(int64_t(r.prompt.size()), int64_t(r.id), r.sampling.max_tokens);
   } catch (const Error& e) {
     if (e.kind() != ErrorKind::OutOfMemory) throw;
     *why = e.what();
@@ -373,6 +386,7 @@ void CertifiedEngine::decode(Policy policy) {
   }
   cache_.begin_step(step_, handles);
   const DecodeOutput out = transformer_.decode(inputs);
+  cache_.end_step();
 
   // The step's verdict: agreed upon before anything of it is used.
   const auto agreeing = Clock::now();
@@ -473,7 +487,7 @@ void CertifiedEngine::finish(std::list<Generation>::iterator g) {
     // KV heads are shared out evenly: what one rank holds is what every rank holds.
     c.tier1_bytes = cache_.tier1_bytes(g->handle) * uint64_t(group_.size());
     c.dense_bytes = cache_.dense_bytes(g->handle) * uint64_t(group_.size());
-    cache_.drop(g->handle);
+    cache_.drop(g->handle, g->error.has_value());
   }
   if (--open_forks_[g->request_id] == 0) {
     open_forks_.erase(g->request_id);

@@ -95,6 +95,8 @@ struct JobOutput::State {
         last_results(start),
         progress(2, options.terminal, options.progress_seconds, start) {
     summary.lines_total = input.lines;
+    summary.audit_sample = options.session.audit_sample;
+    summary.audit_folder = options.session.audit_folder;
     progress_state.lines = input.lines;
     progress_state.policy = options.policies.front();
   }

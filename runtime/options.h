@@ -85,6 +85,11 @@ struct ParallelOptions {
   double deadline_seconds = 5;  // since the last sign of life of a peer
 };
 
+struct AuditOptions {
+  double sample = 0;   // share of head-steps that are audited; more: more disk, slower steps
+  std::string folder;  // empty: audit/ in run.output
+};
+
 struct RunOptions {
   std::string input;                   // JSONL
   std::string output = "runs/latest";  // folder for manifest, results, steps, summary
@@ -107,6 +112,7 @@ struct JobOptions {
   ScratchOptions scratch;
   StoreOptions store;
   ParallelOptions parallel;
+  AuditOptions audit;
   RunOptions run;
   std::string log_level = "info";
 };

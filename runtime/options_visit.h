@@ -262,6 +262,20 @@ inline void visit_options(ParallelOptions& o, OptionVisitor& v) {
            .max = kMaxDeadlineSeconds});
 }
 
+inline void visit_options(AuditOptions& o, OptionVisitor& v) {
+  v.field(
+      "sample", &o.sample,
+      {.meaning = "share of head-steps whose certificates are recorded, with the originals, for "
+                  "certkv verify; 0: none, 1: all",
+       .unit = "share",
+       .cost = "more disk, slower steps",
+       .min = 0,
+       .max = 1});
+  v.field("folder", &o.folder,
+          {.meaning = "folder for the audit, one file per rank, made if missing; empty: audit/ in "
+                      "run.output"});
+}
+
 inline void visit_options(RunOptions& o, OptionVisitor& v) {
   v.field("input", &o.input,
           {.meaning = "requests, JSON lines (OpenAI batch, or prompt and max_tokens); looked up "
@@ -332,6 +346,7 @@ inline void visit_options(JobOptions& o, OptionVisitor& v) {
   visit_group("scratch", o.scratch, v);
   visit_group("store", o.store, v);
   visit_group("parallel", o.parallel, v);
+  visit_group("audit", o.audit, v);
   visit_group("run", o.run, v);
   v.field("log_level", &o.log_level,
           {.meaning = "least severe messages that are logged to standard error",

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "kernels/base/log.h"
+#include "runtime/audit/capture.h"
 #include "runtime/certify/canary.h"
 #include "runtime/certify/learn.h"
 #include "runtime/certify/selector.h"
@@ -434,6 +435,8 @@ bool HeadStep::finish() {
     HeadReport& r = report->heads[size_t(h)];
     r.outcome = s.fits(r.returned) ? Outcome::Certified : Outcome::Over;
     if (enforces && r.outcome == Outcome::Over) dense |= 1u << h;  // no fourth outcome
+    if (s.where.audit != nullptr && (dense >> h & 1) == 0)
+      capture_head(s.pass, h, s.logs[size_t(h)], h, s.where.audit);
   }
   if (policy != Policy::Naive) {
     std::array<double, kMaxGroupHeads> allowed;

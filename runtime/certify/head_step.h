@@ -17,6 +17,8 @@
 
 namespace certkv {
 
+struct AuditCapture;  // runtime/audit/capture.h
+
 // Originals of the sealed blocks of one KV head of one sequence at one layer.
 class HeadOriginals {
  public:
@@ -67,11 +69,13 @@ struct GroupReport {
   void clear(size_t query_heads);  // to a fresh report's values, keeping memory
 };
 
-// Identity of the step, for log lines and exploration.
+// Identity of the step, for log lines and exploration; audit: nullptr, or where what the returned
+// certificates were computed from is left.
 struct StepWhere {
   int64_t sequence = 0;
   int layer = 0, kv_head = 0;
   uint64_t step = 0;
+  AuditCapture* audit = nullptr;
 };
 
 // One step in three parts, so that the pass, nearly all of the work, can be spread over threads. An

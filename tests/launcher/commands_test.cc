@@ -118,6 +118,13 @@ TEST(StoreCommand, KnowsTheFlagsWithWhichJobsStartIt) {
   }
 }
 
+TEST(VerifyCommand, NeedsTheFolderOfAnAudit) {
+  EXPECT_EQ(run({"verify"}).text,
+            "command line: name the folder of the audit: certkv verify FOLDER");
+  EXPECT_THAT(run({"verify", "/no/audit"}).text, HasSubstr("/no/audit: no such folder"));
+  EXPECT_THAT(run({"verify", CERTKV_READER}).text, HasSubstr("no audit files (*.audit)"));
+}
+
 TEST(MakeModelCommand, NamesWhatCanBeMade) {
   EXPECT_EQ(run({"make-model"}).text,
             "command line: name the model to make: certkv make-model needle");
