@@ -183,6 +183,7 @@ std::vector<uint32_t> ranking_unresolved(const AttendContext& context, const Que
   if (inside.size() < size_t(r)) {
     sort_by(&outside, log_mass);
     outside.resize(std::min(outside.size(), size_t(r) - inside.size()));
+    std::sort(outside.begin(), outside.end());
     return outside;
   }
   const uint32_t last = inside[size_t(r) - 1];
