@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/digest.h"
+
 namespace certkv {
 
 ScratchCache::ScratchCache(size_t capacity, size_t block_elements)
@@ -38,6 +40,7 @@ uint16_t* ScratchCache::insert(uint32_t block, uint32_t* evicted) {
   Slot& s = slots_[index];
   s.block = block;
   s.pinned = true;
+  s.sealed = false;
   s.score = s.now = 0;
   slot_of_[block] = index;
   return s.data.get();
@@ -50,6 +53,17 @@ void ScratchCache::erase(uint32_t block) {
   slots_[it->second].pinned = false;
   free_.push_back(it->second);
   slot_of_.erase(it);
+}
+
+void ScratchCache::seal(uint32_t block) {
+  Slot& s = slots_[slot_of_.at(block)];
+  s.digest = payload_digest(s.data.get(), block_elements_ * 2);
+  s.sealed = true;
+}
+
+bool ScratchCache::sound(uint32_t block) const {
+  const Slot& s = slots_[slot_of_.at(block)];
+  return s.sealed && payload_digest(s.data.get(), block_elements_ * 2) == s.digest;
 }
 
 void ScratchCache::pin(uint32_t block) { slots_[slot_of_.at(block)].pinned = true; }
