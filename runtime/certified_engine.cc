@@ -352,7 +352,9 @@ void CertifiedEngine::decode(Policy policy) {
     inputs.push_back({g->handle, g->tokens.back(), g->position()});
     handles.push_back(g->handle);
   }
+  const auto scrubbing = Clock::now();
   cache_.begin_step(step_, handles);
+  const double scrub_seconds = seconds_since(scrubbing);
   const DecodeOutput out = transformer_.decode(inputs);
 
   // The step's verdict: agreed upon before anything of it is used.
@@ -407,10 +409,11 @@ void CertifiedEngine::decode(Policy policy) {
                             .ladder = ladder,
                             .communicate = p.communicate + agree_seconds,
                             .sample = sample_seconds,
-                            .other = 0};
+                            .other = 0,
+                            .scrub = scrub_seconds};
     record.phase_seconds.other =
         std::max(0.0, record.seconds - p.projections - p.attention - p.communicate - agree_seconds -
-                          sample_seconds);
+                          sample_seconds - scrub_seconds);
     on_step(record);
   }
   for (auto g : rows)
@@ -425,6 +428,10 @@ void CertifiedEngine::fail(Generation& g, ErrorKind kind, const std::string& tex
 
 void CertifiedEngine::finish(std::list<Generation>::iterator g) {
   Completion c = g->completion();
+  uint64_t damaged = g->handle != 0 ? cache_.close(g->handle) : 0;
+  group_.all_reduce_sum(view_u64(&damaged, 1), {});
+  group_.wait();
+  c.counts.digest += damaged;
   if (g->handle != 0) {
     // KV heads are shared out evenly: what one rank holds is what every rank holds.
     c.tier1_bytes = cache_.tier1_bytes(g->handle) * uint64_t(group_.size());

@@ -88,6 +88,7 @@ struct StepRecord {
   uint64_t f_blocks = 0, x_blocks = 0;  // resident original blocks used by the pass
   struct Phases {
     double projections = 0, attention = 0, ladder = 0, communicate = 0, sample = 0, other = 0;
+    double scrub = 0;  // verifying tier 1
   } phase_seconds;
 };
 

@@ -114,6 +114,23 @@ TEST_F(CertifiedEngineTest, DeterministicRunsAreBitwiseEqualForAnyRanksThreadsAn
   expect_same(one, first, "alone");
 }
 
+TEST_F(CertifiedEngineTest, TheScrubChangesNoBitOfTokensAndVerdicts) {
+  JobOptions o = deterministic_options();
+  const std::vector<Request> requests = {random_request(0, vocab, 150, 70),
+                                         random_request(1, vocab, 200, 30)};
+  o.cache.scrub_steps = 0;
+  const RunResult off = run(o, 2, 2, requests);
+  for (const int64_t steps : {1, 7, 256}) {
+    o.cache.scrub_steps = steps;
+    const RunResult on = run(o, 2, 2, requests);
+    expect_same(off, on, "scrub_steps " + std::to_string(steps));
+    for (const auto& [key, c] : on.completions) EXPECT_EQ(c.counts.digest, 0u);
+    double seconds = 0;
+    for (const StepRecord& s : on.steps) seconds += s.phase_seconds.scrub;
+    EXPECT_GT(seconds, 0);
+  }
+}
+
 TEST_F(CertifiedEngineTest, EveryHeadStepIsCountedOnceWhateverThePolicy) {
   JobOptions o = deterministic_options();
   Request r = random_request(3, vocab, 200, 20);
