@@ -195,6 +195,12 @@ bool report_configuration(const JobOptions& options, const DoctorKeys& keys, uin
   report.line("tier1_bytes_per_token", need.tier1_token_bytes,
               fmt::format("{:.1f} per KV head, of {} unquantised ({})", need.tier1_token_bytes,
                           4 * model.head_dim, options.cache.layout));
+  const std::string watch = tier1_digest_name(options.cache);
+  report.line("tier1_digest", watch,
+              options.cache.scrub_steps == 0
+                  ? watch + " (damaged pages go unnoticed)"
+                  : fmt::format("{} (every page verified within {} steps)", watch,
+                                options.cache.scrub_steps));
   report.section("each rank needs");
   report.bytes("weights", need.weights);
   report.line("tier1_bytes", need.tier1,

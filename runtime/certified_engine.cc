@@ -371,7 +371,9 @@ void CertifiedEngine::decode(Policy policy) {
     inputs.push_back({g->handle, g->tokens.back(), g->position()});
     handles.push_back(g->handle);
   }
+  const auto scrubbing = Clock::now();
   cache_.begin_step(step_, handles);
+  const double scrub_seconds = seconds_since(scrubbing);
   const DecodeOutput out = transformer_.decode(inputs);
 
   // The step's verdict: agreed upon before anything of it is used.
@@ -433,9 +435,10 @@ void CertifiedEngine::decode(Policy policy) {
   for (auto g : rows) g->decode_seconds += record.seconds / double(rows.size());
   if (leader() && on_step) {
     StepRecord::Phases& p = record.phase_seconds;
+    p.scrub = scrub_seconds;
     p.other = std::max(
         0.0, record.seconds - (p.projections + p.append + p.attention + p.judge + p.ladder +
-                               p.balance + p.communicate + p.sample + p.record));
+                               p.balance + p.communicate + p.sample + p.scrub + p.record));
     on_step(record);
   }
   for (auto g : rows)
@@ -469,6 +472,10 @@ void CertifiedEngine::fail(Generation& g, ErrorKind kind, const std::string& tex
 
 void CertifiedEngine::finish(std::list<Generation>::iterator g) {
   Completion c = g->completion();
+  uint64_t damaged = g->handle != 0 ? cache_.close(g->handle) : 0;
+  group_.all_reduce_sum(view_u64(&damaged, 1), {});
+  group_.wait();
+  c.counts.digest += damaged;
   if (g->handle != 0) {
     // KV heads are shared out evenly: what one rank holds is what every rank holds.
     c.tier1_bytes = cache_.tier1_bytes(g->handle) * uint64_t(group_.size());

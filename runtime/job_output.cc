@@ -95,6 +95,7 @@ struct JobOutput::State {
         last_results(start),
         progress(2, options.terminal, options.progress_seconds, start) {
     summary.lines_total = input.lines;
+    summary.tier1_digest = options.tier1_digest;
     progress_state.lines = input.lines;
     progress_state.policy = options.policies.front();
   }

@@ -25,6 +25,7 @@ struct JobOutputOptions {
   std::vector<Policy> policies;  // of compare, or the one of the job
   bool compare = false;
   Tolerance tolerance;
+  std::string tier1_digest = "none";
   int replicas = 1;
   std::string options_echo;
   ManifestSession session;

@@ -43,7 +43,7 @@ class Summary {
 
   uint64_t lines_total = 0;           // of the input
   bool complete = false;              // every line is finished
-  std::string tier1_digest = "none";  // how tier 1 is watched: none, scrub:<period>, fused
+  std::string tier1_digest = "none";  // how tier 1 is watched: none, scrub:<steps>
 
   const std::map<Policy, PolicySummary>& by_policy() const { return by_policy_; }
   PolicySummary total() const;  // all policies together

@@ -81,6 +81,16 @@ TEST(Ranking, TooSmallAnFAsksForTheHeaviestOutside) {
   EXPECT_EQ(x.unresolved(3), (Blocks{2, 3}));
 }
 
+// Whoever merges the lists of several heads needs them in order.
+TEST(Ranking, TheHeaviestOutsideAreNamedInAscendingOrder) {
+  Ranked x;
+  x.add(5, 0.1, false);
+  x.add(1, 0.1, false);
+  x.add(7, 0.1, false);
+  x.add(9, 0.1, false);
+  EXPECT_EQ(x.unresolved(3), (Blocks{0, 2, 3}));
+}
+
 TEST(Ranking, IsResolvedWhenFIsEverything) {
   Ranked x;
   x.add(10, 0, true);
