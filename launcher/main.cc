@@ -48,9 +48,7 @@ int main(int argc, char** argv) {
     threw = false;
   } catch (const Error& e) {
     code = exit_code_of(e.kind());
-    if (launch.by_launcher && args.mpi == nullptr && code == kExitUsage) {
-      let_first_local_rank_speak();
-    }
+    if (launch.by_launcher && code == kExitUsage) let_first_local_rank_speak();
     print_error(launch, e.what());
   } catch (const std::bad_alloc&) {
     print_error(launch, "out of host memory; certkv doctor --config FILE says what a job needs");

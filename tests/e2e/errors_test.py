@@ -73,7 +73,17 @@ class Errors(unittest.TestCase):
         write_big_model(model)
         for attempt in range(2):  # the first failure is not in the way of the next try
             job = self.run_job("big", model=model)
-            self.refused(job, "host memory", "is available", "smaller model", code=1)
+            self.refused(job, f"model.path is '{model}'", "of host memory", "is available",
+                         "smaller model")
+
+    def test_an_arena_that_memory_cannot_hold_is_refused_once_by_the_whole_job(self):
+        for ranks in (0, 2):
+            job = self.run_job("huge arena", "--store.arena", "1000TiB", ranks=ranks)
+            self.refused(job, "store.arena is '1000TiB'", "of shared memory", "Available memory",
+                         "Lower store.arena")
+            self.assertEqual(job.stderr.count("certkv: error"), 1, job.stderr)
+        store = product.certkv("store", "--arena", "1000TiB")
+        store.expect_exit(2).expect_text("of shared memory", "Lower store.arena")
 
     def test_an_arena_that_is_too_small_fails_its_lines_and_says_what_to_raise(self):
         job = self.run_job("arena", "--store.arena", "64KiB", ranks=2)
