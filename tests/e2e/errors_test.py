@@ -54,6 +54,10 @@ class Errors(unittest.TestCase):
             self.refused(self.run_job("tolerance", "--tolerance-relative", value),
                          "tolerance.relative", "allowed: a number from 0")
 
+    def test_a_limit_above_the_models_own_is_refused(self):
+        self.refused(self.run_job("limit", "--max-model-len", "100000000"),
+                     "model.max_len is 100000000", "own limit is 131072")
+
     def test_ranks_that_do_not_divide_the_heads_are_refused_with_those_that_do(self):
         self.refused(self.run_job("three", ranks=3),
                      "does not divide the model's 4 KV heads", "1, 2, 4")
