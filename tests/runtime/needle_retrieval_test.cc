@@ -105,7 +105,7 @@ std::vector<std::string> answers(const std::filesystem::path& folder, const Docu
   return said;
 }
 
-class NeedleRetrieval : public testing::TestWithParam<std::tuple<const char*, int64_t>> {};
+class NeedleRetrieval : public testing::TestWithParam<std::tuple<std::string, int64_t>> {};
 
 TEST_P(NeedleRetrieval, EveryFactComesBackByteForByte) {
   const auto [preset, tokens] = GetParam();
@@ -124,10 +124,10 @@ TEST_P(NeedleRetrieval, EveryFactComesBackByteForByte) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Presets, NeedleRetrieval,
-                         testing::Combine(testing::Values("default", "fragile"),
+                         testing::Combine(testing::Values<std::string>("default", "fragile"),
                                           testing::Values(2048, 8192)),
                          [](const auto& a) {
-                           return std::string(std::get<0>(a.param)) + "At" +
+                           return std::get<0>(a.param) + "At" +
                                   std::to_string(std::get<1>(a.param) / 1024) + "K";
                          });
 
