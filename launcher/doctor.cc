@@ -146,14 +146,15 @@ std::vector<std::string> verdict(const ModelConfig& model, const JobOptions& opt
     const int64_t batch = largest_batch(model, options, question, available);
     std::string change;
     if (batch >= 1) {
-      change = fmt::format("set run.max_batch to {} or less", batch);
+      change = fmt::format("set run.max_batch to {} or less, or use more nodes", batch);
     } else if (const int64_t context = longest_context(model, options, question, available);
                context > 0) {
-      change = fmt::format("set run.max_batch to 1 and model.max_len to {} or less", context);
+      change = fmt::format(
+          "set run.max_batch to 1 and model.max_len to {} or less, or use more nodes", context);
     } else {
       change = "use more nodes (parallel.tensor) or a smaller model";
     }
-    wrong.push_back(fmt::format("the node needs {} and {} are available; {}, or use more nodes",
+    wrong.push_back(fmt::format("the node needs {} and {} are available; {}",
                                 byte_size_text(need.node()), byte_size_text(available), change));
   }
   const auto check = [&](const char* key, const std::string& text, uint64_t needed) {

@@ -494,8 +494,12 @@ void CertifiedEngine::finish(std::list<Generation>::iterator g) {
 }  // namespace
 
 int64_t engine_token_limit(const JobOptions& options, const ModelConfig& config) {
-  return options.model.max_len > 0 ? std::min(options.model.max_len, config.max_tokens)
-                                   : config.max_tokens;
+  const int64_t asked = options.model.max_len;
+  CERTKV_EXPECT(asked <= config.max_tokens, InvalidArgument,
+                "model.max_len is {}: the model's own limit is {} tokens; lower it, or set 0 for "
+                "the model's limit",
+                asked, config.max_tokens);
+  return asked > 0 ? asked : config.max_tokens;
 }
 
 DType originals_dtype(const JobOptions& options, const ModelConfig& config) {
