@@ -31,6 +31,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "kernels/base/dtype.h"
 
@@ -52,9 +53,13 @@ CERTKV_INLINE constexpr uint64_t digest_key(uint32_t i) {
 // Digest of `bytes` bytes; any alignment, any length. THREADS: safe.
 uint64_t payload_digest(const void* data, size_t bytes);
 
-// The same without the machine's vector instructions: what payload_digest falls back to, and is
-// compared with.
-uint64_t plain_payload_digest(const void* data, size_t bytes);
+// Versions for instruction sets, those that this machine runs, the fastest first: payload_digest is
+// that one. All give the same digest.
+struct DigestVersion {
+  const char* isa;
+  uint64_t (*digest)(const void* data, size_t bytes);
+};
+std::span<const DigestVersion> digest_versions();
 
 // memcpy, then the digest of what has arrived in `to`. REQUIRES no overlap.
 uint64_t copy_and_digest(void* to, const void* from, size_t bytes);

@@ -1,6 +1,7 @@
 #include "kvstore/device_tier.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -11,7 +12,8 @@
 
 namespace certkv {
 
-// A sealed scale group, or the originals of one that cannot be quantised.
+// A sealed scale group; or the originals of one that cannot be quantised, K before V, and then the
+// annotations of its blocks.
 struct DeviceTier::Page {
   Page(std::shared_ptr<TierAccount> a, size_t n) : account(std::move(a)), bytes(n) {
     data = static_cast<std::byte*>(std::aligned_alloc(64, (n + 63) / 64 * 64));
@@ -28,6 +30,7 @@ struct DeviceTier::Page {
   std::shared_ptr<TierAccount> account;
   size_t bytes;
   std::byte* data;
+  bool quantised = true;
   uint64_t digest = 0;  // over codes, metadata and annotations, written at sealing
 };
 
@@ -50,6 +53,7 @@ DeviceTier DeviceTier::fork() const {
   const size_t n = open_tokens_ * size_t(format_->head_dim);
   std::copy_n(open_k_.get(), n, copy.open_k_.get());
   std::copy_n(open_v_.get(), n, copy.open_v_.get());
+  copy.open_sealed_ = open_sealed_;
   copy.refs_ = refs_;
   for (size_t b = 0; b < sealed_blocks_; ++b)
     if (copy.refs_[b].page != nullptr) copy.refs_[b].k = copy.refs_[b].v = nullptr;
@@ -59,6 +63,10 @@ DeviceTier DeviceTier::fork() const {
 
 void DeviceTier::append(const uint16_t* k, const uint16_t* v, size_t tokens, const SealSink& sink) {
   const size_t d = size_t(format_->head_dim), group = size_t(format_->group_tokens);
+  CERTKV_EXPECT(open_tokens_ == 0 || open_digest() == open_sealed_, OriginalsLost,
+                "the keys or values of tokens {} to {} have changed in memory, and no copy of them "
+                "was sealed yet",
+                tokens_ - open_tokens_, tokens_ - 1);
   while (tokens > 0 || open_tokens_ == group) {
     if (open_tokens_ == group) {  // full; also where an earlier sealing failed
       seal(open_k_.get(), open_v_.get(), sink);
@@ -84,49 +92,74 @@ void DeviceTier::append(const uint16_t* k, const uint16_t* v, size_t tokens, con
     v += n * d;
     tokens -= n;
     list_open_blocks(before);
+    open_sealed_ = open_digest();
   }
+}
+
+std::array<uint64_t, 2> DeviceTier::open_digest() const {
+  const size_t bytes = 2 * open_tokens_ * size_t(format_->head_dim);
+  return {payload_digest(open_k_.get(), bytes), payload_digest(open_v_.get(), bytes)};
+}
+
+// The page of one group; nullptr where an original is not finite.
+std::shared_ptr<DeviceTier::Page> DeviceTier::make_page(const uint16_t* k,
+                                                        const uint16_t* v) const {
+  const PageFormat& f = *format_;
+  const size_t rows = size_t(f.group_tokens) * size_t(f.head_dim);
+  const size_t block = size_t(f.block_tokens) * size_t(f.head_dim);
+  auto page = std::make_shared<Page>(account_, f.page_bytes);
+  const SealStatus status = seal_page(f, dtype_, k, v, page->data);
+  if (status == SealStatus::NonFinite) return nullptr;
+  if (status != SealStatus::Sealed) {  // served from originals for ever: keep them beside the pages
+    const size_t notes = 4 * rows;
+    page = std::make_shared<Page>(account_, notes + size_t(f.blocks()) * sizeof(BlockAnnotations));
+    page->quantised = false;
+    std::memcpy(page->data, k, 2 * rows);
+    std::memcpy(page->data + 2 * rows, v, 2 * rows);
+    for (size_t b = 0; b < size_t(f.blocks()); ++b) {
+      BlockAnnotations note{};
+      annotate_originals(f, dtype_, k + b * block, v + b * block, f.block_tokens, &note);
+      std::memcpy(page->data + notes + b * sizeof note, &note, sizeof note);
+    }
+  }
+  page->digest = payload_digest(page->data, page->bytes);
+  return page;
+}
+
+// What the block table says of a block, from what the page says.
+BlockRef DeviceTier::sealed_ref(const Page& page, int index) const {
+  const PageFormat& f = *format_;
+  const size_t rows = size_t(f.group_tokens) * size_t(f.head_dim);
+  const size_t first = size_t(index) * size_t(f.block_tokens) * size_t(f.head_dim);
+  const size_t notes = page.quantised ? f.annotations : 4 * rows;
+  BlockAnnotations note;
+  std::memcpy(&note, page.data + notes + size_t(index) * sizeof note, sizeof note);
+  const uint16_t* kept = reinterpret_cast<const uint16_t*>(page.data) + first;
+  return {.page = page.quantised ? page.data : nullptr,
+          .index = int16_t(index),
+          .tokens = int16_t(f.block_tokens),
+          .k = page.quantised ? nullptr : kept,
+          .v = page.quantised ? nullptr : kept + rows,
+          .nu = note.nu,
+          .k_norm = note.k_norm};
 }
 
 void DeviceTier::seal(const uint16_t* k, const uint16_t* v, const SealSink& sink) {
   const PageFormat& f = *format_;
-  const size_t d = size_t(f.head_dim), group = size_t(f.group_tokens);
+  const size_t group = size_t(f.group_tokens);
   const bool was_open = k == open_k_.get();
   const size_t first_token = was_open ? tokens_ - group : tokens_;
-  auto page = std::make_shared<Page>(account_, f.page_bytes);
-  const SealStatus status = seal_page(f, dtype_, k, v, page->data);
-  CERTKV_EXPECT(status != SealStatus::NonFinite, NonFinite,
-                "a key or value of tokens {} to {} is NaN or infinite", first_token,
-                first_token + group - 1);
-  const bool quantised = status == SealStatus::Sealed;
-  const uint16_t *k_kept = nullptr, *v_kept = nullptr;
-  if (!quantised) {  // served from originals for ever: keep them beside the pages
-    page = std::make_shared<Page>(account_, 4 * group * d);
-    uint16_t* kept = reinterpret_cast<uint16_t*>(page->data);
-    std::copy_n(k, group * d, kept);
-    std::copy_n(v, group * d, kept + group * d);
-    k_kept = kept;
-    v_kept = kept + group * d;
-  }
-  page->digest = payload_digest(page->data, page->bytes);
+  const std::shared_ptr<Page> page = make_page(k, v);
+  CERTKV_EXPECT(page != nullptr, NonFinite, "a key or value of tokens {} to {} is NaN or infinite",
+                first_token, first_token + group - 1);
   const size_t refs = sealed_blocks_ + size_t(f.blocks());
   if (refs_.capacity() < refs) refs_.reserve(2 * refs);
   if (pages_.capacity() == pages_.size()) pages_.reserve(2 * pages_.size() + 1);
   if (sink) sink(uint32_t(sealed_blocks_), f.blocks(), k, v);
   // Nothing below throws: a group is sealed as a whole or not at all.
   refs_.resize(sealed_blocks_);  // the open blocks that become sealed ones
-  for (int b = 0; b < f.blocks(); ++b) {
-    const size_t first = size_t(b) * size_t(f.block_tokens) * d;
-    BlockAnnotations note;
-    annotate_originals(f, dtype_, k + first, v + first, f.block_tokens, &note);
-    refs_.push_back({.page = quantised ? page->data : nullptr,
-                     .index = int16_t(b),
-                     .tokens = int16_t(f.block_tokens),
-                     .k = quantised ? nullptr : k_kept + first,
-                     .v = quantised ? nullptr : v_kept + first,
-                     .nu = note.nu,
-                     .k_norm = note.k_norm});
-  }
-  pages_.push_back(std::move(page));
+  for (int b = 0; b < f.blocks(); ++b) refs_.push_back(sealed_ref(*page, b));
+  pages_.push_back(page);
   sealed_blocks_ += size_t(f.blocks());
   if (was_open)
     open_tokens_ = 0;
@@ -149,10 +182,57 @@ void DeviceTier::list_open_blocks(size_t changed_from) {
   }
 }
 
-size_t DeviceTier::damaged_pages() const {
-  size_t damaged = 0;
-  for (const auto& p : pages_) damaged += payload_digest(p->data, p->bytes) != p->digest;
-  return damaged;
+// ---- integrity ----------------------------------------------------------------------------------
+
+PageState DeviceTier::check_page(size_t page) const {
+  const Page& p = *pages_[page];
+  if (payload_digest(p.data, p.bytes) != p.digest) return PageState::Bytes;
+  const auto same = [](float a, float b) {  // bit for bit: NaN too
+    return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
+  };
+  const size_t n = size_t(format_->blocks());
+  for (size_t b = 0; b < n; ++b) {
+    const BlockRef says = sealed_ref(p, int(b)), &ref = refs_[page * n + b];
+    const bool pointers = p.quantised || (ref.k == says.k && ref.v == says.v);
+    if (ref.page != says.page || ref.index != says.index || ref.tokens != says.tokens ||
+        !same(ref.nu, says.nu) || !same(ref.k_norm, says.k_norm) || !pointers)
+      return PageState::Table;
+  }
+  return PageState::Sound;
+}
+
+void DeviceTier::restore_table(size_t page) {
+  const Page& p = *pages_[page];
+  const size_t n = size_t(format_->blocks());
+  for (size_t b = 0; b < n; ++b) {
+    BlockRef& ref = refs_[page * n + b];
+    const BlockRef was = ref;
+    ref = sealed_ref(p, int(b));
+    if (!p.quantised) continue;
+    ref.k = was.k;
+    ref.v = was.v;
+  }
+}
+
+PageRebuild DeviceTier::rebuild_page(size_t page, const uint16_t* k, const uint16_t* v) {
+  const Page& old = *pages_[page];
+  std::shared_ptr<Page> fresh = make_page(k, v);
+  if (fresh == nullptr) return PageRebuild::OtherDigest;
+  const bool same_bytes =
+      fresh->bytes == old.bytes && std::memcmp(fresh->data, old.data, old.bytes) == 0;
+  if (fresh->digest != old.digest && !same_bytes) return PageRebuild::OtherDigest;
+  pages_[page] = std::move(fresh);
+  restore_table(page);
+  return same_bytes ? PageRebuild::DigestWasDamaged : PageRebuild::Done;
+}
+
+bool DeviceTier::shares_page(size_t page, const DeviceTier& other) const {
+  return page < pages_.size() && page < other.pages_.size() && pages_[page] == other.pages_[page];
+}
+
+void DeviceTier::adopt_page(size_t page, const DeviceTier& from) {
+  pages_[page] = from.pages_[page];
+  restore_table(page);
 }
 
 uint64_t DeviceTier::bytes() const {

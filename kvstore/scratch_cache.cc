@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/digest.h"
+
 namespace certkv {
 
 ScratchCache::ScratchCache(size_t capacity, size_t block_elements)
@@ -38,6 +40,7 @@ uint16_t* ScratchCache::insert(uint32_t block, uint32_t* evicted) {
   Slot& s = slots_[index];
   s.block = block;
   s.pinned = true;
+  s.sealed = false;
   s.score = s.now = 0;
   if (slot_of_.size() <= block) slot_of_.resize(size_t(block) + 1, kNone);
   slot_of_[block] = index;
@@ -51,6 +54,17 @@ void ScratchCache::erase(uint32_t block) {
   slots_[slot].pinned = false;
   free_.push_back(slot);
   slot_of_[block] = kNone;
+}
+
+void ScratchCache::seal(uint32_t block) {
+  Slot& s = slots_.at(slot_of(block));
+  s.digest = payload_digest(s.data.get(), block_elements_ * 2);
+  s.sealed = true;
+}
+
+bool ScratchCache::sound(uint32_t block) const {
+  const Slot& s = slots_.at(slot_of(block));
+  return s.sealed && payload_digest(s.data.get(), block_elements_ * 2) == s.digest;
 }
 
 void ScratchCache::pin(uint32_t block) { slots_.at(slot_of(block)).pinned = true; }

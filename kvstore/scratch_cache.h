@@ -32,6 +32,12 @@ class ScratchCache {
   uint16_t* insert(uint32_t block, uint32_t* evicted);
   void erase(uint32_t block);
 
+  // Once the originals are in the slot: takes their digest. REQUIRES resident.
+  void seal(uint32_t block);
+  // Whether the slot still holds what seal() saw; false too where it was never sealed. Reads the
+  // whole block. REQUIRES resident.
+  bool sound(uint32_t block) const;
+
   void pin(uint32_t block);  // REQUIRES resident
   void unpin_all();
 
@@ -50,7 +56,8 @@ class ScratchCache {
  private:
   struct Slot {
     uint32_t block = kNone;
-    bool pinned = false;
+    bool pinned = false, sealed = false;
+    uint64_t digest = 0;
     double score = 0, now = 0;
     std::unique_ptr<uint16_t[]> data;
   };

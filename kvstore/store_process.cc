@@ -156,8 +156,8 @@ int64_t to_number(const std::string& key, const std::string& text) {
 }
 
 int exit_code(ErrorKind kind) {
-  if (kind == ErrorKind::InvalidArgument) return 2;
-  return kind == ErrorKind::OutOfMemory ? 4 : 1;
+  // Memory that lacks at the start: the arena asked for does not fit this machine.
+  return kind == ErrorKind::InvalidArgument || kind == ErrorKind::OutOfMemory ? 2 : 1;
 }
 
 }  // namespace

@@ -36,8 +36,8 @@ struct SpawnedStore {
 SpawnedStore spawn_store(const StoreProcessOptions& options, std::chrono::milliseconds silence);
 
 // The body of `certkv store`: makes the arena, serves until it ends itself, SIGTERM or SIGINT.
-// Returns the exit code: 0; 2 for bad arguments; 4 where memory is lacking; 1 for anything else.
-// Logs its errors. REQUIRES to be called from the main thread of a process of its own.
+// Returns the exit code: 0; 2 for bad arguments and for an arena that memory has no room for; 1 for
+// anything else. Logs its errors. REQUIRES to be called from the main thread of a process of its own.
 int run_store(const StoreProcessOptions& options);
 
 // The command line after `store`, and back. parse throws InvalidArgument.

@@ -4,7 +4,7 @@
 // It answers --help itself. Exit codes, the same for every command:
 //   0  done; every line of a job ended certified or exact (or over where that policy was asked for)
 //   1  anything that is not named below
-//   2  configuration or arguments are wrong
+//   2  configuration or arguments are wrong, or ask for more memory than there is
 //   3  the answer is no: some lines failed, it does not fit
 //   4  stopped before its end: a peer, the store or the disk was lost, or a signal came; a job can
 //      be resumed

@@ -146,14 +146,15 @@ std::vector<std::string> verdict(const ModelConfig& model, const JobOptions& opt
     const int64_t batch = largest_batch(model, options, question, available);
     std::string change;
     if (batch >= 1) {
-      change = fmt::format("set run.max_batch to {} or less", batch);
+      change = fmt::format("set run.max_batch to {} or less, or use more nodes", batch);
     } else if (const int64_t context = longest_context(model, options, question, available);
                context > 0) {
-      change = fmt::format("set run.max_batch to 1 and model.max_len to {} or less", context);
+      change = fmt::format(
+          "set run.max_batch to 1 and model.max_len to {} or less, or use more nodes", context);
     } else {
       change = "use more nodes (parallel.tensor) or a smaller model";
     }
-    wrong.push_back(fmt::format("the node needs {} and {} are available; {}, or use more nodes",
+    wrong.push_back(fmt::format("the node needs {} and {} are available; {}",
                                 byte_size_text(need.node()), byte_size_text(available), change));
   }
   const auto check = [&](const char* key, const std::string& text, uint64_t needed) {
@@ -195,6 +196,12 @@ bool report_configuration(const JobOptions& options, const DoctorKeys& keys, uin
   report.line("tier1_bytes_per_token", need.tier1_token_bytes,
               fmt::format("{:.1f} per KV head, of {} unquantised ({})", need.tier1_token_bytes,
                           4 * model.head_dim, options.cache.layout));
+  const std::string watch = tier1_digest_name(options.cache);
+  report.line("tier1_digest", watch,
+              options.cache.scrub_steps == 0
+                  ? watch + " (damaged pages go unnoticed)"
+                  : fmt::format("{} (every page verified within {} steps)", watch,
+                                options.cache.scrub_steps));
   report.section("each rank needs");
   report.bytes("weights", need.weights);
   report.line("tier1_bytes", need.tier1,

@@ -1,5 +1,6 @@
 // Runs a command, says what went wrong, and ends the process and its peers. Nothing else does.
 #include <fmt/core.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <csignal>
@@ -36,6 +37,15 @@ void print_error(const MpiLaunch& launch, const std::string& message) {
   std::fflush(stderr);
 }
 
+// A launcher that is itself being ended (SIGTERM to mpirun) answers MPI_Finalize no more, and kills
+// what waits for it. Everything is written by now, so a stopped job does not wait for that.
+void end_soon(int code) {
+  std::thread([code] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(400));
+    ::_exit(code);
+  }).detach();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -48,9 +58,7 @@ int main(int argc, char** argv) {
     threw = false;
   } catch (const Error& e) {
     code = exit_code_of(e.kind());
-    if (launch.by_launcher && args.mpi == nullptr && code == kExitUsage) {
-      let_first_local_rank_speak();
-    }
+    if (launch.by_launcher && code == kExitUsage) let_first_local_rank_speak();
     print_error(launch, e.what());
   } catch (const std::bad_alloc&) {
     print_error(launch, "out of host memory; certkv doctor --config FILE says what a job needs");
@@ -61,6 +69,7 @@ int main(int argc, char** argv) {
     print_error(launch, "writing to standard output failed; is the disk full?");
     if (code == kExitDone) code = kExitStopped;
   }
+  if (args.mpi != nullptr && code == kExitStopped) end_soon(code);
   // A rank that threw must not wait for the others, which may be waiting for it.
   if (args.mpi != nullptr && (threw || !args.mpi->finish())) args.mpi->abort(code);
   return code;

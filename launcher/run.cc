@@ -270,6 +270,7 @@ int run_command(Args& args) {
     o.policies = job.compare.empty() ? std::vector<Policy>{job.policy} : job.compare;
     o.compare = !job.compare.empty();
     o.tolerance = job.tolerance;
+    o.tier1_digest = tier1_digest_name(job.cache);
     o.replicas = ranks.layout.data;
     o.options_echo = table.echo_json();
     o.session = {.name = fmt::format("{}-{}", utc_now(), ::getpid()),

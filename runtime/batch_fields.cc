@@ -262,8 +262,9 @@ void read_request_body(const json& body, BatchLine& line, const BatchLimits& lim
   for (const auto& [name, value] : body.items()) {
     if (read_known(name, value, line, limits)) continue;
     if (std::find(kIgnored.begin(), kIgnored.end(), name) != kIgnored.end()) continue;
-    const auto* found = std::find_if(kUnsupported.begin(), kUnsupported.end(),
-                                     [&](const Unsupported& u) { return u.name == name; });
+    const auto* found =
+        std::find_if(kUnsupported.begin(), kUnsupported.end(),
+                     [&name = name](const Unsupported& u) { return u.name == name; });
     CERTKV_EXPECT(found != kUnsupported.end(), InvalidArgument,
                   "{} is not a field of this kind of request: a field that might change the answer "
                   "is not ignored",

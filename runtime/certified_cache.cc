@@ -5,7 +5,9 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <mutex>
+#include <utility>
 
 #include "kernels/arith/rounding.h"
 #include "kernels/base/log.h"
@@ -26,6 +28,9 @@ struct CertifiedCache::Sequence {
   SequenceReport report;
   std::mutex error_mutex;
   std::atomic<bool> has_failed{false};  // report.error is set; read by the pool's threads
+  bool prompt_verified = false;         // by the scrub, once prefill has filled the pages
+  uint64_t damaged_pages = 0;           // it held, found since its last report
+  std::optional<uint64_t> first_step;   // tokens held before the first step
 
   bool failed() const { return has_failed; }
 };
@@ -44,12 +49,14 @@ class CertifiedCache::Originals : public HeadOriginals {
     results->assign(blocks.size(), {});
     if (blocks.empty()) return;
     std::vector<BlockId> ids(blocks.size());
-    for (size_t i = 0; i < blocks.size(); ++i)
-      ids[i] = (blocks[i] < s_.prefix_blocks ? s_.prefix : s_.own).id(layer_, kv_head_, blocks[i]);
+    for (size_t i = 0; i < blocks.size(); ++i) ids[i] = id(blocks[i]);
     ReadTicket ticket =
         cache_.reader_->read(ids, destinations, Deadline::after(cache_.options_.read_deadline));
     const auto got = BlockReader::wait(ticket);
     results->assign(got.begin(), got.end());
+  }
+  BlockId id(uint32_t block) const {
+    return (block < s_.prefix_blocks ? s_.prefix : s_.own).id(layer_, kv_head_, block);
   }
 
  private:
@@ -77,7 +84,8 @@ CertifiedCache::CertifiedCache(const ModelConfig& config, ShardRange heads,
       format_(std::make_shared<PageFormat>(make_page_format(layout_by_name(options_.cache.layout),
                                                             int(config.head_dim),
                                                             options_.cache.block_tokens))),
-      account_(std::make_shared<TierAccount>()) {
+      account_(std::make_shared<TierAccount>()),
+      schedule_(uint64_t(options_.cache.scrub_steps)) {
   CERTKV_EXPECT(config.heads_per_group() <= kMaxGroupHeads, InvalidArgument,
                 "{} query heads share a KV head: at most {} are supported",
                 config.heads_per_group(), kMaxGroupHeads);
@@ -147,13 +155,22 @@ int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id, int64
 }
 
 int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
-  const Sequence& from = at(sequence);
+  Sequence& from = at(sequence);
+  if (!from.prompt_verified) {
+    scrub({&sequence, 1}, Extent::All);
+    from.prompt_verified = true;
+  }
   auto s = std::make_unique<Sequence>();
   s->handle = next_++;
   s->id = from.id;
   s->rules = rules;
   s->prefix = from.prefix;
   s->prefix_blocks = from.prefix_blocks;
+  s->report.error = from.report.error;
+  s->report.error_text = from.report.error_text;
+  s->has_failed = from.failed();
+  s->damaged_pages = from.damaged_pages;
+  s->prompt_verified = true;
   const int64_t open =
       int64_t(from.heads[0].tier.tokens()) - int64_t(from.prefix_blocks) * format_->block_tokens;
   const int64_t groups = (open + max_tokens) / format_->group_tokens;
@@ -225,7 +242,101 @@ void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequence
     s.report.error_text = text;
     s.report.figures.assign(cells, HeadFigures{});
     s.groups.resize(size_t(heads_.count()));
+    if (!s.first_step) s.first_step = s.heads[0].tier.tokens();
   }
+  scrub(sequences, Extent::Due);
+  for (int64_t handle : sequences) {
+    Sequence& s = at(handle);
+    s.report.damaged_pages = std::exchange(s.damaged_pages, 0);
+  }
+}
+
+uint64_t CertifiedCache::close(int64_t sequence) {
+  scrub({&sequence, 1}, Extent::All);
+  return std::exchange(at(sequence).damaged_pages, 0);
+}
+
+// ---- scrub of tier 1 (method section 7) ---------------------------------------------------------
+
+// Between passes: the pool only reads while it looks, and what is damaged is repaired here alone.
+void CertifiedCache::scrub(std::span<const int64_t> sequences, Extent extent) {
+  if (schedule_.period() == 0) return;
+  struct Found {
+    size_t task;
+    PageFinding finding;
+  };
+  const size_t heads = size_t(heads_.count()), cells = size_t(config_.layers) * heads;
+  std::mutex mutex;
+  std::vector<Found> found;
+  const auto look = [&](size_t task) {
+    const Sequence& s = at(sequences[task / cells]);
+    const size_t cell = task % cells;
+    if (s.failed()) return;
+    const HeadState& state = s.heads[cell];
+    std::vector<PageFinding> here;
+    if (extent == Extent::All)
+      scrub_all(state, &here);
+    else
+      scrub_due(schedule_, where(s, int(cell / heads), int(cell % heads), state), state, &here);
+    group_.alive();
+    if (here.empty()) return;
+    const std::lock_guard lock(mutex);
+    for (const PageFinding& f : here) found.push_back({task, f});
+  };
+  pool_.parallel_for(sequences.size() * cells, std::cref(look));  // a reference: no allocation
+  std::sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
+    return a.task != b.task ? a.task < b.task : a.finding.page < b.finding.page;
+  });
+  for (const Found& f : found) repair(at(sequences[f.task / cells]), f.task % cells, f.finding);
+}
+
+// Steps of a sequence that may have read a damaged page: those since it was last looked at, or
+// since it was sealed, for the next step looks at what was sealed.
+std::string CertifiedCache::steps_in_doubt(const Sequence& s, const StepWhere& now,
+                                           size_t page) const {
+  const uint64_t sealed = (page + 1) * uint64_t(format_->group_tokens);
+  const uint64_t sound = std::max({schedule_.last_due(now, page), s.first_step.value_or(now.step),
+                                   now.step > sealed ? sealed : sealed - 1});
+  if (sound >= now.step) return "no step has read it since it was sound";
+  return fmt::format("the steps at {} to {} tokens are in doubt", sound + 1, now.step);
+}
+
+void CertifiedCache::repair(Sequence& s, size_t cell, const PageFinding& finding) {
+  using Result = PageRepair::Result;
+  if (s.failed()) return;  // with a sequence that shares the page
+  const size_t page = finding.page;
+  const int layer = int(cell / size_t(heads_.count())), head = int(cell % size_t(heads_.count()));
+  HeadState& state = s.heads[cell];
+  std::vector<Sequence*> sharers;
+  if (finding.state == PageState::Bytes)
+    for (const auto& [handle, other] : sequences_)
+      if (other.get() != &s && other->heads[cell].tier.shares_page(page, state.tier))
+        sharers.push_back(other.get());
+  Originals originals(*this, s, layer, head);
+  const PageRepair r = repair_page(finding, &state, originals);
+  if (r.result == Result::NotNeeded) return;  // repaired, counted and logged through a sharer
+
+  const StepWhere now = where(s, layer, head, state);
+  const size_t blocks = size_t(format_->blocks());
+  const std::string what =
+      fmt::format("tier 1: sequence {} layer {} KV head {} page {} (blocks {} to {}): {}", s.id,
+                  layer, now.kv_head, page, page * blocks, (page + 1) * blocks - 1, r.what);
+  std::string doubt = steps_in_doubt(s, now, page);
+  ++s.damaged_pages;
+  for (Sequence* other : sharers) {
+    ++other->damaged_pages;
+    doubt +=
+        fmt::format("; sequence {} shares it: {}", other->id,
+                    steps_in_doubt(*other, where(*other, layer, head, other->heads[cell]), page));
+  }
+  log_error("{}; {}", what, doubt);
+  if (r.result == Result::Repaired) {
+    for (Sequence* other : sharers) other->heads[cell].tier.adopt_page(page, state.tier);
+    return;
+  }
+  const ErrorKind kind = r.result == Result::Lost ? ErrorKind::OriginalsLost : ErrorKind::Corrupt;
+  fail(s, kind, what);
+  for (Sequence* other : sharers) fail(*other, kind, what);
 }
 
 const SequenceReport& CertifiedCache::report(int64_t sequence) const {
@@ -426,11 +537,19 @@ VerdictRecord CertifiedCache::verdict(int64_t sequence) const {
     v.sum.canary += g.canary;
     v.sum.digest += g.digest;
   }
+  v.sum.digest += s.report.damaged_pages;
   if (s.report.error) {
     v.max.error = 1 + uint64_t(*s.report.error);
     v.max.severity = severity(Outcome::Failed);
   }
   return v;
+}
+
+std::span<const HeadState> CertifiedCache::heads(int64_t sequence) const {
+  return at(sequence).heads;
+}
+BlockId CertifiedCache::originals_id(int64_t sequence, int layer, int head, uint32_t block) const {
+  return Originals(*this, at(sequence), layer, head).id(block);
 }
 
 uint64_t CertifiedCache::tier1_bytes() const {

@@ -18,6 +18,7 @@
 #include "kvstore/client.h"
 #include "parallel/shard.h"
 #include "runtime/certify/head_step.h"
+#include "runtime/certify/scrub.h"
 #include "runtime/certify/split_list.h"
 #include "runtime/kv_attention.h"
 #include "runtime/model_config.h"
@@ -47,6 +48,7 @@ struct SequenceReport {
   std::vector<HeadFigures> figures;  // [layers, local_query_heads]
   std::optional<ErrorKind> error;    // first one; the request must fail
   std::string error_text;
+  uint64_t damaged_pages = 0;  // of tier 1, found by this or a sharing sequence's scrub
 };
 
 // Room that a request takes on a rank that holds `kv_heads` of the model's KV heads, at its largest:
@@ -71,11 +73,17 @@ class CertifiedCache : public KvAttention {
   // A sequence that will be prefilled with `prompt_tokens`: reserves its originals. max_tokens:
   // that a decode of it will have at most. Throws OutOfMemory where the arena has no room.
   int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens);
-  // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more.
+  // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more. With a
+  // scrub, the prompt's pages are verified at its first fork.
   int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules);
+  // After a sequence's last step: verifies all of its pages. Returns how many damaged ones it held
+  // that no step has reported; they are repaired for the sequences that share them.
+  uint64_t close(int64_t sequence);
   void drop(int64_t sequence, bool failed = false);  // failed: of a decode, for its audit
 
-  // Starts a step: clears the reports of the sequences named.
+  // Starts a step: clears the reports of the sequences named, and verifies the share of their pages
+  // that is due (cache.scrub_steps). A damaged page is rebuilt, for all sequences that share it,
+  // before any pass reads it; where that cannot be, they fail by name.
   void begin_step(uint64_t step, std::span<const int64_t> sequences);
   // After the last layer of a step.
   void end_step();
@@ -87,6 +95,10 @@ class CertifiedCache : public KvAttention {
   uint64_t tier1_bytes(int64_t sequence) const;
   uint64_t dense_bytes(int64_t sequence) const;
   const PageFormat& format() const { return *format_; }
+  // [layers, local_kv_heads], for audits and tests.
+  std::span<const HeadState> heads(int64_t sequence) const;
+  // Identity of the originals of a sealed block; head: of this rank.
+  BlockId originals_id(int64_t sequence, int layer, int head, uint32_t block) const;
 
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v) override;
@@ -105,6 +117,10 @@ class CertifiedCache : public KvAttention {
   void fail(Sequence& s, ErrorKind kind, const std::string& text) const;
   OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
   SealSink sink(Sequence& s, int layer, int head);
+  enum class Extent { Due, All };
+  void scrub(std::span<const int64_t> sequences, Extent extent);
+  void repair(Sequence& s, size_t cell, const PageFinding& finding);
+  std::string steps_in_doubt(const Sequence& s, const StepWhere& now, size_t page) const;
 
   const ModelConfig& config_;
   ShardRange heads_;
@@ -115,6 +131,7 @@ class CertifiedCache : public KvAttention {
   Communicator& group_;
   std::shared_ptr<const PageFormat> format_;
   std::shared_ptr<TierAccount> account_;
+  ScrubSchedule schedule_;
   std::map<int64_t, std::unique_ptr<Sequence>> sequences_;
   std::vector<std::unique_ptr<Task>> tasks_;  // of the step under way, [rows, local_kv_heads]
   SplitList splits_;

@@ -321,7 +321,12 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
   std::optional<Error> error;
   transformer_.clear_phases();
   try {
-    logits = transformer_.prefill(prompt, r.prompt, [&](int, size_t) { group_.alive(); });
+    logits = transformer_.prefill(prompt, r.prompt, [&](int layer, size_t tokens) {
+      group_.alive();
+      if (!leader() || !on_prefill_progress) return;
+      const double of_layer = double(tokens) / double(r.prompt.size());
+      on_prefill_progress((layer + of_layer) / double(parts_.config->layers));
+    });
   } catch (const Error& e) {
     if (e.kind() != ErrorKind::NonFinite) throw;  // thrown by all ranks at the same point
     error = e;
@@ -384,7 +389,9 @@ void CertifiedEngine::decode(Policy policy) {
     inputs.push_back({g->handle, g->tokens.back(), g->position()});
     handles.push_back(g->handle);
   }
+  const auto scrubbing = Clock::now();
   cache_.begin_step(step_, handles);
+  const double scrub_seconds = seconds_since(scrubbing);
   const DecodeOutput out = transformer_.decode(inputs);
   cache_.end_step();
 
@@ -447,9 +454,10 @@ void CertifiedEngine::decode(Policy policy) {
   for (auto g : rows) g->decode_seconds += record.seconds / double(rows.size());
   if (leader() && on_step) {
     StepRecord::Phases& p = record.phase_seconds;
+    p.scrub = scrub_seconds;
     p.other = std::max(
         0.0, record.seconds - (p.projections + p.append + p.attention + p.judge + p.ladder +
-                               p.balance + p.communicate + p.sample + p.record));
+                               p.balance + p.communicate + p.sample + p.scrub + p.record));
     on_step(record);
   }
   for (auto g : rows)
@@ -483,6 +491,10 @@ void CertifiedEngine::fail(Generation& g, ErrorKind kind, const std::string& tex
 
 void CertifiedEngine::finish(std::list<Generation>::iterator g) {
   Completion c = g->completion();
+  uint64_t damaged = g->handle != 0 ? cache_.close(g->handle) : 0;
+  group_.all_reduce_sum(view_u64(&damaged, 1), {});
+  group_.wait();
+  c.counts.digest += damaged;
   if (g->handle != 0) {
     // KV heads are shared out evenly: what one rank holds is what every rank holds.
     c.tier1_bytes = cache_.tier1_bytes(g->handle) * uint64_t(group_.size());
@@ -501,8 +513,12 @@ void CertifiedEngine::finish(std::list<Generation>::iterator g) {
 }  // namespace
 
 int64_t engine_token_limit(const JobOptions& options, const ModelConfig& config) {
-  return options.model.max_len > 0 ? std::min(options.model.max_len, config.max_tokens)
-                                   : config.max_tokens;
+  const int64_t asked = options.model.max_len;
+  CERTKV_EXPECT(asked <= config.max_tokens, InvalidArgument,
+                "model.max_len is {}: the model's own limit is {} tokens; lower it, or set 0 for "
+                "the model's limit",
+                asked, config.max_tokens);
+  return asked > 0 ? asked : config.max_tokens;
 }
 
 DType originals_dtype(const JobOptions& options, const ModelConfig& config) {

@@ -28,7 +28,8 @@ struct EngineParts {
   std::optional<AuditSetup> audit;               // where head-steps are audited
 };
 
-// Tokens of prompt + answer that a request may have. model.max_len, bounded by the model's own.
+// Tokens of prompt + answer that a request may have: model.max_len, 0 meaning the model's own limit.
+// ERRORS: InvalidArgument for one above it.
 int64_t engine_token_limit(const JobOptions& options, const ModelConfig& config);
 
 // DType of the originals: model.dtype, or the folder's (BF16 where that is F32).

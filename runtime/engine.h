@@ -96,6 +96,7 @@ struct StepRecord {
     double balance = 0;      // of attention: threads that wait for the slowest head, or to be woken
     double communicate = 0;  // sums over the ranks, and their agreement on the step
     double sample = 0;       // sampling, text, stop conditions
+    double scrub = 0;        // verifying tier 1
     double record = 0;       // figures of the step's head-steps, for this record and for results
     double other = 0;        // of `seconds`, what is left
   } phase_seconds;
@@ -127,6 +128,8 @@ class Engine {
   std::function<void(Completion&&)> on_completion;       // leader only
   std::function<void(const StepRecord&)> on_step;        // leader only
   std::function<void(const PrefillRecord&)> on_prefill;  // leader only; before its first step
+  // Leader only, again and again while a prompt is prefilled: the share of it that is done.
+  std::function<void(double)> on_prefill_progress;
 
   struct Load {
     uint64_t waiting = 0, running = 0, tokens = 0;

@@ -36,6 +36,18 @@ void copy_text(const std::string& text, char* out, size_t room) {
   out[n] = '\0';
 }
 
+// What lacks memory before anything has run is a configuration that does not fit this machine.
+// `key` is the one that decides how much is taken.
+template <typename Body>
+auto admit(const char* key, const std::string& value, Body body) {
+  try {
+    return body();
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::OutOfMemory) throw;
+    CERTKV_THROW(InvalidArgument, "{} is '{}': {}", key, value, e.what());
+  }
+}
+
 uint64_t arena_bytes_of(const JobOptions& options, uint64_t automatic) {
   if (options.store.arena == "auto") return automatic;
   const std::optional<uint64_t> bytes = parse_byte_size(options.store.arena);
@@ -54,7 +66,9 @@ std::string start_store(const JobOptions& options, Communicator& world, const To
       StoreProcessOptions o;
       o.arena_bytes = arena_bytes;
       o.linger = milliseconds_of(options.store.linger_seconds);
-      const SpawnedStore store = spawn_store(o, milliseconds_of(options.store.deadline_seconds));
+      const SpawnedStore store = admit("store.arena", options.store.arena, [&] {
+        return spawn_store(o, milliseconds_of(options.store.deadline_seconds));
+      });
       copy_text(store.socket, mine.socket, sizeof mine.socket);
       log_info("store of this node: process {}, {} of originals, socket {}", store.pid,
                byte_size_text(arena_bytes), store.socket);
@@ -128,7 +142,9 @@ uint64_t arena_demand(const JobOptions& options, const ModelConfig& config, int 
 EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, Communicator& world,
                           Communicator& group, const Topology& topology, uint64_t arena_bytes) {
   const ModelConfig& config = *model.config;
-  check_weights_fit(config, group.size(), topology.local_size, available_memory_bytes());
+  admit("model.path", options.model.path, [&] {
+    check_weights_fit(config, group.size(), topology.local_size, available_memory_bytes());
+  });
   world.barrier({});
   world.wait();
 

@@ -25,6 +25,7 @@ struct JobOutputOptions {
   std::vector<Policy> policies;  // of compare, or the one of the job
   bool compare = false;
   Tolerance tolerance;
+  std::string tier1_digest = "none";
   int replicas = 1;
   std::string options_echo;
   ManifestSession session;
@@ -55,6 +56,9 @@ class JobOutput {
   // To be called between steps: progress, results from time to time. Throws IoError once the disk
   // has failed.
   void tick(const Engine::Load& load);
+
+  // While a prompt is prefilled, which may take longer than a line of progress: its share so far.
+  void prefilling(double share);
 
   // Writes everything. Returns the exit code; `complete` is found out by counting.
   int close();

@@ -27,4 +27,8 @@ bool tolerance_allowed(const Tolerance& tolerance) {
   return tolerance.value >= 0 && tolerance.value <= kMaxTolerance;
 }
 
+std::string tier1_digest_name(const CacheOptions& cache) {
+  return cache.scrub_steps == 0 ? "none" : "scrub:" + std::to_string(cache.scrub_steps);
+}
+
 }  // namespace certkv

@@ -36,7 +36,9 @@ struct ModelOptions {
 struct CacheOptions {
   std::string layout = "compact";  // compact, balanced, paper (kernels/layout.h)
   int block_tokens = 16;           // 16 or 32: unit of selection and paging
+  int64_t scrub_steps = 256;       // every page is verified within as many steps; 0: never
 };
+std::string tier1_digest_name(const CacheOptions& cache);  // none, scrub:<steps>
 
 struct PaperOptions {  // used by policy paper only (method section 5)
   double tau_cov = 0.995;

@@ -79,6 +79,15 @@ inline void visit_options(CacheOptions& o, OptionVisitor& v) {
            .cost = "fewer, larger promotions: more bytes paged for each",
            .allowed = "16 32",
            .flags = "block-size"});
+  v.field(
+      "scrub_steps", &o.scrub_steps,
+      {.meaning = "every page of tier 1 is verified against its digest within this many steps of "
+                  "its sequence, and once after the last; 1: all of them before every step; "
+                  "0: never",
+       .unit = "steps",
+       .cost = "a damaged page is found later; 1 reads tier 1 twice in every step",
+       .min = 0,
+       .max = kMaxTokens});
 }
 
 inline void visit_options(PaperOptions& o, OptionVisitor& v) {

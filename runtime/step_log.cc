@@ -69,6 +69,7 @@ json step_json(const StepRecord& r, int replica, const std::string& session) {
   put_figure(phases, "balance", p.balance);
   put_figure(phases, "communicate", p.communicate);
   put_figure(phases, "sample", p.sample);
+  put_figure(phases, "scrub", p.scrub);
   put_figure(phases, "record", p.record);
   put_figure(phases, "other", p.other);
   v["phase_seconds"] = phases;

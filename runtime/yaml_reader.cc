@@ -43,6 +43,18 @@ void check_characters(std::string_view text, const std::string& name) {
   }
 }
 
+bool is_utf8(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    utf8proc_int32_t code = -1;
+    const utf8proc_ssize_t used =
+        utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + i,
+                         utf8proc_ssize_t(text.size() - i), &code);
+    if (used <= 0) return false;
+    i += size_t(used);
+  }
+  return true;
+}
+
 // Builds the tree. yaml-cpp announces every collection before it descends into it, so throwing
 // here bounds its recursion too.
 class TreeBuilder final : public YAML::EventHandler {
@@ -68,6 +80,10 @@ class TreeBuilder final : public YAML::EventHandler {
   void OnScalar(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
                 const std::string& value) override {
     check(mark, tag, anchor);
+    // yaml-cpp makes single bytes of these two escapes, which are no characters in UTF-8.
+    if (!is_utf8(value)) {
+      refuse(mark, "the escapes \\N and \\_ are not supported; write \\x85 and \\xa0");
+    }
     if (expects_key()) {
       Open& map = open_.back();
       const auto [it, fresh] = map.keys.emplace(value, mark.line + 1);

@@ -373,7 +373,8 @@ void Checker::bound() {
   const size_t per_token = d_ / size_t(x_.rules().value_group);
   // T, quantised keys: E2. The others enter by their masses and norms alone.
   double s = 0, h2 = 0, by_sum = 0, originals = 0, m2 = 0;
-  double den = 0, e_val = 0, passed = 0, s_up = 0, s_down = 0, nu_max = 0, eta_max = 0;
+  double den = 0, e_val = 0, passed = 0, flushed = 0;
+  double s_up = 0, s_down = 0, nu_max = 0, eta_max = 0;
   const double top =
       std::max_element(blocks_.begin(), blocks_.end(), [](const auto& a, const auto& b) {
         return a.top < b.top;
@@ -412,16 +413,19 @@ void Checker::bound() {
     // Shares within a block: each weight is off by kappa, and so is their sum.
     const double off = 2 * b.kappa;
     m2 += c * rho * block_m2 * std::exp(-off);
-    const double flushed = 2 * double(b.count) * file_.exp_absolute * largest;
-    s_up += rho * block_s * std::exp(off) + flushed;
-    s_down += rho * block_low * std::exp(-off) - flushed;
+    flushed += double(b.count) * (1 + c) * file_.exp_absolute;
+    const double lost = 2 * double(b.count) * file_.exp_absolute * largest;
+    s_up += rho * block_s * std::exp(off) + lost;
+    s_down += rho * block_low * std::exp(-off) - lost;
   }
   // R is about O as it was returned: nothing of the output's rounding enters.
   const double by_distance = std::sqrt(s) * (std::sqrt(m2) + std::sqrt(h2));
   const double key = (by_distance <= by_sum ? by_distance : by_sum) + originals;
   // E_acc without its smallest terms.
   const double n_out = file_.chain_output + 2.0 * h_.head.corrections + 3;
-  const double e_acc = gamma_n(n_out) * (passed + o_norm_) + 3 * kUnit * o_norm_;
+  double e_acc = gamma_n(n_out) * (passed + o_norm_) + 3 * kUnit * o_norm_;
+  if (h_.head.corrections == 0)  // each weight is 1 at most: what flushed ones may be in truth
+    e_acc += flushed / (double(n_) * (1 + gamma_n(n_out))) * (nu_max + eta_max + o_norm_);
   const double due = (1 + 0x1p-10) * (key + e_val + e_acc) / den;
   const double slack = 1 - 4 * kDouble;
   result_.due = due;

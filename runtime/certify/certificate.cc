@@ -10,6 +10,7 @@
 namespace certkv {
 namespace {
 
+constexpr double kMaxBlockTokens = 32;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kRoundDown =
     1 - 0x1p-40;  // sums of at most 2^12 doubles a lane, rounded to nearest
@@ -27,7 +28,11 @@ struct BlockSums {
   double den = 0;                             // w exp(-Delta)
   double value = 0, g_o = 0;                  // w times eta, vbar, of the values used
   double tail = 0;                            // over T: w
-  bool sound = true;                          // every weight and c is a number >= 0
+  // What flushed weights may be in truth, over kExpAbsolute: a weight that the exponential flushed
+  // is below kExpAbsolute exp(ref - m) as scored, and below exp(Delta_b) = 1 + c_b times that in
+  // truth; c_b rho'_b has nothing of it.
+  double flushed = 0;
+  bool sound = true;  // every weight and c is a number >= 0
 };
 
 typedef double Lanes __attribute__((vector_size(64)));
@@ -50,7 +55,7 @@ struct Cells {
   const uint8_t* used;
 };
 struct LaneSums {
-  Lanes s{}, h2{}, a_bar{}, t_nu{}, f_sum{}, f_nu{}, den{}, value{}, g_o{}, tail{};
+  Lanes s{}, h2{}, a_bar{}, t_nu{}, f_sum{}, f_nu{}, den{}, value{}, g_o{}, tail{}, c{};
   Masks bad{};
 };
 
@@ -89,6 +94,7 @@ CERTKV_SIMD void add_eight(const Cells& x, size_t b, double factor, LaneSums* to
   to->value += w * eta;
   to->g_o += w * bar;
   to->tail += tail;
+  to->c += c;
 }
 
 CERTKV_CPU_VERSIONS void add_blocks(const Cells& x, size_t count, double factor, BlockSums* out) {
@@ -115,6 +121,7 @@ CERTKV_CPU_VERSIONS void add_blocks(const Cells& x, size_t count, double factor,
   out->value += sum_of(sums.value);
   out->g_o += sum_of(sums.g_o);
   out->tail += sum_of(sums.tail);
+  out->flushed += kMaxBlockTokens * (double(count) + sum_of(sums.c)) * (factor > 1 ? factor : 1.0);
   for (int i = 0; i < 8; ++i) out->sound = out->sound && sums.bad[i] == 0;
 }
 
@@ -187,11 +194,10 @@ Certificate certify(const PassState& state, int head, const CorrectionLog& log, 
   // E3 / 4b. The sums run over |base| + code step where values are codes.
   const double g_l = corrected ? log.g_l : l, g_o = corrected ? log.g_o : b.g_o;
   const double n_out = kChainOutput + 2.0 * log.count + 3;
-  c.e_acc =
-      (gamma_n(n_out) * (g_o + c.out_norm * g_l) +
-       double(state.tokens) * double(kExpAbsolute) * (state.nu_max + state.eta_max + c.out_norm)) /
-          l +
-      lost * tokens_l / unit + 3 * kUnit * c.out_norm + std::sqrt(cast2);
+  c.e_acc = (gamma_n(n_out) * (g_o + c.out_norm * g_l) +
+             b.flushed * double(kExpAbsolute) * (state.nu_max + state.eta_max + c.out_norm)) /
+                l +
+            lost * tokens_l / unit + 3 * kUnit * c.out_norm + std::sqrt(cast2);
 
   // Either is a bound by itself: where a or m2 overflowed, key_sqrt is inf or NaN and the sum
   // counts.

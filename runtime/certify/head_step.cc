@@ -136,6 +136,7 @@ bool HeadStep::Impl::page_in(std::span<const uint32_t> blocks, BlockPart part) {
           where.sequence, where.layer, where.kv_head, missing[i],
           block_status_name(results[i].status));
     } else {
+      cache.seal(missing[i]);
       ++report().scratch_misses;
       report().paged_bytes += uint64_t(state().tier.format().block_tokens) * size_t(q.head_dim) * 2;
     }

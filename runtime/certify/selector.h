@@ -42,8 +42,8 @@ std::vector<uint32_t> select_paper_values(const AttendContext& context, const Pa
                                           const PaperRule& rule);
 
 // Ranking consistency. SOURCE: method section 6. Returns the blocks outside F that leave the r-th
-// place undecided; empty when resolved. When |F| < r and F is not everything: the heaviest blocks
-// outside F, as many as are lacking. Ascending.
+// place undecided, ascending; empty when resolved. When |F| < r and F is not everything: the
+// heaviest blocks outside F, as many as are lacking.
 // eps_l uses block_tokens + 4 terms. NaN anywhere counts as unresolved.
 std::vector<uint32_t> ranking_unresolved(const AttendContext& context, const QueryGroup& q,
                                          const PassState& state, int head,

@@ -125,6 +125,8 @@ class ReaderAnswers(unittest.TestCase):
             self.assertEqual(summary["policy"], policy)
             self.assertGreater(summary["over"], 0)
             self.assertEqual(summary["failed"], 0)
+            self.assertEqual(summary["tier1_digest"], "scrub:256")
+            self.assertEqual(summary["digest_failures"], 0)
 
     def test_a_request_that_asks_for_naive_and_is_over_makes_the_job_end_with_3(self):
         requests = product.lines(self.folder, "batch.jsonl")[:2]

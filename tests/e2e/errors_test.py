@@ -54,6 +54,10 @@ class Errors(unittest.TestCase):
             self.refused(self.run_job("tolerance", "--tolerance-relative", value),
                          "tolerance.relative", "allowed: a number from 0")
 
+    def test_a_limit_above_the_models_own_is_refused(self):
+        self.refused(self.run_job("limit", "--max-model-len", "100000000"),
+                     "model.max_len is 100000000", "own limit is 131072")
+
     def test_ranks_that_do_not_divide_the_heads_are_refused_with_those_that_do(self):
         self.refused(self.run_job("three", ranks=3),
                      "does not divide the model's 4 KV heads", "1, 2, 4")
@@ -73,7 +77,17 @@ class Errors(unittest.TestCase):
         write_big_model(model)
         for attempt in range(2):  # the first failure is not in the way of the next try
             job = self.run_job("big", model=model)
-            self.refused(job, "host memory", "is available", "smaller model", code=1)
+            self.refused(job, f"model.path is '{model}'", "of host memory", "is available",
+                         "smaller model")
+
+    def test_an_arena_that_memory_cannot_hold_is_refused_once_by_the_whole_job(self):
+        for ranks in (0, 2):
+            job = self.run_job("huge arena", "--store.arena", "1000TiB", ranks=ranks)
+            self.refused(job, "store.arena is '1000TiB'", "of shared memory", "Available memory",
+                         "Lower store.arena")
+            self.assertEqual(job.stderr.count("certkv: error"), 1, job.stderr)
+        store = product.certkv("store", "--arena", "1000TiB")
+        store.expect_exit(2).expect_text("of shared memory", "Lower store.arena")
 
     def test_an_arena_that_is_too_small_fails_its_lines_and_says_what_to_raise(self):
         job = self.run_job("arena", "--store.arena", "64KiB", ranks=2)

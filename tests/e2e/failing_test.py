@@ -28,11 +28,11 @@ class StoppedJobs(unittest.TestCase):
         cls.temporary.cleanup()
 
     @classmethod
-    def job(cls, name, *arguments, ranks=2):
+    def job(cls, name, *arguments, ranks=2, input_file="batch.jsonl"):
         """Few sequences at once, so that lines are finished long before the last one is."""
         return product.start(*product.job_arguments(
-            cls.folder, name, "--deterministic", "true", "--max-num-seqs", "2", *arguments),
-            ranks=ranks)
+            cls.folder, name, "--deterministic", "true", "--max-num-seqs", "2", *arguments,
+            input_file=input_file), ranks=ranks)
 
     def start(self, name, **options):
         """A job with at least one finished line and others to come."""
@@ -112,12 +112,26 @@ class StoppedJobs(unittest.TestCase):
         self.goes_on("usr1")
 
     def test_sigterm_to_mpirun_keeps_the_finished_lines_and_says_how_to_go_on(self):
-        job = self.start("term")
+        # One short line, and two of 1200 tokens that nothing ends before: when the short one is
+        # finished the job still has seconds to go, however fast the machine is.
+        short, *long = product.lines(self.folder, "batch.jsonl")[:3]
+        for line in long:
+            line["body"].update(max_tokens=1200, stop=[])
+        product.write_lines(os.path.join(self.folder, "long.jsonl"), [short, *long])
+        job = self.start("term", input_file="long.jsonl")
+        begin = time.monotonic()
         job.signal(signal.SIGTERM)
-        # mpirun, told to end, ends with 1 whatever its ranks return.
-        self.ends(job, 1, 4)
-        job.expect_text("SIGTERM: stopping", "To continue:", "--resume")
-        self.goes_on("term")
+        # mpirun, told to end, ends with 1 whatever its ranks return; they are the ones that speak.
+        self.ends(job, 1)
+        self.assertLess(time.monotonic() - begin, 5, "mpirun gives its ranks 1 s")
+        job.expect_text("SIGTERM: stopping", "To continue:", "mpirun -np 2 certkv run", "--resume")
+        self.assertEqual(self.finished("term"), 1)
+        self.job("term", "--resume", input_file="long.jsonl").wait(200).expect_exit(0) \
+            .expect_nothing_left().expect_text("1 of 3 lines are finished")
+        texts = product.texts(self.folder, "term", "results.jsonl")
+        self.assertEqual(texts[short["custom_id"]], self.whole[short["custom_id"]])
+        for line in long:
+            self.assertTrue(texts[line["custom_id"]].startswith(self.whole[line["custom_id"]]))
 
     def test_a_process_without_mpirun_ends_with_4_at_sigint_and_sigterm(self):
         for number in (signal.SIGINT, signal.SIGTERM):

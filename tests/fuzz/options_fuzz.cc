@@ -1,24 +1,15 @@
-// Fuzz entry: configuration text from an attacker. Whatever it is, it is refused with a named
-// error, or read into values that are allowed and whose echo reads back the same.
-//   clang++ -fsanitize=fuzzer,address ... tests/fuzz/options_fuzz.cc
-#include <cstddef>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
+// Configuration text. Whatever it is, it is refused with a named error, or read into values that
+// are allowed and whose echo reads back the same.
 #include <string_view>
 
 #include "kernels/base/error.h"
 #include "runtime/options_io.h"
+#include "tests/fuzz/target.h"
 
 namespace {
 
 using namespace certkv;
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "options_fuzz: %s\n", what);
-  std::abort();
-}
+using certkv::fuzz::require;
 
 // True if it was read; false if it was refused as it should be.
 bool read(OptionTable& table, std::string_view text) {
@@ -38,11 +29,12 @@ bool read(OptionTable& table, std::string_view text) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   JobOptions options;
   OptionTable table(options);
-  const bool accepted = read(table, {reinterpret_cast<const char*>(data), size});
+  const bool read_well = read(table, {reinterpret_cast<const char*>(data), size});
   for (const OptionField& field : table.fields()) {
     require(option_check(field.target, field.doc).empty(), "a value that is not allowed");
   }
-  if (!accepted) return 0;
+  if (!read_well) return 0;
+  ++fuzz::accepted;
   JobOptions again;
   OptionTable echo(again);
   require(read(echo, table.echo_yaml()), "the echo was refused");
@@ -53,4 +45,57 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   require(!table.echo_json().empty(), "no JSON");
   return 0;
+}
+
+certkv::fuzz::Plan certkv::fuzz::plan() {
+  JobOptions options;
+  return {
+      "OptionsFuzz",
+      {OptionTable(options).echo_yaml(),
+       "tolerance: {absolute: 1e-3}\nsampling:\n  stop: [\"\\x0a\", 'it''s', plain, '# no']\n",
+       "compare: [budget, dense]\nmodel: {path: \"a b\", dtype: auto}\n",
+       "sampling:\n  stop:\n    - |\n      literal\n    - >-\n      folded\n      text\n    - ~x\n",
+       "? policy\n: dense\n...\n", "%YAML 1.2\n---\nrun: {resume: true}\n"},
+      {"\"\"",
+       "&a ",
+       "*a",
+       "!!str ",
+       "[",
+       "]",
+       "{",
+       "}",
+       ": ",
+       "- ",
+       "? ",
+       "|\n",
+       ">\n",
+       "'",
+       "\"",
+       "\\x",
+       "\\u0000",
+       "\n",
+       "\t",
+       "#",
+       "---\n",
+       "...\n",
+       "%",
+       ",",
+       "~",
+       "null",
+       ".nan",
+       "1e999",
+       "-0",
+       "\xef\xbb\xbf",
+       "\xc2\x85",
+       "\xe2\x80\xa8",
+       "\x04",
+       std::string(1, '\0'),
+       "<<: ",
+       "tolerance",
+       "18446744073709551616",
+       "0x10",
+       "1_000",
+       "\xff",
+       "\r"},
+      15000};
 }

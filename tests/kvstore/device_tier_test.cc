@@ -158,5 +158,64 @@ TEST_F(Tier, PagesAreCountedWhileAnyoneHoldsThem) {
   EXPECT_EQ(account->bytes, 0u);
 }
 
+TEST_F(Tier, OpenTokensThatChangedAreNeitherServedOnNorSealed) {
+  const Rows rows(128, 12);
+  for (const bool values : {false, true}) {
+    for (const size_t tokens : {1, 17, 63}) {  // the next token seals the last of these
+      DeviceTier tier = make();
+      append(&tier, rows, 0, 64 + tokens);
+      const DeviceTier fork = tier.fork();
+      const BlockRef& ref = tier.blocks()[4];
+      auto* data = const_cast<uint16_t*>(values ? ref.v : ref.k);
+      data[9] = uint16_t(data[9] ^ 2);
+      try {
+        append(&tier, rows, 64 + tokens, 1);
+        ADD_FAILURE() << "accepted";
+      } catch (const Error& e) {
+        EXPECT_EQ(e.kind(), ErrorKind::OriginalsLost);
+        EXPECT_NE(std::string(e.what()).find("tokens 64 to"), std::string::npos) << e.what();
+      }
+      EXPECT_EQ(tier.tokens(), 64 + tokens);
+      EXPECT_EQ(tier.sealed_blocks(), 4u);
+      DeviceTier other = fork.fork();
+      append(&other, rows, 64 + tokens, 1);  // whose copy was made before
+      EXPECT_EQ(other.tokens(), 65 + tokens);
+    }
+  }
+}
+
+TEST_F(Tier, APageSealedAnewIsTakenOnlyIfItIsTheSame) {
+  const Rows rows(192, 10), others(64, 11);
+  const auto at = [](const Rows& r, size_t page) {
+    return std::pair{r.k.data() + page * 64 * kDim, r.v.data() + page * 64 * kDim};
+  };
+  DeviceTier tier = make(), good = make();
+  append(&tier, rows, 0, 192);
+  append(&good, rows, 0, 192);
+  DeviceTier fork = tier.fork();
+  ASSERT_EQ(tier.pages(), 3u);
+  const auto [k, v] = at(rows, 1);
+  EXPECT_EQ(tier.check_page(1), PageState::Sound);
+  // Of a sound page the bytes come out as they were.
+  EXPECT_EQ(tier.rebuild_page(1, k, v), PageRebuild::DigestWasDamaged);
+  EXPECT_FALSE(tier.shares_page(1, fork));
+  fork.adopt_page(1, tier);
+  EXPECT_TRUE(tier.shares_page(1, fork));
+
+  auto* bytes = const_cast<std::byte*>(tier.blocks()[4].page);
+  bytes[100] ^= std::byte(4);
+  EXPECT_EQ(tier.check_page(1), PageState::Bytes);
+  EXPECT_EQ(tier.check_page(0), PageState::Sound);
+  const auto [wrong_k, wrong_v] = at(others, 0);
+  EXPECT_EQ(tier.rebuild_page(1, wrong_k, wrong_v), PageRebuild::OtherDigest);
+  EXPECT_EQ(tier.blocks()[4].page, bytes);
+  EXPECT_EQ(tier.rebuild_page(1, k, v), PageRebuild::Done);
+  EXPECT_EQ(tier.check_page(1), PageState::Sound);
+  EXPECT_EQ(fork.check_page(1), PageState::Bytes);  // until it is told
+  fork.adopt_page(1, tier);
+  expect_same(tier, good);
+  expect_same(fork, good);
+}
+
 }  // namespace
 }  // namespace certkv

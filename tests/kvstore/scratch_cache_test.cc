@@ -95,5 +95,20 @@ TEST(Scratch, AnIdleBlockAgesOut) {
   EXPECT_NE(cache.find(2), nullptr);
 }
 
+TEST(Scratch, ASealedBlockIsSoundUntilItsBytesChange) {
+  ScratchCache cache(2, 16);
+  uint32_t evicted;
+  uint16_t* slot = cache.insert(5, &evicted);
+  std::fill_n(slot, 16, uint16_t(7));
+  EXPECT_FALSE(cache.sound(5));  // nobody has said that its bytes are there
+  cache.seal(5);
+  EXPECT_TRUE(cache.sound(5));
+  slot[15] = uint16_t(slot[15] ^ 0x8000);
+  EXPECT_FALSE(cache.sound(5));
+  cache.erase(5);
+  EXPECT_EQ(cache.insert(6, &evicted), slot);
+  EXPECT_FALSE(cache.sound(6));
+}
+
 }  // namespace
 }  // namespace certkv

@@ -25,15 +25,17 @@ void say(const char* what, int rank, const std::string& text) {
   std::fflush(stdout);
 }
 
+// `witness` is false for a rank that only comes back because mpirun wakes the ranks that it ends
+// (SIGCONT before SIGTERM): whether it gets to see anything before it dies is a matter of luck.
 template <typename F>
-void expect_error(int rank, F&& f) {
+void expect_error(int rank, F&& f, bool witness = true) {
   const auto start = std::chrono::steady_clock::now();
   try {
     f();
-    say("NOTHING", rank, "no error");
+    say(witness ? "NOTHING" : "WOKEN", rank, "no error");
   } catch (const Error& error) {
     const double s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    say("SAW", rank, fmt::format("{} after {:.1f} s: {}", error_kind_name(error.kind()), s, error.what()));
+    say(witness ? "SAW" : "WOKEN", rank, fmt::format("{} after {:.1f} s: {}", error_kind_name(error.kind()), s, error.what()));
   }
 }
 
@@ -64,7 +66,7 @@ int run(const std::string& scenario) {
 
   if (scenario == "stop") {
     if (culprit) raise(SIGSTOP);
-    expect_error(rank, reduce);
+    expect_error(rank, reduce, !culprit);
     end(session);
   }
   if (scenario == "stop-waiting") {  // the others know that rank 1 has come, but not that it stopped
@@ -81,7 +83,7 @@ int run(const std::string& scenario) {
         kill(getpid(), SIGSTOP);
       });
     }
-    expect_error(rank, reduce);
+    expect_error(rank, reduce, !culprit);
     end(session);
   }
   if (scenario == "hang") {  // the process lives, its work does not
@@ -111,7 +113,7 @@ int run(const std::string& scenario) {
   }
   if (scenario == "receive") {
     if (culprit) raise(SIGSTOP);
-    expect_error(rank, [&] { channel->receive(1, kSilence); });
+    expect_error(rank, [&] { channel->receive(1, kSilence); }, !culprit);
     end(session);
   }
   if (scenario == "pause") {  // shorter than the limit: nobody may notice

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <random>
@@ -21,7 +22,9 @@ namespace {
 constexpr uint64_t kArena = uint64_t(64) << 20;
 
 // Byte-level tokenizer without merges: id = byte.
-std::shared_ptr<const Tokenizer> byte_tokenizer() { return load_tokenizer(CERTKV_READER_DIR); }
+std::shared_ptr<const Tokenizer> byte_tokenizer() {
+  return load_tokenizer(CERTKV_READER_DIR);
+}
 
 Request random_request(uint64_t id, int64_t vocab, size_t prompt, int64_t max_tokens) {
   std::mt19937 random(uint32_t(id + 1));
@@ -37,6 +40,7 @@ Request random_request(uint64_t id, int64_t vocab, size_t prompt, int64_t max_to
 struct RunResult {
   std::map<std::pair<uint64_t, Policy>, Completion> completions;
   std::vector<StepRecord> steps;
+  std::vector<double> prefilled;  // shares, as they were told
 };
 
 RunResult run(const JobOptions& options, int ranks, int threads,
@@ -47,8 +51,8 @@ RunResult run(const JobOptions& options, int ranks, int threads,
     const auto group = world.communicator(rank);
     EngineParts parts;
     parts.config = std::make_shared<const ModelConfig>(test::random_model_config());
-    parts.weights = std::make_shared<const Weights>(
-        test::random_weights(*parts.config, ranks, rank, 11));
+    parts.weights =
+        std::make_shared<const Weights>(test::random_weights(*parts.config, ranks, rank, 11));
     parts.tokenizer = byte_tokenizer();
     parts.group = group.get();
     parts.store = store.attach(rank);
@@ -59,6 +63,7 @@ RunResult run(const JobOptions& options, int ranks, int threads,
       result.completions.emplace(key, std::move(c));
     };
     engine->on_step = [&](const StepRecord& s) { result.steps.push_back(s); };
+    engine->on_prefill_progress = [&](double share) { result.prefilled.push_back(share); };
     if (rank == 0)
       for (const Request& r : requests) engine->submit(r);
     while (engine->step(false)) {
@@ -114,6 +119,23 @@ TEST_F(CertifiedEngineTest, DeterministicRunsAreBitwiseEqualForAnyRanksThreadsAn
   expect_same(one, first, "alone");
 }
 
+TEST_F(CertifiedEngineTest, TheScrubChangesNoBitOfTokensAndVerdicts) {
+  JobOptions o = deterministic_options();
+  const std::vector<Request> requests = {random_request(0, vocab, 150, 70),
+                                         random_request(1, vocab, 200, 30)};
+  o.cache.scrub_steps = 0;
+  const RunResult off = run(o, 2, 2, requests);
+  for (const int64_t steps : {1, 7, 256}) {
+    o.cache.scrub_steps = steps;
+    const RunResult on = run(o, 2, 2, requests);
+    expect_same(off, on, "scrub_steps " + std::to_string(steps));
+    for (const auto& [key, c] : on.completions) EXPECT_EQ(c.counts.digest, 0u);
+    double seconds = 0;
+    for (const StepRecord& s : on.steps) seconds += s.phase_seconds.scrub;
+    EXPECT_GT(seconds, 0);
+  }
+}
+
 TEST_F(CertifiedEngineTest, EveryHeadStepIsCountedOnceWhateverThePolicy) {
   JobOptions o = deterministic_options();
   Request r = random_request(3, vocab, 200, 20);
@@ -124,8 +146,8 @@ TEST_F(CertifiedEngineTest, EveryHeadStepIsCountedOnceWhateverThePolicy) {
     SCOPED_TRACE(policy_name(key.second));
     ASSERT_FALSE(c.failed) << c.error;
     // The first token comes from the prefill, which is not a head-step.
-    const uint64_t expected =
-        (c.tokens.size() - (c.finish_reason == "length" ? 1 : 0)) * uint64_t(config.layers * config.heads);
+    const uint64_t expected = (c.tokens.size() - (c.finish_reason == "length" ? 1 : 0)) *
+                              uint64_t(config.layers * config.heads);
     EXPECT_EQ(c.counts.head_steps, expected);
     EXPECT_EQ(c.counts.certified + c.counts.exact + c.counts.over + c.counts.failed, expected);
     uint64_t rungs = 0;
@@ -146,7 +168,7 @@ TEST_F(CertifiedEngineTest, EveryHeadStepIsCountedOnceWhateverThePolicy) {
 }
 
 TEST_F(CertifiedEngineTest, PhasesOfAStepAddUpToItsTime) {
-  constexpr double kRounding = 1e-9;  // seconds: sums of ten doubles below a second
+  constexpr double kRounding = 1e-9;  // seconds: sums of eleven doubles below a second
   JobOptions o = deterministic_options();
   Request r = random_request(3, vocab, 200, 20);
   r.compare = {Policy::Budget, Policy::Dense};
@@ -157,7 +179,7 @@ TEST_F(CertifiedEngineTest, PhasesOfAStepAddUpToItsTime) {
       const StepRecord::Phases& p = s.phase_seconds;
       double sum = 0;
       for (double x : {p.projections, p.append, p.attention, p.judge, p.ladder, p.balance,
-                       p.communicate, p.sample, p.record, p.other}) {
+                       p.communicate, p.sample, p.scrub, p.record, p.other}) {
         EXPECT_GE(x, 0);
         sum += x;
       }
@@ -170,6 +192,15 @@ TEST_F(CertifiedEngineTest, PhasesOfAStepAddUpToItsTime) {
       }
     }
   }
+}
+
+TEST_F(CertifiedEngineTest, TheLeaderTellsHowFarAPromptIsRead) {
+  const RunResult r = run(deterministic_options(), 2, 1, {random_request(0, vocab, 600, 2)});
+  ASSERT_EQ(r.prefilled.size(), size_t(2 * config.layers));  // 600 tokens are two chunks of 512
+  EXPECT_TRUE(std::is_sorted(r.prefilled.begin(), r.prefilled.end()));
+  EXPECT_GT(r.prefilled.front(), 0);
+  EXPECT_LT(r.prefilled.front(), 1);
+  EXPECT_EQ(r.prefilled.back(), 1);
 }
 
 TEST_F(CertifiedEngineTest, WhatFitsTheOpenBlockIsCertifiedAtRungZero) {

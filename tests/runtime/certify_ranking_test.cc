@@ -54,6 +54,24 @@ TEST(Ranking, NamesExactlyTheBlocksThatMayBeHeavier) {
   EXPECT_EQ(x.unresolved(1), (Blocks{1, 3}));
 }
 
+// Both sides' rounding counts: eps_l twice, eps_w, and g of the block of F, which ||q|| K_b brings.
+TEST(Ranking, IsUnresolvedWithinTheRoundingOfBothSides) {
+  for (double apart : {0.5 * kEpsW, 2 * kEpsW}) {
+    Ranked x;
+    x.add(10, 0, true);
+    x.add(10 - apart, 0, false);
+    EXPECT_EQ(x.unresolved(1).empty(), apart > kEpsW + 4 * gamma_n(20));
+  }
+  for (float k_norm : {0.0f, 1000.0f}) {
+    Ranked x;
+    x.q.norm[0] = 100.0f;
+    x.add(10, 0, true);
+    x.blocks[0].k_norm = k_norm;
+    x.add(9.95, 0, false);
+    EXPECT_EQ(x.unresolved(1).empty(), k_norm == 0);
+  }
+}
+
 TEST(Ranking, ATieIsUnresolved) {
   Ranked x;
   x.add(10, 0, true);
@@ -70,6 +88,16 @@ TEST(Ranking, NaNIsUnresolved) {
   y.add(std::nan(""), 0, true);
   y.add(-50, 0, false);
   EXPECT_EQ(y.unresolved(1), Blocks{1});
+}
+
+// Flushed as a whole: all that is known of its mass is that it lies between 0 and tokens * 2^-125
+// about the reference, so another block far below that reference may still be heavier.
+TEST(Ranking, ABlockOfFWhoseWeightsWereFlushedOutranksNothing) {
+  Ranked x;
+  x.add(0, 0, true);
+  x.pass.block_sum[0] = 0;
+  x.add(-110, 0.1, false);
+  EXPECT_EQ(x.unresolved(1), Blocks{1});
 }
 
 TEST(Ranking, TooSmallAnFAsksForTheHeaviestOutside) {

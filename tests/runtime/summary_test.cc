@@ -64,6 +64,7 @@ HeadStepCounts counts(uint64_t certified, uint64_t exact, uint64_t over, uint64_
 TEST(Summary, HasEveryPromisedKeyAndTheFiguresAddUp) {
   Summary s({Policy::Budget}, {true, 0.05}, false);
   s.lines_total = 3;
+  s.tier1_digest = tier1_digest_name({.scrub_steps = 256});
   s.add(line(0, Policy::Budget, counts(10, 0, 0, 0), Outcome::Certified));
   s.add(line(1, Policy::Budget, counts(8, 2, 0, 0), Outcome::Exact));
   s.add(line(2, Policy::Budget, counts(3, 0, 0, 1), Outcome::Failed));
@@ -94,7 +95,7 @@ TEST(Summary, HasEveryPromisedKeyAndTheFiguresAddUp) {
   EXPECT_EQ(v["over"], 0);
   EXPECT_EQ(v["rungs"], (json{{"0", 21}, {"1", 0}, {"2", 0}, {"3", 2}, {"4", 1}}));
   EXPECT_EQ(v["scratch_hit_rate"], 0.75);
-  EXPECT_EQ(v["tier1_digest"], "none");
+  EXPECT_EQ(v["tier1_digest"], "scrub:256");
   EXPECT_EQ(v["returned"]["relative_max"], 0.01);
   EXPECT_GE(v["returned"]["relative_p99"].get<double>(), 0.0099);
   // The session's last word: 12 tokens in 1.5 s of decode steps.

@@ -118,6 +118,15 @@ TEST(YamlReader, ControlCharactersAndOtherEncodingsAreRefused) {
   EXPECT_EQ(message_of("a: \"\\x04\"\r\n"), "accepted");
 }
 
+TEST(YamlReader, EscapesAreCharactersOrRefused) {
+  EXPECT_EQ(read_yaml(R"(["\x85", "\xa0", "\u2028", "\L"])", "f").children[3].text, "\xe2\x80\xa8");
+  EXPECT_EQ(read_yaml(R"("\x85")", "f").text, "\xc2\x85");
+  for (const char* text : {R"("\N")", R"("a\_b")", R"({"\N": 1})", R"(["\ud800"])"}) {
+    EXPECT_THAT(message_of(text), StartsWith("f:1:")) << text;
+  }
+  EXPECT_THAT(message_of(R"("\N")"), HasSubstr("write \\x85 and \\xa0"));
+}
+
 TEST(YamlReader, SizeIsBoundedBeforeParsing) {
   EXPECT_EQ(message_of(std::string(kYamlMaxBytes + 1, '#')),
             "f:1:1: 1048577 bytes; at most 1048576 are allowed");

@@ -26,6 +26,14 @@ elseif(NOT CERTKV_SANITIZER STREQUAL "")
   message(FATAL_ERROR "CERTKV_SANITIZER is '${CERTKV_SANITIZER}': use address, thread or nothing")
 endif()
 
+if(CERTKV_FUZZERS)
+  if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+    message(FATAL_ERROR "CERTKV_FUZZERS needs clang: configure with -DCMAKE_CXX_COMPILER=clang++ in "
+      "a new build folder (the tests replay seeded inputs with any compiler)")
+  endif()
+  target_compile_options(certkv_flags INTERFACE -fsanitize=fuzzer-no-link)
+endif()
+
 # Test programs are compiled with the same flags, but for the UBSan checks that quadruple the time of
 # GoogleTest's headers: AddressSanitizer stops at a null pointer anyway. The layers keep them all.
 add_library(certkv_test_flags INTERFACE)
