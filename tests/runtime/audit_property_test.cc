@@ -149,6 +149,15 @@ TEST(AuditRequantise, AgreesWithThePagesOfEveryLayout) {
         expect_up(note.kappa, mine.kappa, "kappa");
         expect_up(note.e, mine.e, "e");
         expect_up(note.eta, mine.eta, "eta");
+        expect_up(note.vbar, mine.vbar, "vbar");
+      }
+      // The largest norm, of which stored norms are 16-bit parts (each part rounded up), or the
+      // smallest step.
+      const double step = page_notes(f, at).norm_step;
+      EXPECT_EQ(x.served_max.size(), x.blocks.size());
+      for (const double largest : x.served_max) {
+        EXPECT_GE(step, largest / 65535 * (1 - 0x1p-40));
+        EXPECT_LE(step, largest / 65535 * (1 + kRoundedUp) + 0x1p-126);
       }
     }
   EXPECT_GT(sealed, 100u);
