@@ -38,6 +38,7 @@ constexpr Phase kPhases[] = {
     {"projections", &StepRecord::Phases::projections}, {"append", &StepRecord::Phases::append},
     {"attention", &StepRecord::Phases::attention},     {"judge", &StepRecord::Phases::judge},
     {"ladder", &StepRecord::Phases::ladder},           {"balance", &StepRecord::Phases::balance},
+    {"scrub", &StepRecord::Phases::scrub},
     {"communicate", &StepRecord::Phases::communicate}, {"sample", &StepRecord::Phases::sample},
     {"record", &StepRecord::Phases::record},           {"other", &StepRecord::Phases::other}};
 
