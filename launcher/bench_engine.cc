@@ -224,7 +224,7 @@ int bench_engine(const std::vector<std::string>& values, bool decode) {
   int64_t tokens = 32;
   bench.warmup = 8;
   OptionTable table(bench.job, {"model", "policy", "compare", "tolerance", "cache", "paper",
-                                "ladder", "scratch", "store", "parallel", "deterministic"});
+                                "ladder", "skip", "scratch", "store", "parallel", "deterministic"});
   table.add(
       "context", &contexts,
       {.meaning = "tokens of the prompt, with commas between; in ascending order, or the peak of "
