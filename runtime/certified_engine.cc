@@ -183,6 +183,7 @@ StepRules CertifiedEngine::rules_of(const Request& r, Policy policy) const {
           .tolerance = r.tolerance,
           .paper = options_.paper,
           .ladder = options_.ladder,
+          .skip = options_.skip,
           .exploration_seed = r.sampling.seed};
 }
 

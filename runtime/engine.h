@@ -86,6 +86,7 @@ struct StepRecord {
   } candidate, returned;
   double e_key_max = 0, e_val_max = 0, e_fp_max = 0, e_key_paper_max = 0;
   uint64_t f_blocks = 0, x_blocks = 0;  // resident original blocks used by the pass
+  uint64_t skipped_blocks = 0;          // blocks whose values were not read (skip.share)
   // The leader's wall time. What its threads do for different heads at once counts as their mean.
   struct Phases {
     double projections = 0;  // norms, products, rotary embedding, logits

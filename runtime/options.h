@@ -56,6 +56,10 @@ struct LadderOptions {
   double exploration = 0.0;  // share of tail blocks promoted at random each step (0.01-0.05: soak)
 };
 
+struct SkipOptions {   // certified skipping, policy budget
+  double share = 0.0;  // of the tolerance that unread values may use up; 0: every value is read
+};
+
 struct SamplingOptions {
   int64_t max_tokens = 64;
   double temperature = 0.0;  // 0: greedy
@@ -109,6 +113,7 @@ struct JobOptions {
   CacheOptions cache;
   PaperOptions paper;
   LadderOptions ladder;
+  SkipOptions skip;
   SamplingOptions sampling;
   bool deterministic = false;  // bitwise equal for every T, at some cost in speed (method 8)
   ScratchOptions scratch;

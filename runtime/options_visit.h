@@ -127,6 +127,16 @@ inline void visit_options(PaperOptions& o, OptionVisitor& v) {
            .allowed = "local greedy"});
 }
 
+inline void visit_options(SkipOptions& o, OptionVisitor& v) {
+  v.field("share", &o.share,
+          {.meaning = "policy budget: share of the tolerance that may go to values of negligible "
+                      "weight which are not read; 0 reads them all",
+           .unit = "share",
+           .cost = "fewer bytes read where attention is sharp, less room for quantisation",
+           .min = 0,
+           .max = 1});
+}
+
 inline void visit_options(LadderOptions& o, OptionVisitor& v) {
   v.field("max_rounds", &o.max_rounds,
           {.meaning = "rounds of promotion (rungs 1 and 2) per head-step before dense attention",
@@ -346,6 +356,7 @@ inline void visit_options(JobOptions& o, OptionVisitor& v) {
   visit_group("cache", o.cache, v);
   visit_group("paper", o.paper, v);
   visit_group("ladder", o.ladder, v);
+  visit_group("skip", o.skip, v);
   visit_group("sampling", o.sampling, v);
   v.field(
       "deterministic", &o.deterministic,

@@ -8,7 +8,7 @@ namespace certkv {
 namespace {
 
 constexpr size_t kFloats = sizeof(HeadFigures) / sizeof(float);
-constexpr size_t kExtras = 2;  // F blocks, X blocks of the rank
+constexpr size_t kExtras = 3;  // F blocks, X blocks of the rank
 
 // Maximum that keeps NaN.
 void raise(double& largest, double x) {
@@ -35,7 +35,7 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
   sequences_ = sequences.size();
   std::vector<float> mine;
   mine.reserve(stride());
-  uint64_t f = 0, x = 0;
+  uint64_t f = 0, x = 0, skipped = 0;
   for (int64_t s : sequences) {
     const SequenceReport& report = cache.report(s);
     const float* p = reinterpret_cast<const float*>(report.figures.data());
@@ -43,9 +43,10 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
     for (const GroupReport& g : report.layers) {
       f += g.f_blocks;
       x += g.x_blocks;
+      skipped += g.skipped_blocks;
     }
   }
-  mine.insert(mine.end(), {float(f), float(x)});
+  mine.insert(mine.end(), {float(f), float(x), float(skipped)});
   all_.resize(mine.size() * ranks_);
   group.all_gather(view_f32(mine.data(), mine.size()), view_f32(all_.data(), all_.size()), {});
   group.wait();
@@ -53,6 +54,7 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
     const float* extras = all_.data() + (r + 1) * stride() - kExtras;
     f_blocks_ += uint64_t(extras[0]);
     x_blocks_ += uint64_t(extras[1]);
+    skipped_blocks_ += uint64_t(extras[2]);
   }
 }
 
@@ -99,6 +101,7 @@ void StepFigures::fill(StepRecord* record) const {
   record->returned = bounds(returned);
   record->f_blocks = f_blocks_;
   record->x_blocks = x_blocks_;
+  record->skipped_blocks = skipped_blocks_;
 }
 
 }  // namespace certkv

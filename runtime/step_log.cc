@@ -49,7 +49,8 @@ json step_json(const StepRecord& r, int replica, const std::string& session) {
   json v = {{"session", session},       {"replica", replica},
             {"step", r.step},           {"policy", policy_name(r.policy)},
             {"sequences", r.sequences}, {"tokens", r.tokens},
-            {"f_blocks", r.f_blocks},   {"x_blocks", r.x_blocks}};
+            {"f_blocks", r.f_blocks},   {"x_blocks", r.x_blocks},
+            {"skipped_blocks", r.skipped_blocks}};
   put_figure(v, "seconds", r.seconds);
   put_figure(v, "tokens_per_second", r.seconds > 0 ? double(r.tokens) / r.seconds : 0);
   put_counts(v, r.counts);

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <utility>
 
 #include "kernels/base/log.h"
 #include "runtime/audit/capture.h"
@@ -87,6 +88,10 @@ struct HeadStep::Impl {
                     const BlockRef& was, const BlockRef& now);
   bool promote(std::span<const uint32_t> keys, std::span<const uint32_t> values, uint32_t mask);
   uint32_t climb();
+  bool skip_limits(double* limits) const;
+  bool settle_skipping();
+  void remember_for_skipping();
+  double skipping_seconds = 0;  // of a pass that was thrown away
   std::vector<uint32_t> explore() const;
   uint32_t paper_phase_two();
 };
@@ -286,6 +291,67 @@ uint32_t HeadStep::Impl::climb() {
   }
 }
 
+// How much mass times nu a run may have to be skipped, as logarithms, from the last step's Z and S.
+// False: nothing is skipped. SOURCE: method E6.
+bool HeadStep::Impl::skip_limits(double* limits) const {
+  const HeadState& h = state();
+  if (rules().policy != Policy::Budget || !(rules().skip.share > 0)) return false;
+  if (h.last_log_z.size() != size_t(q.heads)) return false;
+  const double runs = std::max(1.0, double(h.tier.tokens()) / h.tier.format().group_tokens);
+  for (int i = 0; i < q.heads; ++i) {
+    const Tolerance& t = rules().tolerance;
+    const double tolerance = t.is_relative ? t.value * h.last_s[size_t(i)] : t.value;
+    limits[i] = h.last_log_z[size_t(i)] + std::log(rules().skip.share * tolerance * h.skip_boost /
+                                                   runs);  // NaN skips nothing
+  }
+  return true;
+}
+
+// After a pass that skipped: false where a head is not certified, and the pass is to be run again
+// without. Adapts the boost by what was charged.
+bool HeadStep::Impl::settle_skipping() {
+  bool fit = true;
+  double charged = 0;  // largest share of what skipping may cost
+  for (int h = 0; h < q.heads; ++h) {
+    const Certificate& c = report().heads[size_t(h)].returned;
+    fit = fit && fits(c) &&
+          ranking_unresolved(context, q, pass, h, blocks(), rules().ranking()).empty();
+    const HeadSums& sums = pass.head[size_t(h)];
+    double sum = 0;
+    for (size_t b = 0; b < pass.blocks; ++b) {
+      const size_t i = pass.at(h, b);
+      if ((pass.used[i] & kSkippedValue) != 0)
+        sum += pass.block_sum[i] * std::exp(double(pass.block_ref[i]) - sums.m) / sums.l *
+               blocks()[b].nu;
+    }
+    charged = std::max(charged, sum / (rules().skip.share * allowed(c)));
+  }
+  double& boost = state().skip_boost;
+  if (!fit || !(charged <= 1))
+    boost = std::max(boost / 4, 0x1p-10);
+  else if (charged < 0.4)
+    boost = std::min(boost * 2, 0x1p20);
+  if (!fit) return false;
+  for (size_t b = 0; b < pass.blocks; ++b)
+    report().skipped_blocks += (pass.used[pass.at(0, b)] & kSkippedValue) != 0;
+  return true;
+}
+
+// Heads that climbed are not to be made to climb higher: the next step reads everything.
+void HeadStep::Impl::remember_for_skipping() {
+  HeadState& h = state();
+  h.last_log_z.clear();
+  h.last_s.clear();
+  if (rules().policy != Policy::Budget || !(rules().skip.share > 0)) return;
+  for (const HeadReport& r : report().heads)
+    if (r.rung != 0 || r.outcome != Outcome::Certified) return;
+  for (int i = 0; i < q.heads; ++i) {
+    const HeadSums& sums = pass.head[size_t(i)];
+    h.last_log_z.push_back(sums.m + std::log(sums.l));
+    h.last_s.push_back(report().heads[size_t(i)].returned.s);
+  }
+}
+
 // Seeded random share of tail blocks, so that the canary sees the whole cache over time (method 7).
 std::vector<uint32_t> HeadStep::Impl::explore() const {
   std::vector<uint32_t> chosen;
@@ -345,6 +411,7 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
   s.originals_ = &originals;
   s.report_ = report;
   s.on_rung3 = false;
+  s.skipping_seconds = 0;
   s.queries = q;
   s.out = out;
   s.log_mass_out = block_log_mass;
@@ -363,7 +430,9 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
     report->x_blocks = state->values.resident();
     report->scratch_hits += report->f_blocks + report->x_blocks;
   }
-  attend_begin(s.context, s.q, s.blocks(), {}, &s.pass);
+  double limits[kMaxGroupHeads];
+  const bool skips = s.skip_limits(limits);
+  attend_begin(s.context, s.q, s.blocks(), {.skip = skips ? limits : nullptr}, &s.pass);
   s.add_to_pass(s.start);
 }
 
@@ -412,6 +481,13 @@ bool HeadStep::finish() {
         s.log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
   }
   report->judge_seconds = seconds_since(finishing) - merged;
+  if (s.pass.skips && !s.settle_skipping()) {  // once more, with every value
+    s.pass_ns = 0;
+    attend_begin(s.context, s.q, s.blocks(), {}, &s.pass);
+    s.skipping_seconds = report->pass_seconds + report->judge_seconds;
+    return true;
+  }
+  report->pass_seconds += std::exchange(s.skipping_seconds, 0.0);
 
   uint32_t dense = 0;
   if (policy == Policy::Budget) {
@@ -446,6 +522,7 @@ bool HeadStep::finish() {
     learn(s.context, s.pass, s.blocks(), {allowed.data(), size_t(heads)}, policy == Policy::Paper,
           s.state_);
   }
+  s.remember_for_skipping();
   s.on_rung3 = dense != 0;
   if (s.on_rung3) {
     s.pass_ns = 0;
