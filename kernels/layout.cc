@@ -9,7 +9,7 @@
 namespace certkv {
 namespace {
 
-constexpr std::array<Layout, 4> kLayouts = {{
+constexpr std::array<Layout, 7> kLayouts = {{
     {.name = "compact",
      .key = {.code_bits = 8, .metadata = DType::F16},
      .value = {.code_bits = 4, .metadata = DType::F16},
@@ -25,18 +25,45 @@ constexpr std::array<Layout, 4> kLayouts = {{
      .value = {.code_bits = 4, .metadata = DType::F16},
      .key_group_tokens = 16,
      .value_group_elements = 16},
+    {.name = "k8v4",
+     .key = {.code_bits = 8, .metadata = DType::F16},
+     .value = {.code_bits = 4, .metadata = DType::F16},
+     .key_group_tokens = 64,
+     .value_group_elements = 16},
+    {.name = "k8v8",
+     .key = {.code_bits = 8, .metadata = DType::F16},
+     .value = {.code_bits = 8, .metadata = DType::F16},
+     .key_group_tokens = 64,
+     .value_group_elements = 64},
     {.name = "k12v8",
+     .key = {.code_bits = 12, .residual_bits = 4, .read_residual = true, .metadata = DType::F16},
+     .value = {.code_bits = 8, .metadata = DType::F16},
+     .key_group_tokens = 64,
+     .value_group_elements = 64},
+    {.name = "k12v8split",
      .key = {.code_bits = 12, .residual_bits = 4, .read_residual = true, .metadata = DType::F16},
      .value = {.code_bits = 8, .residual_bits = 4, .read_residual = true, .metadata = DType::F16},
      .key_group_tokens = 64,
      .value_group_elements = 16},
 }};
 
-size_t align64(size_t x) { return (x + 63) / 64 * 64; }
+// Cheapest first. Re-encoding goes back to the originals, so the classes need share neither scales
+// nor planes: each has the value groups that suit its own bits.
+constexpr std::array<std::string_view, 3> kClassNames = {"k8v4", "k8v8", "k12v8"};
+
+size_t align64(size_t x) {
+  return (x + 63) / 64 * 64;
+}
 
 }  // namespace
 
-std::span<const Layout> layouts() { return kLayouts; }
+std::span<const Layout> layouts() {
+  return kLayouts;
+}
+
+std::span<const std::string_view> class_layouts() {
+  return kClassNames;
+}
 
 const Layout& layout_by_name(std::string_view name) {
   std::string known;

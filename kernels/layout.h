@@ -34,9 +34,12 @@ struct Layout {
   int value_group_elements = 16;  // elements of a token that share a value scale, at most
 };
 
-// The named layouts: paper, compact, balanced, and the two-plane list `k12v8` on which the precision
-// classes stand.
+// The named layouts: paper, compact, balanced; the precision classes k8v4 (compact's list), k8v8
+// (balanced's) and k12v8; and k12v8split, which keeps every tensor in two planes.
 std::span<const Layout> layouts();
+// The precision classes, cheapest first. Their scale groups hold the same tokens, so that a KV head
+// can go from one to another page by page. SOURCE: method section 5b.
+std::span<const std::string_view> class_layouts();
 // Throws InvalidArgument naming the known ones.
 const Layout& layout_by_name(std::string_view name);
 
@@ -86,6 +89,19 @@ struct PageFormat {
 
   int blocks() const { return group_tokens / block_tokens; }
   int tiles() const { return group_tokens / kTile; }
+  // Payload of one token's share: what scoring from codes reads, what weighing from them does, and
+  // what is read whatever is used.
+  double key_code_bytes() const { return double(head_dim) * (layout.key.code_bits / 8.0); }
+  double key_metadata_bytes() const {
+    return 2.0 * head_dim * double(dtype_bytes(layout.key.metadata)) / group_tokens;
+  }
+  double value_bytes() const {
+    return double(head_dim) * (layout.value.code_bits / 8.0) +
+           2.0 * value_groups * double(dtype_bytes(layout.value.metadata)) + sizeof(uint16_t);
+  }
+  double note_bytes() const {
+    return bytes_per_token() - key_code_bytes() - key_metadata_bytes() - value_bytes();
+  }
   double bytes_per_token() const { return double(payload_bytes) / group_tokens; }
 };
 

@@ -50,6 +50,7 @@ DeviceTier DeviceTier::fork() const {
   copy.open_tokens_ = open_tokens_;
   copy.tokens_ = tokens_;
   copy.sealed_blocks_ = sealed_blocks_;
+  copy.quantised_blocks_ = quantised_blocks_;
   const size_t n = open_tokens_ * size_t(format_->head_dim);
   std::copy_n(open_k_.get(), n, copy.open_k_.get());
   std::copy_n(open_v_.get(), n, copy.open_v_.get());
@@ -102,9 +103,8 @@ std::array<uint64_t, 2> DeviceTier::open_digest() const {
 }
 
 // The page of one group; nullptr where an original is not finite.
-std::shared_ptr<DeviceTier::Page> DeviceTier::make_page(const uint16_t* k,
+std::shared_ptr<DeviceTier::Page> DeviceTier::make_page(const PageFormat& f, const uint16_t* k,
                                                         const uint16_t* v) const {
-  const PageFormat& f = *format_;
   const size_t rows = size_t(f.group_tokens) * size_t(f.head_dim);
   const size_t block = size_t(f.block_tokens) * size_t(f.head_dim);
   auto page = std::make_shared<Page>(account_, f.page_bytes);
@@ -149,7 +149,7 @@ void DeviceTier::seal(const uint16_t* k, const uint16_t* v, const SealSink& sink
   const size_t group = size_t(f.group_tokens);
   const bool was_open = k == open_k_.get();
   const size_t first_token = was_open ? tokens_ - group : tokens_;
-  const std::shared_ptr<Page> page = make_page(k, v);
+  const std::shared_ptr<Page> page = make_page(f, k, v);
   CERTKV_EXPECT(page != nullptr, NonFinite, "a key or value of tokens {} to {} is NaN or infinite",
                 first_token, first_token + group - 1);
   const size_t refs = sealed_blocks_ + size_t(f.blocks());
@@ -161,6 +161,7 @@ void DeviceTier::seal(const uint16_t* k, const uint16_t* v, const SealSink& sink
   for (int b = 0; b < f.blocks(); ++b) refs_.push_back(sealed_ref(*page, b));
   pages_.push_back(page);
   sealed_blocks_ += size_t(f.blocks());
+  if (page->quantised) quantised_blocks_ += size_t(f.blocks());
   if (was_open)
     open_tokens_ = 0;
   else
@@ -177,8 +178,13 @@ void DeviceTier::list_open_blocks(size_t changed_from) {
     const uint16_t *k = open_k_.get() + first * d, *v = open_v_.get() + first * d;
     BlockAnnotations note{};
     annotate_originals(f, dtype_, k, v, int(n), &note);
-    refs_[sealed_blocks_ + b] = {.page = nullptr, .index = 0, .tokens = int16_t(n), .k = k, .v = v,
-                                 .nu = note.nu, .k_norm = note.k_norm};
+    refs_[sealed_blocks_ + b] = {.page = nullptr,
+                                 .index = 0,
+                                 .tokens = int16_t(n),
+                                 .k = k,
+                                 .v = v,
+                                 .nu = note.nu,
+                                 .k_norm = note.k_norm};
   }
 }
 
@@ -216,7 +222,7 @@ void DeviceTier::restore_table(size_t page) {
 
 PageRebuild DeviceTier::rebuild_page(size_t page, const uint16_t* k, const uint16_t* v) {
   const Page& old = *pages_[page];
-  std::shared_ptr<Page> fresh = make_page(k, v);
+  std::shared_ptr<Page> fresh = make_page(*format_, k, v);
   if (fresh == nullptr) return PageRebuild::OtherDigest;
   const bool same_bytes =
       fresh->bytes == old.bytes && std::memcmp(fresh->data, old.data, old.bytes) == 0;
@@ -235,12 +241,65 @@ void DeviceTier::adopt_page(size_t page, const DeviceTier& from) {
   restore_table(page);
 }
 
+// ---- re-encoding --------------------------------------------------------------------------------
+
+void DeviceTier::begin_reseal(std::shared_ptr<const PageFormat> format) {
+  CERTKV_EXPECT(format->head_dim == format_->head_dim &&
+                    format->block_tokens == format_->block_tokens &&
+                    format->group_tokens == format_->group_tokens,
+                InvalidArgument,
+                "layout {} groups {} tokens and {} of a block, {} groups {} and {}: pages of one "
+                "cannot take the place of the other's",
+                format->layout.name, format->group_tokens, format->block_tokens,
+                format_->layout.name, format_->group_tokens, format_->block_tokens);
+  next_format_ = std::move(format);
+  next_pages_.clear();
+}
+
+bool DeviceTier::reseal_next(const uint16_t* k, const uint16_t* v) {
+  std::shared_ptr<Page> page = make_page(*next_format_, k, v);
+  if (page == nullptr) return false;
+  next_pages_.push_back(std::move(page));
+  return true;
+}
+
+void DeviceTier::cancel_reseal() {
+  next_format_.reset();
+  next_pages_.clear();
+}
+
+void DeviceTier::adopt_reseal() {
+  CERTKV_EXPECT(resealing() && next_pages_.size() == pages_.size(), InvalidArgument,
+                "{} of {} pages are re-encoded: all of them are needed", next_pages_.size(),
+                pages_.size());
+  const size_t n = size_t(next_format_->blocks());
+  format_ = std::move(next_format_);
+  pages_.swap(next_pages_);
+  quantised_blocks_ = 0;
+  for (size_t page = 0; page < pages_.size(); ++page) {
+    const bool was_quantised = next_pages_[page]->quantised;
+    if (pages_[page]->quantised) quantised_blocks_ += n;
+    for (size_t b = 0; b < n; ++b) {
+      BlockRef& ref = refs_[page * n + b];
+      const BlockRef was = ref;
+      ref = sealed_ref(*pages_[page], int(b));
+      if (!pages_[page]->quantised || !was_quantised) continue;
+      ref.k = was.k;
+      ref.v = was.v;
+    }
+  }
+  cancel_reseal();
+}
+
 uint64_t DeviceTier::bytes() const {
   uint64_t sum = 4 * open_tokens_ * size_t(format_->head_dim);
   for (const auto& p : pages_) sum += p->bytes;
+  for (const auto& p : next_pages_) sum += p->bytes;
   return sum;
 }
 
-uint64_t DeviceTier::dense_bytes() const { return 4 * tokens_ * uint64_t(format_->head_dim); }
+uint64_t DeviceTier::dense_bytes() const {
+  return 4 * tokens_ * uint64_t(format_->head_dim);
+}
 
 }  // namespace certkv

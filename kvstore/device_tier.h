@@ -25,8 +25,8 @@ struct TierAccount {
 
 // Called with each group at its sealing, before it can be read: blocks [first, first + blocks) and
 // their originals, [blocks * block_tokens, head_dim].
-using SealSink = std::function<void(uint32_t first_block, int blocks, const uint16_t* k,
-                                    const uint16_t* v)>;
+using SealSink =
+    std::function<void(uint32_t first_block, int blocks, const uint16_t* k, const uint16_t* v)>;
 
 // What a look at one sealed page found.
 enum class PageState : uint8_t {
@@ -60,6 +60,7 @@ class DeviceTier {
   std::span<const BlockRef> blocks() const { return refs_; }
   bool is_sealed(size_t block) const { return block < sealed_blocks_; }
   bool is_quantised(size_t block) const { return refs_[block].page != nullptr; }
+  size_t quantised_blocks() const { return quantised_blocks_; }
 
   // Which originals the next pass uses for a sealed, quantised block; nullptr: its codes.
   void use_key(size_t block, const uint16_t* k) { refs_[block].k = k; }
@@ -82,6 +83,21 @@ class DeviceTier {
   bool shares_page(size_t page, const DeviceTier& other) const;
   void adopt_page(size_t page, const DeviceTier& from);
 
+  // Re-encoding into another format (method section 5b). Its pages are made one by one beside those
+  // in use, always from originals, and take their place all at once; groups sealed meanwhile are
+  // re-encoded like the others. Forks keep what they have. REQUIRES the same head_dim, block_tokens
+  // and group_tokens as format().
+  void begin_reseal(std::shared_ptr<const PageFormat> format);
+  bool resealing() const { return next_format_ != nullptr; }
+  size_t resealed() const { return next_pages_.size(); }
+  // Seals page resealed() from its originals [group_tokens, head_dim]. False: one of them is not
+  // finite, and nothing has changed. REQUIRES resealing() and resealed() < pages().
+  bool reseal_next(const uint16_t* k, const uint16_t* v);
+  void cancel_reseal();
+  // Blocks that the new format quantises keep the originals that use_key() and use_value() set, the
+  // others have only the page's own. REQUIRES resealed() == pages().
+  void adopt_reseal();
+
   const PageFormat& format() const { return *format_; }
   DType dtype() const { return dtype_; }
   uint64_t bytes() const;        // of this head, shared pages included
@@ -92,7 +108,7 @@ class DeviceTier {
   struct Deleter {
     void operator()(std::byte* p) const;
   };
-  std::shared_ptr<Page> make_page(const uint16_t* k, const uint16_t* v) const;
+  std::shared_ptr<Page> make_page(const PageFormat& f, const uint16_t* k, const uint16_t* v) const;
   BlockRef sealed_ref(const Page& page, int index) const;
   void seal(const uint16_t* k, const uint16_t* v, const SealSink& sink);
   void list_open_blocks(size_t changed_from);
@@ -102,8 +118,10 @@ class DeviceTier {
   DType dtype_;
   std::shared_ptr<TierAccount> account_;
   std::vector<std::shared_ptr<const Page>> pages_;
+  std::shared_ptr<const PageFormat> next_format_;  // of the re-encoding under way, or nullptr
+  std::vector<std::shared_ptr<const Page>> next_pages_;
   std::unique_ptr<uint16_t[]> open_k_, open_v_;  // [group_tokens, head_dim]
-  size_t open_tokens_ = 0, tokens_ = 0, sealed_blocks_ = 0;
+  size_t open_tokens_ = 0, tokens_ = 0, sealed_blocks_ = 0, quantised_blocks_ = 0;
   std::array<uint64_t, 2> open_sealed_{};  // open_digest() after the last append
   std::vector<BlockRef> refs_;
 };

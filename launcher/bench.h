@@ -12,6 +12,7 @@ namespace certkv {
 
 // Entry points of launcher/bench_<name>.cc; `values` is what follows the subcommand's name.
 int bench_attention_command(const std::vector<std::string>& values);
+int bench_classes_command(const std::vector<std::string>& values);
 int bench_decode_command(const std::vector<std::string>& values);   // launcher/bench_engine.cc
 int bench_prefill_command(const std::vector<std::string>& values);  // launcher/bench_engine.cc
 

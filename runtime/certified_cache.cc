@@ -13,57 +13,9 @@
 #include "kernels/base/log.h"
 #include "parallel/communicator.h"
 #include "runtime/audit/log.h"
+#include "runtime/cache_sequence.h"
 
 namespace certkv {
-
-struct CertifiedCache::Sequence {
-  int64_t handle = 0;
-  int64_t id = 0;  // of the request: for log lines and exploration
-  StepRules rules;
-  OriginalsSpan prefix, own;  // blocks of the prompt (shared by forks), and those after it
-  uint32_t prefix_blocks = 0;
-  uint32_t audit = 0;               // its stream in the audit
-  std::vector<HeadState> heads;     // [layers, local_kv_heads]
-  std::vector<GroupReport> groups;  // [local_kv_heads], of the layer under way
-  SequenceReport report;
-  std::mutex error_mutex;
-  std::atomic<bool> has_failed{false};  // report.error is set; read by the pool's threads
-  bool prompt_verified = false;         // by the scrub, once prefill has filled the pages
-  uint64_t damaged_pages = 0;           // it held, found since its last report
-  std::optional<uint64_t> first_step;   // tokens held before the first step
-
-  bool failed() const { return has_failed; }
-};
-
-// Originals of one KV head, wherever in the two spans they lie.
-class CertifiedCache::Originals : public HeadOriginals {
- public:
-  Originals(const CertifiedCache& cache, const Sequence& s, int layer, int head)
-      : cache_(cache),
-        s_(s),
-        layer_(uint32_t(layer)),
-        kv_head_(uint32_t(cache.heads_.begin + head)) {}
-
-  void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
-            std::vector<BlockResult>* results) override {
-    results->assign(blocks.size(), {});
-    if (blocks.empty()) return;
-    std::vector<BlockId> ids(blocks.size());
-    for (size_t i = 0; i < blocks.size(); ++i) ids[i] = id(blocks[i]);
-    ReadTicket ticket =
-        cache_.reader_->read(ids, destinations, Deadline::after(cache_.options_.read_deadline));
-    const auto got = BlockReader::wait(ticket);
-    results->assign(got.begin(), got.end());
-  }
-  BlockId id(uint32_t block) const {
-    return (block < s_.prefix_blocks ? s_.prefix : s_.own).id(layer_, kv_head_, block);
-  }
-
- private:
-  const CertifiedCache& cache_;
-  const Sequence& s_;
-  uint32_t layer_, kv_head_;
-};
 
 // One (row, KV head) of the step under way.
 struct CertifiedCache::Task {
@@ -81,9 +33,11 @@ CertifiedCache::CertifiedCache(const ModelConfig& config, ShardRange heads,
       pool_(pool),
       store_(std::move(store)),
       group_(group),
-      format_(std::make_shared<PageFormat>(make_page_format(layout_by_name(options_.cache.layout),
-                                                            int(config.head_dim),
-                                                            options_.cache.block_tokens))),
+      has_classes_(options_.cache.layout == kClassesLayout),
+      classes_(make_class_formats(int(config.head_dim), options_.cache.block_tokens)),
+      format_(has_classes_ ? classes_[0]
+                           : std::make_shared<const PageFormat>(
+                                 largest_page_format(options_.cache, int(config.head_dim)))),
       account_(std::make_shared<TierAccount>()),
       schedule_(uint64_t(options_.cache.scrub_steps)) {
   CERTKV_EXPECT(config.heads_per_group() <= kMaxGroupHeads, InvalidArgument,
@@ -97,8 +51,7 @@ CertifiedCache::~CertifiedCache() = default;
 CacheNeed cache_need(const ModelConfig& config, int64_t kv_heads,
                      const CertifiedCacheOptions& options, int64_t prompt, int64_t max_tokens,
                      int forks) {
-  const PageFormat format = make_page_format(layout_by_name(options.cache.layout),
-                                             int(config.head_dim), options.cache.block_tokens);
+  const PageFormat format = largest_page_format(options.cache, int(config.head_dim));
   const uint64_t heads = uint64_t(config.layers) * uint64_t(kv_heads), n = uint64_t(forks);
   const uint64_t group = uint64_t(format.group_tokens), d = uint64_t(format.head_dim);
   const auto pages = [&](int64_t tokens) { return (uint64_t(tokens) + group - 1) / group; };
@@ -112,6 +65,15 @@ CacheNeed cache_need(const ModelConfig& config, int64_t kv_heads,
   CacheNeed need;
   need.tier1 = heads * (pages(prompt) * format.page_bytes + open +
                         n * (pages(max_tokens) * format.page_bytes + open));
+  // Any head may come to have the dearest class: its own pages for the prompt too, and for a while
+  // those of the class before it.
+  if (options.cache.layout == kClassesLayout) {
+    const PageFormat before = make_page_format(layout_by_name(class_layouts()[kExactClass - 2]),
+                                               int(config.head_dim), options.cache.block_tokens);
+    need.tier1 +=
+        n * heads *
+        (pages(prompt) * format.page_bytes + pages(prompt + max_tokens) * before.page_bytes);
+  }
   const uint64_t all_blocks = pages(prompt + max_tokens) * blocks;
   need.scratch = n * heads * std::min(quota, 2 * all_blocks) * block;
   need.arena = heads * shape.slot_bytes() * blocks * (pages(prompt) + n * (pages(max_tokens) + 1));
@@ -146,8 +108,10 @@ int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id, int64
   s->prefix = reserve(0, s->prefix_blocks);
   const size_t key_quota = size_t(options_.scratch.key_blocks / config_.kv_heads);
   const size_t value_quota = size_t(options_.scratch.value_blocks / config_.kv_heads);
-  for (int64_t i = 0; i < config_.layers * heads_.count(); ++i)
+  for (int64_t i = 0; i < config_.layers * heads_.count(); ++i) {
     s->heads.emplace_back(DeviceTier(format_, options_.dtype, account_), key_quota, value_quota);
+    if (has_classes_) s->heads.back().precision.formats = &classes_;
+  }
   if (audit_ != nullptr) s->audit = audit_->open_prompt(sequence_id, prompt_tokens, max_tokens);
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
@@ -180,6 +144,8 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
   if (audit_ != nullptr)
     s->audit =
         audit_->open_sequence(from.audit, int64_t(from.heads[0].tier.tokens()), max_tokens, rules);
+  if (has_classes_ && rules.policy == Policy::Budget && !s->failed())
+    choose_classes(from.last_q, s.get());
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;
@@ -216,9 +182,13 @@ void CertifiedCache::fail(Sequence& s, ErrorKind kind, const std::string& text) 
 }
 
 void CertifiedCache::store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                                   const uint16_t* v) {
+                                   const uint16_t* v, std::span<const float> last_q) {
   Sequence& s = at(sequence);
   const size_t d = size_t(format_->head_dim), heads = size_t(heads_.count());
+  if (has_classes_) {
+    s.last_q.resize(size_t(config_.layers));
+    s.last_q[size_t(layer)].assign(last_q.begin(), last_q.end());
+  }
   pool_.parallel_for(heads, [&](size_t h) {
     DeviceTier& tier = s.heads[size_t(layer) * heads + h].tier;
     tier.append(k + h * tokens * d, v + h * tokens * d, tokens, sink(s, layer, int(h)));
@@ -245,9 +215,11 @@ void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequence
     if (!s.first_step) s.first_step = s.heads[0].tier.tokens();
   }
   scrub(sequences, Extent::Due);
+  if (has_classes_) revise_classes(sequences);
   for (int64_t handle : sequences) {
     Sequence& s = at(handle);
     s.report.damaged_pages = std::exchange(s.damaged_pages, 0);
+    s.report.lost_reads = s.lost_reads.exchange(0);
   }
 }
 
@@ -445,7 +417,12 @@ void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* f
     for (size_t h = 0; h < heads; ++h) broken = broken || s.groups[h].broken;
     flags[row] = broken && !s.failed() ? 1.0f : 0.0f;
     // Other ranks may still ask for rung 4: then decode_dense counts these heads anew.
-    for (size_t h = 0; h < heads; ++h) account(layer, s, h, s.groups[h]);
+    for (size_t h = 0; h < heads; ++h) {
+      HeadClass& precision = s.heads[size_t(layer) * heads + h].precision;
+      if (has_classes_ && precision.next == precision.now && s.groups[h].attended_tokens > 0)
+        precision.count(double(s.groups[h].read_bytes) / double(s.groups[h].attended_tokens));
+      account(layer, s, h, s.groups[h]);
+    }
   }
   if (audit_ != nullptr) keep_audit(rows);
 }
@@ -534,10 +511,13 @@ VerdictRecord CertifiedCache::verdict(int64_t sequence) const {
     v.sum.scratch_hits += g.scratch_hits;
     v.sum.scratch_misses += g.scratch_misses;
     v.sum.paged_bytes += g.paged_bytes;
+    v.sum.read_bytes += g.read_bytes;
+    v.sum.attended_tokens += g.attended_tokens;
+    v.sum.dense_bytes += g.attended_tokens * 4 * uint64_t(format_->head_dim);
     v.sum.canary += g.canary;
     v.sum.digest += g.digest;
   }
-  v.sum.digest += s.report.damaged_pages;
+  v.sum.digest += s.report.damaged_pages + s.report.lost_reads;
   if (s.report.error) {
     v.max.error = 1 + uint64_t(*s.report.error);
     v.max.severity = severity(Outcome::Failed);

@@ -1,5 +1,5 @@
-// The certified KV cache of one rank: tier 1 of the local KV heads, their scratch, their originals in
-// the node store, and the decode step with its verdicts.
+// The certified KV cache of one rank: tier 1 of the local KV heads, their scratch, their originals
+// in the node store, and the decode step with its verdicts.
 //
 // THREADS: calls come from one thread; the work inside is spread over the rank's pool, one task per
 // (sequence, KV head), each on state of its own.
@@ -17,6 +17,7 @@
 #include "kernels/base/thread_pool.h"
 #include "kvstore/client.h"
 #include "parallel/shard.h"
+#include "runtime/certify/class_change.h"
 #include "runtime/certify/head_step.h"
 #include "runtime/certify/scrub.h"
 #include "runtime/certify/split_list.h"
@@ -49,10 +50,11 @@ struct SequenceReport {
   std::optional<ErrorKind> error;    // first one; the request must fail
   std::string error_text;
   uint64_t damaged_pages = 0;  // of tier 1, found by this or a sharing sequence's scrub
+  uint64_t lost_reads = 0;     // KV heads whose re-encoding ended for want of originals
 };
 
-// Room that a request takes on a rank that holds `kv_heads` of the model's KV heads, at its largest:
-// its prompt, and `forks` decodes of it. UNITS: bytes
+// Room that a request takes on a rank that holds `kv_heads` of the model's KV heads, at its
+// largest: its prompt, and `forks` decodes of it. UNITS: bytes
 struct CacheNeed {
   uint64_t tier1 = 0, scratch = 0, arena = 0;
 };
@@ -74,7 +76,8 @@ class CertifiedCache : public KvAttention {
   // that a decode of it will have at most. Throws OutOfMemory where the arena has no room.
   int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens);
   // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more. With a
-  // scrub, the prompt's pages are verified at its first fork.
+  // scrub, the prompt's pages are verified at its first fork. Under policy budget and layout
+  // `classes` every KV head is re-encoded into the class that its last queries ask for.
   int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules);
   // After a sequence's last step: verifies all of its pages. Returns how many damaged ones it held
   // that no step has reported; they are repaired for the sequences that share them.
@@ -91,9 +94,10 @@ class CertifiedCache : public KvAttention {
   // This rank's vote on the step, counted over local query heads.
   VerdictRecord verdict(int64_t sequence) const;
 
-  uint64_t tier1_bytes() const;                 // all sequences, shared pages once
+  uint64_t tier1_bytes() const;  // all sequences, shared pages once
   uint64_t tier1_bytes(int64_t sequence) const;
   uint64_t dense_bytes(int64_t sequence) const;
+  // Of the first class, where heads have classes: their formats differ in bytes, not in tokens.
   const PageFormat& format() const { return *format_; }
   // [layers, local_kv_heads], for audits and tests.
   std::span<const HeadState> heads(int64_t sequence) const;
@@ -101,7 +105,7 @@ class CertifiedCache : public KvAttention {
   BlockId originals_id(int64_t sequence, int layer, int head, uint32_t block) const;
 
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                     const uint16_t* v) override;
+                     const uint16_t* v, std::span<const float> last_q) override;
   void decode(int layer, std::span<const DecodeRow> rows, float* flags) override;
   void decode_dense(int layer, std::span<const DecodeRow> rows) override;
 
@@ -120,6 +124,10 @@ class CertifiedCache : public KvAttention {
   enum class Extent { Due, All };
   void scrub(std::span<const int64_t> sequences, Extent extent);
   void repair(Sequence& s, size_t cell, const PageFinding& finding);
+  void choose_classes(std::span<const std::vector<float>> last_q, Sequence* s);
+  void revise_classes(std::span<const int64_t> sequences);
+  void count_reencoding(Sequence& s, size_t cell, ReencodeResult result, int before,
+                        const std::string& error);
   std::string steps_in_doubt(const Sequence& s, const StepWhere& now, size_t page) const;
 
   const ModelConfig& config_;
@@ -129,6 +137,8 @@ class CertifiedCache : public KvAttention {
   std::shared_ptr<StoreClient> store_;
   std::shared_ptr<BlockReader> reader_;
   Communicator& group_;
+  bool has_classes_;
+  ClassFormats classes_;
   std::shared_ptr<const PageFormat> format_;
   std::shared_ptr<TierAccount> account_;
   ScrubSchedule schedule_;

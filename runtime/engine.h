@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/arith/verdict.h"
+#include "runtime/certify/class_table.h"
 #include "runtime/options.h"
 
 namespace certkv {
@@ -50,6 +51,7 @@ struct HeadStepCounts {
   uint64_t promoted_keys = 0, promoted_values = 0;
   uint64_t scratch_hits = 0, scratch_misses = 0, paged_bytes = 0;
   uint64_t canary = 0, digest = 0;
+  uint64_t read_bytes = 0, attended_tokens = 0, dense_bytes = 0;  // see VerdictRecord::Sum
   void add(const VerdictRecord& record);
   void add(const HeadStepCounts& other);
 };
@@ -87,6 +89,8 @@ struct StepRecord {
   double e_key_max = 0, e_val_max = 0, e_fp_max = 0, e_key_paper_max = 0;
   uint64_t f_blocks = 0, x_blocks = 0;  // resident original blocks used by the pass
   uint64_t skipped_blocks = 0;          // blocks whose values were not read (skip.share)
+  // cache.layout classes: KV heads by class (kClassLabels); all 0 under other layouts
+  std::array<uint64_t, kClasses> classes{};
   // The leader's wall time. What its threads do for different heads at once counts as their mean.
   struct Phases {
     double projections = 0;  // norms, products, rotary embedding, logits

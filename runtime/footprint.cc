@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "kernels/base/error.h"
-#include "kernels/layout.h"
 #include "runtime/certified_engine.h"
+#include "runtime/certify/head_class.h"
 #include "runtime/engine_setup.h"
 #include "runtime/weights.h"
 
@@ -49,11 +49,9 @@ Footprint footprint(const ModelConfig& model, const JobOptions& options,
   request.prompt_tokens = q.context - request.max_tokens;
   request.forks = forks;
   const EngineNeed need = engine_need(options, model, int(q.tensor), request.prompt_tokens,
-                                     request.max_tokens, request.forks);
+                                      request.max_tokens, request.forks);
   f.ranks_on_node = q.ranks_on_node;
-  f.tier1_token_bytes = make_page_format(layout_by_name(options.cache.layout), int(model.head_dim),
-                                         options.cache.block_tokens)
-                            .bytes_per_token();
+  f.tier1_token_bytes = largest_page_format(options.cache, int(model.head_dim)).bytes_per_token();
   f.weights = weights_bytes(model, q.tensor);
   f.tier1 = uint64_t(q.batch) * need.tier1;
   f.scratch = uint64_t(q.batch) * need.scratch;

@@ -17,6 +17,9 @@ void HeadStepCounts::add(const VerdictRecord& record) {
   paged_bytes += s.paged_bytes;
   canary += s.canary;
   digest += s.digest;
+  read_bytes += s.read_bytes;
+  attended_tokens += s.attended_tokens;
+  dense_bytes += s.dense_bytes;
 }
 
 void HeadStepCounts::add(const HeadStepCounts& other) {
@@ -33,6 +36,9 @@ void HeadStepCounts::add(const HeadStepCounts& other) {
   paged_bytes += other.paged_bytes;
   canary += other.canary;
   digest += other.digest;
+  read_bytes += other.read_bytes;
+  attended_tokens += other.attended_tokens;
+  dense_bytes += other.dense_bytes;
 }
 
 }  // namespace certkv

@@ -25,8 +25,11 @@ class KvAttention {
   // Hands over the originals of one layer after its prefill. The cache seals and offloads them
   // before it returns; the memory may be reused afterwards.
   // k, v: [local_kv_heads, tokens, head_dim]
+  // last_q: queries of the prompt's last tokens, after RoPE, [queries, local_query_heads,
+  // head_dim]; at most kLastQueries, for the cache to choose by how it stores a head; may be empty.
+  static constexpr size_t kLastQueries = 4;
   virtual void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                             const uint16_t* v) = 0;
+                             const uint16_t* v, std::span<const float> last_q) = 0;
 
   // One decode step of one layer: appends each row's k and v, then writes its out.
   // flags [rows]: 0, or 1 where a precondition broke (rung 4 must be entered by all ranks), which

@@ -34,7 +34,8 @@ struct ModelOptions {
 };
 
 struct CacheOptions {
-  std::string layout = "compact";  // compact, balanced, paper (kernels/layout.h)
+  std::string layout = "compact";  // compact, balanced, paper, classes (runtime/certify/
+                                   // head_class.h) or one class for all: k8v4, k8v8, k12v8
   int block_tokens = 16;           // 16 or 32: unit of selection and paging
   int64_t scrub_steps = 256;       // every page is verified within as many steps; 0: never
 };

@@ -70,8 +70,9 @@ inline void visit_options(ModelOptions& o, OptionVisitor& v) {
 inline void visit_options(CacheOptions& o, OptionVisitor& v) {
   v.field("layout", &o.layout,
           {.meaning = "what tier 1 stores of keys and values",
-           .cost = "paper and balanced take more bytes per token than compact; balanced errs less",
-           .allowed = "compact balanced paper",
+           .cost = "paper and balanced take more bytes per token than compact; balanced errs less; "
+                   "classes: more bytes for the KV heads whose errors need them, per request",
+           .allowed = "compact balanced paper classes k8v4 k8v8 k12v8",
            .flags = "kv-cache-dtype layout"});
   v.field("block_tokens", &o.block_tokens,
           {.meaning = "tokens of a block, the unit of selection and paging",

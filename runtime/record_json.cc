@@ -38,7 +38,8 @@ Policy policy_of(const json& v) {
 json counts_wire(const HeadStepCounts& c) {
   return json::array({c.head_steps, c.certified, c.exact, c.over, c.failed, c.rungs,
                       c.promoted_keys, c.promoted_values, c.scratch_hits, c.scratch_misses,
-                      c.paged_bytes, c.canary, c.digest});
+                      c.paged_bytes, c.canary, c.digest, c.read_bytes, c.attended_tokens,
+                      c.dense_bytes});
 }
 HeadStepCounts counts_of(const json& v) {
   HeadStepCounts c;
@@ -55,6 +56,9 @@ HeadStepCounts counts_of(const json& v) {
   c.paged_bytes = v.at(10);
   c.canary = v.at(11);
   c.digest = v.at(12);
+  c.read_bytes = v.at(13);
+  c.attended_tokens = v.at(14);
+  c.dense_bytes = v.at(15);
   return c;
 }
 
@@ -119,6 +123,11 @@ void put_counts(json& object, const HeadStepCounts& c) {
   const uint64_t wanted = c.scratch_hits + c.scratch_misses;
   object["scratch_hit_rate"] = wanted == 0 ? json() : json(double(c.scratch_hits) / double(wanted));
   object["paged_bytes"] = c.paged_bytes;
+  const auto ratio = [](uint64_t a, uint64_t b) {
+    return b == 0 ? json() : json(double(a) / double(b));
+  };
+  object["bytes_read_per_token"] = ratio(c.read_bytes, c.attended_tokens);
+  object["bytes_read_share"] = ratio(c.read_bytes, c.dense_bytes);
   object["canary_failures"] = c.canary;
   object["digest_failures"] = c.digest;
 }

@@ -8,7 +8,7 @@ namespace certkv {
 namespace {
 
 constexpr size_t kFloats = sizeof(HeadFigures) / sizeof(float);
-constexpr size_t kExtras = 3;  // F blocks, X blocks of the rank
+constexpr size_t kExtras = 3 + kClasses;  // of the rank: F, X and skipped blocks, KV heads by class
 
 // Maximum that keeps NaN.
 void raise(double& largest, double x) {
@@ -36,6 +36,7 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
   std::vector<float> mine;
   mine.reserve(stride());
   uint64_t f = 0, x = 0, skipped = 0;
+  std::array<float, kClasses> classes{};
   for (int64_t s : sequences) {
     const SequenceReport& report = cache.report(s);
     const float* p = reinterpret_cast<const float*>(report.figures.data());
@@ -44,9 +45,11 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
       f += g.f_blocks;
       x += g.x_blocks;
       skipped += g.skipped_blocks;
+      if (g.precision >= 0) ++classes[size_t(g.precision)];
     }
   }
   mine.insert(mine.end(), {float(f), float(x), float(skipped)});
+  mine.insert(mine.end(), classes.begin(), classes.end());
   all_.resize(mine.size() * ranks_);
   group.all_gather(view_f32(mine.data(), mine.size()), view_f32(all_.data(), all_.size()), {});
   group.wait();
@@ -55,6 +58,7 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
     f_blocks_ += uint64_t(extras[0]);
     x_blocks_ += uint64_t(extras[1]);
     skipped_blocks_ += uint64_t(extras[2]);
+    for (size_t i = 0; i < classes_.size(); ++i) classes_[i] += uint64_t(extras[3 + i]);
   }
 }
 
@@ -102,6 +106,7 @@ void StepFigures::fill(StepRecord* record) const {
   record->f_blocks = f_blocks_;
   record->x_blocks = x_blocks_;
   record->skipped_blocks = skipped_blocks_;
+  record->classes = classes_;
 }
 
 }  // namespace certkv

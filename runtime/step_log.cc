@@ -51,6 +51,11 @@ json step_json(const StepRecord& r, int replica, const std::string& session) {
             {"sequences", r.sequences}, {"tokens", r.tokens},
             {"f_blocks", r.f_blocks},   {"x_blocks", r.x_blocks},
             {"skipped_blocks", r.skipped_blocks}};
+  if (r.classes != decltype(r.classes){}) {
+    json classes = json::object();
+    for (int i = 0; i < kClasses; ++i) classes[class_label(i)] = r.classes[size_t(i)];
+    v["classes"] = classes;
+  }
   put_figure(v, "seconds", r.seconds);
   put_figure(v, "tokens_per_second", r.seconds > 0 ? double(r.tokens) / r.seconds : 0);
   put_counts(v, r.counts);

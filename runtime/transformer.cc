@@ -72,6 +72,7 @@ struct Transformer::Prompt {
   std::vector<float> x;          // [tokens, hidden], the residual stream
   std::vector<uint16_t> k, v;    // [local_kv_heads, tokens, head_dim], of the current layer
   std::vector<float> attention;  // [local_kv_heads, chunk, heads_per_group * head_dim]
+  std::vector<float> last_q;     // of the current layer, as KvAttention::store_prefill takes them
   bool nonfinite = false;        // a key or value on this rank, not yet agreed upon
 };
 
@@ -137,7 +138,7 @@ void Transformer::prefill_layer(size_t layer, Prompt& p, const Progress& progres
     if (progress) progress(int(layer), first + rows);
   }
   Stopwatch watch(layers_.phases.store);
-  cache_.store_prefill(p.sequence, int(layer), p.tokens, p.k.data(), p.v.data());
+  cache_.store_prefill(p.sequence, int(layer), p.tokens, p.k.data(), p.v.data(), p.last_q);
 }
 
 void Transformer::prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows) {
@@ -149,6 +150,17 @@ void Transformer::prefill_chunk(size_t layer, Prompt& p, size_t first, size_t ro
   layers_.project_qkv(layer, x, rows, rope_, ProductShape::Tiles);
   layers_.round_originals(options_.originals, rows, p.k.data() + first * d, p.v.data() + first * d,
                           p.tokens * d, d, [&](size_t) { p.nonfinite = true; });
+
+  if (first + rows == p.tokens) {
+    const size_t n = std::min(KvAttention::kLastQueries, rows),
+                 width = layers_.heads_per_group() * d;
+    p.last_q.clear();
+    for (size_t r = rows - n; r < rows; ++r)
+      for (size_t g = 0; g < layers_.groups(); ++g) {
+        const float* q = layers_.qkv(g) + r * layers_.qkv_width();
+        p.last_q.insert(p.last_q.end(), q, q + width);
+      }
+  }
 
   // After the last layer only the last token is asked for: its tile of queries is enough. The
   // layer's keys and values are complete all the same.

@@ -61,6 +61,9 @@ struct VerdictRecord {
     uint64_t scratch_hits = 0, scratch_misses = 0;    // originals wanted by a step
     uint64_t paged_bytes = 0;                         // tier 2 to scratch
     uint64_t canary = 0, digest = 0;                  // failures seen
+    // What attention read, the tokens it attended to (both summed over KV heads), and what those
+    // take as originals. UNITS: bytes, tokens, bytes
+    uint64_t read_bytes = 0, attended_tokens = 0, dense_bytes = 0;
   } sum;
 };
 inline constexpr int kVerdictMaxWords = sizeof(VerdictRecord::Max) / 8;

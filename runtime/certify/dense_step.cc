@@ -69,6 +69,7 @@ void DenseStep::finish(int rung, float* out, float* block_log_mass_out, GroupRep
   const bool have_all = lost_ == 0;
   if (have_all) attend_merge(&pass_);
   report->digest += lost_;
+  for (const BlockRef& b : refs_) report->read_bytes += uint64_t(b.tokens) * size_t(d) * 4;
   for (size_t i = 0; i < chosen_.size(); ++i) {
     HeadReport& r = report->heads[size_t(chosen_[i])];
     float* o = out + chosen_[i] * d;

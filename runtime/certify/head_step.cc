@@ -23,7 +23,12 @@ HeadState::HeadState(DeviceTier t, size_t kq, size_t vq)
       value_quota(vq) {}
 
 HeadState HeadState::fork() const {
-  return HeadState(tier.fork(), key_quota, value_quota);
+  HeadState copy(tier.fork(), key_quota, value_quota);
+  copy.precision.formats = precision.formats;
+  copy.precision.now = copy.precision.next = precision.now;
+  copy.precision.ratios = precision.ratios;
+  copy.precision.measured = precision.measured;
+  return copy;
 }
 
 void GroupReport::clear(size_t query_heads) {
@@ -37,6 +42,24 @@ namespace {
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// What a pass reads: codes but where originals stand in for them. keys, values: blocks whose
+// originals do. Blocks without codes are read as originals.
+double pass_read_bytes(const DeviceTier& tier, size_t keys, size_t values) {
+  const PageFormat& f = tier.format();
+  const double originals = 2.0 * f.head_dim, block = f.block_tokens;
+  const double coded = block * double(tier.quantised_blocks());
+  return coded * f.bytes_per_token() + (double(tier.tokens()) - coded) * 2 * originals +
+         block * double(keys) * (originals - f.key_code_bytes()) +
+         block * double(values) * (originals - f.value_bytes());
+}
+
+double block_read_bytes(const PageFormat& f, const BlockRef& b) {
+  const double originals = 2.0 * f.head_dim;
+  const double notes = b.page != nullptr ? f.note_bytes() + f.key_metadata_bytes() : 0;
+  return b.tokens * (notes + (b.k != nullptr ? originals : f.key_code_bytes()) +
+                     (b.v != nullptr ? originals : f.value_bytes()));
 }
 
 }  // namespace
@@ -53,7 +76,8 @@ struct HeadStep::Impl {
   float* log_mass_out = nullptr;
   std::chrono::steady_clock::time_point start;
   std::atomic<int64_t> pass_ns{0};  // of all threads that attend
-  bool dense_now() const { return on_rung3 || rules().policy == Policy::Dense; }
+  bool all_dense = false;           // policy dense, or a head of class `exact`
+  bool dense_now() const { return on_rung3 || all_dense; }
   void add_to_pass(std::chrono::steady_clock::time_point since) {
     pass_ns.fetch_add((std::chrono::steady_clock::now() - since).count(),
                       std::memory_order_relaxed);
@@ -94,6 +118,7 @@ struct HeadStep::Impl {
   double skipping_seconds = 0;  // of a pass that was thrown away
   std::vector<uint32_t> explore() const;
   uint32_t paper_phase_two();
+  void forecast();
 };
 
 // Brings the blocks' originals into the scratch and lets the next pass use them.
@@ -191,6 +216,8 @@ bool HeadStep::Impl::promote(std::span<const uint32_t> keys, std::span<const uin
       if (!want_value) target.v = source.v;
       if (target.k == source.k && target.v == source.v) continue;
       // Also after a refusal: the pass that is run again uses these originals, so the canary looks.
+      report().read_bytes += uint64_t(block_read_bytes(state().tier.format(), source) +
+                                      block_read_bytes(state().tier.format(), target));
       corrected &= correct_block(context, q, b, source, target, same, &pass, logs, &before, &after);
       if (!check_canary(b, before, after, source, target)) return false;
     }
@@ -202,6 +229,8 @@ bool HeadStep::Impl::promote(std::span<const uint32_t> keys, std::span<const uin
     rerun = rerun || ((mask >> h & 1) != 0 && must_rerun(pass, h, logs[size_t(h)]));
   if (rerun) {  // cancellation ate the state: one more pass, with everything promoted so far
     attend_pass(context, q, blocks(), &fresh);
+    report().read_bytes +=
+        uint64_t(pass_read_bytes(state().tier, state().keys.resident(), state().values.resident()));
     for (int h = 0; h < q.heads; ++h) {
       if ((mask >> h & 1) == 0) continue;
       for (size_t b = 0; b < pass.blocks; ++b) {
@@ -267,7 +296,7 @@ uint32_t HeadStep::Impl::climb() {
       if (holds && undecided.empty()) continue;
       Promotions p;
       if (!holds)
-        p = select_for_budget(context, pass, h, blocks(), r.returned, allowed(r.returned),
+        p = select_for_budget(pass, h, blocks(), r.returned, allowed(r.returned),
                               rules().ladder.value_share);
       p.keys = merge(p.keys, undecided);
       const size_t promoted =
@@ -365,6 +394,24 @@ std::vector<uint32_t> HeadStep::Impl::explore() const {
   return chosen;
 }
 
+// What the classes would have read at this step.
+void HeadStep::Impl::forecast() {
+  HeadClass& precision = state().precision;
+  for (const HeadReport& r : report().heads)
+    if (!std::isfinite(r.candidate.bound)) return;
+  std::vector<Certificate> certificates;
+  for (const HeadReport& r : report().heads) certificates.push_back(r.candidate);
+  ClassForecast f(state());
+  f.add(rules(), precision.ratios, precision.page_class(state().tier.format()), blocks(), pass,
+        certificates);
+  const std::array<double, kClasses> bytes = f.bytes();
+  for (int i = 0; i < kClasses; ++i) {
+    precision.forecast[size_t(i)] += bytes[size_t(i)];
+    precision.base[size_t(i)] += f.base(i);
+  }
+  ++precision.forecasts;
+}
+
 // Policy paper: two phases; the candidate's pass was the scoring phase. Returns heads for rung 3.
 uint32_t HeadStep::Impl::paper_phase_two() {
   const int heads = q.heads;
@@ -416,7 +463,12 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
   s.out = out;
   s.log_mass_out = block_log_mass;
   report->clear(size_t(heads));
-  if (rules.policy == Policy::Dense) {
+  report->attended_tokens = state->tier.tokens();
+  s.all_dense = rules.policy == Policy::Dense;
+  if (state->precision.formats != nullptr) report->precision = state->precision.now;
+  if (state->precision.exact_now())
+    s.all_dense = s.all_dense || !state->precision.forecasts_at(where);
+  if (s.all_dense) {
     s.q.heads = heads;
     s.dense_pass.begin(where, heads, (1u << heads) - 1, q, state, originals);
     s.add_to_pass(s.start);
@@ -430,6 +482,7 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
     report->x_blocks = state->values.resident();
     report->scratch_hits += report->f_blocks + report->x_blocks;
   }
+  report->read_bytes += uint64_t(pass_read_bytes(state->tier, report->f_blocks, report->x_blocks));
   double limits[kMaxGroupHeads];
   const bool skips = s.skip_limits(limits);
   attend_begin(s.context, s.q, s.blocks(), {.skip = skips ? limits : nullptr}, &s.pass);
@@ -457,7 +510,7 @@ bool HeadStep::finish() {
   const int heads = s.q.heads;
   const Policy policy = s.rules().policy;
   const auto finishing = std::chrono::steady_clock::now();
-  if (policy == Policy::Dense) {
+  if (s.all_dense) {
     s.dense_pass.finish(3, s.out, s.log_mass_out, report);
     for (HeadReport& r : report->heads) r.candidate = r.returned;
     s.add_to_pass(finishing);
@@ -480,6 +533,7 @@ bool HeadStep::finish() {
       for (size_t b = 0; b < s.pass.blocks; ++b)
         s.log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
   }
+  if (policy == Policy::Budget && s.state().precision.forecasts_at(s.where)) s.forecast();
   report->judge_seconds = seconds_since(finishing) - merged;
   if (s.pass.skips && !s.settle_skipping()) {  // once more, with every value
     s.pass_ns = 0;

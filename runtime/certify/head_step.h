@@ -13,6 +13,7 @@
 #include "kvstore/reader.h"
 #include "kvstore/scratch_cache.h"
 #include "runtime/certify/certificate.h"
+#include "runtime/certify/head_class.h"
 #include "runtime/options.h"
 
 namespace certkv {
@@ -43,7 +44,7 @@ struct StepRules {
 // Tier 1, scratch and memory of one KV head.
 struct HeadState {
   HeadState(DeviceTier tier, size_t key_quota, size_t value_quota);
-  HeadState fork() const;  // shares sealed pages; scratch and F start empty
+  HeadState fork() const;  // shares sealed pages, keeps the class; scratch and F start empty
 
   DeviceTier tier;
   ScratchCache keys, values;
@@ -56,6 +57,7 @@ struct HeadState {
   // Runs may be skipped up to this many times their even share of what skipping may cost, because
   // most are far below theirs. Doubled and halved by what came of it.
   double skip_boost = 1;
+  HeadClass precision;            // its formats must outlive it
 };
 
 struct HeadReport {
@@ -72,6 +74,12 @@ struct GroupReport {
   uint64_t canary = 0, digest = 0;      // failures
   uint64_t f_blocks = 0, x_blocks = 0;  // resident originals the pass used (open block excluded)
   uint64_t skipped_blocks = 0;          // whose values the pass that counted did not read
+  // What the step read of keys and values, codes by the layout's payload: by the pass, by the
+  // corrections (both sides of each), by passes repeated and by rungs 3 and 4. Paging in is
+  // paged_bytes.
+  uint64_t read_bytes = 0;
+  uint64_t attended_tokens = 0;
+  int precision = -1;                // class at this step; -1 where the layout has none
   bool broken = false;               // a precondition broke: rung 4 must be entered
   double append_seconds = 0;         // of the new token, before the step (written by its caller)
   double pass_seconds = 0, judge_seconds = 0, ladder_seconds = 0;

@@ -2,6 +2,8 @@
 
 #include <fmt/core.h>
 
+#include "runtime/certify/page_originals.h"
+
 namespace certkv {
 namespace {
 
@@ -51,23 +53,9 @@ void restore_residents(HeadState* state, size_t page) {
 
 PageRepair rebuild(size_t page, HeadState* state, HeadOriginals& originals) {
   using Result = PageRepair::Result;
-  const PageFormat& f = state->tier.format();
-  const size_t n = size_t(f.blocks()), block = size_t(f.block_tokens) * size_t(f.head_dim);
-  std::vector<uint16_t> k(n * block), v(n * block);
-  std::vector<uint32_t> wanted(n);
-  std::vector<Destination> destinations(n);
-  for (size_t b = 0; b < n; ++b) {
-    wanted[b] = uint32_t(page * n + b);
-    destinations[b] = {.part = BlockPart::Both, .k = &k[b * block], .v = &v[b * block]};
-  }
-  std::vector<BlockResult> results;
-  originals.read(wanted, destinations, &results);
-  results.resize(n);  // an answer that is missing is not Ok
-  for (size_t b = 0; b < n; ++b)
-    if (results[b].status != BlockStatus::Ok)
-      return {Result::Lost, fmt::format("the originals of block {} are {} and no copy is left",
-                                        wanted[b], block_status_name(results[b].status))};
-  switch (state->tier.rebuild_page(page, k.data(), v.data())) {
+  PageOriginals from;
+  if (!from.read(state->tier.format(), page, originals)) return {Result::Lost, from.error};
+  switch (state->tier.rebuild_page(page, from.k.data(), from.v.data())) {
     case PageRebuild::Done:
       return {Result::Repaired, "its bytes did not match their digest; rebuilt from originals"};
     case PageRebuild::DigestWasDamaged:

@@ -43,9 +43,8 @@ double block_log_mass(const PassState& state, int head, size_t block) {
   return double(state.block_ref[i]) + std::log(double(state.block_sum[i]));
 }
 
-Promotions select_for_budget(const AttendContext& context, const PassState& state, int head,
-                             std::span<const BlockRef> blocks, const Certificate& c, double allowed,
-                             double value_share) {
+Promotions select_for_budget(const PassState& state, int head, std::span<const BlockRef> blocks,
+                             const Certificate& c, double allowed, double value_share) {
   Promotions out;
   std::vector<double> rho;
   block_masses(state, head, &rho);
@@ -58,7 +57,7 @@ Promotions select_for_budget(const AttendContext& context, const PassState& stat
     const uint8_t used = state.used[i];
     c_b[b] = state.c[i];
     if (promotable(blocks[b]) && (used & kUsedValue) == 0) {
-      eta[b] = page_annotations(*context.format, blocks[b].page, blocks[b].index).eta;
+      eta[b] = double(state.eta[b]);
       value[b] = rho[b] * eta[b];
       e_val += value[b];
       value_candidates.push_back(uint32_t(b));

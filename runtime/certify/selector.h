@@ -23,9 +23,8 @@ struct Promotions {
 // Policy `budget`, rungs 1 and 2. SOURCE: method section 5.3.
 // allowed: the largest numerator of E4 that would be certified, (tolerance * S_lo) * den /
 // (1+2^-10). value_share: of `allowed` that E_val may use before values are promoted.
-Promotions select_for_budget(const AttendContext& context, const PassState& state, int head,
-                             std::span<const BlockRef> blocks, const Certificate& certificate,
-                             double allowed, double value_share);
+Promotions select_for_budget(const PassState& state, int head, std::span<const BlockRef> blocks,
+                             const Certificate& certificate, double allowed, double value_share);
 
 // Policy `paper`. SOURCE: method section 5, "Policies".
 struct PaperRule {

@@ -78,7 +78,7 @@ struct Problem {
   }
 };
 
-constexpr const char* kLayoutNames[] = {"compact", "balanced", "paper", "k12v8"};
+constexpr const char* kLayoutNames[] = {"compact", "balanced", "paper", "k12v8", "k12v8split"};
 
 TEST(Tiles, CodesScoreWithinTheChargedRounding) {
   for (const char* layout : kLayoutNames)

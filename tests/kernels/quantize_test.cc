@@ -48,7 +48,7 @@ struct Sealed {
 constexpr double kMeasured = 1 + 1e-12;
 
 TEST(Seal, AnnotationsCoverWhatIsServedAndAreNotLoose) {
-  for (const char* layout : {"compact", "balanced", "paper", "k12v8"})
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8", "k12v8split"})
     for (int d : {64, 96, 128, 256})
       for (int block : {16, 32})
         for (DType dtype : {DType::F16, DType::BF16}) {
@@ -98,7 +98,7 @@ TEST(Seal, AnnotationsCoverWhatIsServedAndAreNotLoose) {
 }
 
 TEST(Seal, EveryOriginalLiesWithinItsCodesRange) {  // metadata is rounded outward
-  for (const char* layout : {"compact", "balanced", "paper", "k12v8"}) {
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8", "k12v8split"}) {
     Sealed s(layout, 128, 16, DType::F16);
     s.fill_random(7);
     ASSERT_EQ(s.seal(), SealStatus::Sealed);
@@ -114,7 +114,7 @@ TEST(Seal, EveryOriginalLiesWithinItsCodesRange) {  // metadata is rounded outwa
 }
 
 TEST(Seal, AConstantChannelIsExact) {
-  for (const char* layout : {"compact", "balanced", "paper", "k12v8"}) {
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8", "k12v8split"}) {
     Sealed s(layout, 64, 16, DType::F16);
     s.fill([](int, int c) { return std::pair{0.1 * c - 3, 0.3 * (c / 64) + 1.7}; });
     ASSERT_EQ(s.seal(), SealStatus::Sealed);

@@ -47,7 +47,8 @@ class Tier : public testing::Test {
       ASSERT_EQ(x.k_norm, y.k_norm) << i;
       ASSERT_EQ(x.page == nullptr, y.page == nullptr) << i;
       if (x.page != nullptr) {
-        ASSERT_EQ(std::memcmp(x.page, y.page, format->page_bytes), 0) << i;
+        ASSERT_EQ(a.format().page_bytes, b.format().page_bytes);
+        ASSERT_EQ(std::memcmp(x.page, y.page, a.format().page_bytes), 0) << i;
       } else {
         ASSERT_EQ(std::memcmp(x.k, y.k, size_t(x.tokens) * kDim * 2), 0) << i;
         ASSERT_EQ(std::memcmp(x.v, y.v, size_t(x.tokens) * kDim * 2), 0) << i;
@@ -108,6 +109,51 @@ TEST_F(Tier, AGroupIsHandedToTheSinkBeforeItCanBeRead) {
   for (size_t t = 0; t < 128; ++t)
     tier.append(rows.k.data() + t * kDim, rows.v.data() + t * kDim, 1, sink);
   EXPECT_EQ(seen, (std::vector<uint32_t>{0, 4}));
+}
+
+TEST_F(Tier, ReencodingIsAFreshSealOfTheSameOriginals) {
+  const Rows rows(400, 11), far(64, 12);
+  for (const std::string_view name : class_layouts()) {
+    SCOPED_TRACE(name);
+    const auto other =
+        std::make_shared<const PageFormat>(make_page_format(layout_by_name(name), kDim, 16));
+    DeviceTier tier = make(), sibling = make();
+    append(&tier, rows, 0, 200);
+    const DeviceTier fork = tier.fork();
+    tier.use_key(5, far.k.data());
+    tier.begin_reseal(other);
+    for (size_t page = 0; page < 2; ++page)
+      ASSERT_TRUE(
+          tier.reseal_next(rows.k.data() + page * 64 * kDim, rows.v.data() + page * 64 * kDim));
+    append(&tier, rows, 200, 200);  // three more groups become full meanwhile
+    EXPECT_THROW(tier.adopt_reseal(), Error);
+    append(&sibling, rows, 0, 400);
+    sibling.use_key(5, far.k.data());
+    expect_same(tier, sibling);  // until then all is as it was
+    while (tier.resealed() < tier.pages()) {
+      const size_t at = tier.resealed() * 64 * kDim;
+      ASSERT_TRUE(tier.reseal_next(rows.k.data() + at, rows.v.data() + at));
+    }
+    tier.adopt_reseal();
+    DeviceTier fresh(other, DType::F16, account);
+    append(&fresh, rows, 0, 400);
+    expect_same(tier, fresh);
+    EXPECT_EQ(tier.bytes(), fresh.bytes());
+    EXPECT_EQ(tier.quantised_blocks(), fresh.quantised_blocks());
+    EXPECT_EQ(tier.blocks()[5].k, far.k.data());
+    for (size_t page = 0; page < tier.pages(); ++page)
+      EXPECT_EQ(tier.check_page(page), PageState::Sound);
+    DeviceTier before = make();
+    append(&before, rows, 0, 200);
+    expect_same(fork, before);  // the fork keeps its own
+  }
+}
+
+TEST_F(Tier, PagesThatGroupOtherTokensCannotTakeAnOthersPlace) {
+  DeviceTier tier = make();
+  EXPECT_THROW(tier.begin_reseal(std::make_shared<const PageFormat>(
+                   make_page_format(layout_by_name("paper"), kDim, 16))),
+               Error);
 }
 
 TEST_F(Tier, ASealedPageIsNeverRewritten) {

@@ -59,7 +59,7 @@ class OneRank {
         k.insert(k.end(), x.k.begin(), x.k.end());
         v.insert(v.end(), x.v.begin(), x.v.end());
       }
-      cache.store_prefill(prompt, layer, kPrompt, k.data(), v.data());
+      cache.store_prefill(prompt, layer, kPrompt, k.data(), v.data(), {});
     }
     if (before_fork) before_fork(prompt);
     StepRules rules;

@@ -10,6 +10,7 @@
 
 #include "kvstore/client.h"
 #include "parallel/communicator.h"
+#include "runtime/certify/head_class.h"
 #include "runtime/tokenizer.h"
 #include "runtime/weights.h"
 #include "tests/kvstore/store_support.h"
@@ -134,6 +135,68 @@ TEST_F(CertifiedEngineTest, TheScrubChangesNoBitOfTokensAndVerdicts) {
     for (const StepRecord& s : on.steps) seconds += s.phase_seconds.scrub;
     EXPECT_GT(seconds, 0);
   }
+}
+
+// KV heads by class, in the steps of one run. Only the leader records them.
+std::vector<std::array<uint64_t, kClasses>> classes_of(const RunResult& r) {
+  std::vector<std::array<uint64_t, kClasses>> out;
+  for (const StepRecord& s : r.steps) out.push_back(s.classes);
+  return out;
+}
+
+TEST_F(CertifiedEngineTest, ClassesAreTheSameForAnyRanksThreadsAndNeighbours) {
+  JobOptions o = deterministic_options();
+  o.cache.layout = kClassesLayout;
+  o.tolerance.value = 0.01;
+  std::vector<Request> requests = {random_request(0, vocab, 700, 90),
+                                   random_request(1, vocab, 40, 330)};
+  for (Request& r : requests) r.tolerance = o.tolerance;
+  const RunResult one = run(o, 1, 1, requests);
+  ASSERT_EQ(one.completions.size(), 2u);
+  const auto classes = classes_of(one);
+  const uint64_t heads = uint64_t(config.layers * config.kv_heads);
+  EXPECT_EQ(classes.front()[0] + classes.front()[1] + classes.front()[2] + classes.front()[3],
+            2 * heads);
+  EXPECT_LT(classes.front()[0], 2 * heads);  // the long prompt's heads were chosen for
+  EXPECT_GE(classes.front()[0], heads);      // the short one has no page to choose by
+  EXPECT_LT(classes.back()[0], heads);       // and is revised while it grows
+  EXPECT_GT(one.completions.at({1, Policy::Budget}).counts.read_bytes, 0u);
+  for (const auto& [key, c] : one.completions)
+    EXPECT_EQ(c.counts.certified + c.counts.exact, c.counts.head_steps);
+  const RunResult threads = run(o, 1, 2, requests);
+  expect_same(one, threads, "2 threads");
+  EXPECT_EQ(classes_of(threads), classes);
+  for (const int ranks : {2, 4}) {
+    const RunResult more = run(o, ranks, 1, requests);
+    expect_same(one, more, std::to_string(ranks) + " ranks");
+    EXPECT_EQ(classes_of(more), classes);
+    for (const auto& [key, c] : one.completions)
+      EXPECT_EQ(c.counts.read_bytes, more.completions.at(key).counts.read_bytes);
+  }
+  RunResult first = run(o, 1, 1, {requests[0]});
+  const RunResult second = run(o, 1, 1, {requests[1]});
+  first.completions.insert(second.completions.begin(), second.completions.end());
+  expect_same(one, first, "alone");
+}
+
+TEST_F(CertifiedEngineTest, UnderOtherPoliciesHeadsKeepTheFirstClass) {
+  JobOptions o = deterministic_options();
+  o.cache.layout = kClassesLayout;
+  Request r = random_request(5, vocab, 300, 80);
+  r.tolerance.value = 0.01;
+  r.compare = {Policy::Paper, Policy::Naive, Policy::Dense, Policy::Budget};
+  const RunResult classes = run(o, 1, 2, {r});
+  o.cache.layout = "k8v4";
+  const RunResult fixed = run(o, 1, 2, {r});
+  for (const Policy policy : {Policy::Paper, Policy::Naive, Policy::Dense}) {
+    const Completion &a = classes.completions.at({5, policy}),
+                     &b = fixed.completions.at({5, policy});
+    EXPECT_EQ(a.tokens, b.tokens);
+    EXPECT_EQ(a.bound_max, b.bound_max);
+    EXPECT_EQ(a.counts.read_bytes, b.counts.read_bytes);
+  }
+  EXPECT_GT(classes.completions.at({5, Policy::Budget}).tier1_bytes,
+            fixed.completions.at({5, Policy::Budget}).tier1_bytes);
 }
 
 TEST_F(CertifiedEngineTest, EveryHeadStepIsCountedOnceWhateverThePolicy) {

@@ -32,7 +32,7 @@ CaseResult expect_sound(const AttentionCase& c) {
 }
 
 TEST(Killers, ACommonMeanOfAThousandSpreads) {
-  for (const char* layout : {"compact", "balanced", "paper", "k12v8"}) {
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8", "k12v8split"}) {
     AttentionCase c = base_case(Shape::CommonMean);
     c.dtype = DType::F16;
     c.layout = layout;

@@ -160,7 +160,7 @@ std::vector<Field> fields_of(const PageFormat& f) {
   return fields;
 }
 
-constexpr const char* kLayouts[] = {"compact", "balanced", "paper", "k12v8"};
+constexpr const char* kLayouts[] = {"compact", "balanced", "paper", "k12v8", "k12v8split"};
 
 TEST(Scrub, AFlipInAnyFieldIsRebuiltBeforeUse_AndTheOutputsAreTheSameBits) {
   for (const char* layout : kLayouts) {

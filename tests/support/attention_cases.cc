@@ -34,7 +34,7 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   AttentionCase c;
   c.seed = seed;
   c.shape = shape;
-  c.layout = pick("compact", "balanced", "paper", "k12v8");
+  c.layout = pick("compact", "balanced", "paper", "k12v8", "k12v8split");
   c.dtype = pick(DType::F16, DType::BF16);
   c.head_dim = pick(64, 96, 128, 256);
   c.block_tokens = pick(16, 32);

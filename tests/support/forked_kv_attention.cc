@@ -17,7 +17,7 @@ void ForkedKvAttention::append(Tokens& to, size_t tokens, const uint16_t* k,
 }
 
 void ForkedKvAttention::store_prefill(int64_t, int layer, size_t tokens, const uint16_t* k,
-                                      const uint16_t* v) {
+                                      const uint16_t* v, std::span<const float>) {
   std::vector<Tokens>& heads = shared_[layer];
   if (!heads.empty()) throw std::logic_error("a second prompt");
   heads.resize(kv_heads_);

@@ -24,7 +24,7 @@ class ForkedKvAttention : public KvAttention {
   // The shared prompt, whatever the handle: every sequence that is decoded afterwards begins with
   // it.
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                     const uint16_t* v) override;
+                     const uint16_t* v, std::span<const float>) override;
   void decode(int layer, std::span<const DecodeRow> rows, float* flags) override;
   void decode_dense(int layer, std::span<const DecodeRow> rows) override;  // never asked for
 

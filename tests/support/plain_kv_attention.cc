@@ -29,7 +29,7 @@ const std::vector<uint16_t>& PlainKvAttention::values(int64_t sequence, int laye
 }
 
 void PlainKvAttention::store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                                     const uint16_t* v) {
+                                     const uint16_t* v, std::span<const float>) {
   for (size_t h = 0; h < kv_heads_; ++h) {
     Head& to = head(sequence, layer, h);
     if (!to.k.empty()) throw std::logic_error("prefill of a sequence that is not empty");

@@ -23,7 +23,7 @@ class PlainKvAttention : public KvAttention {
         dtype_(dtype) {}
 
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                     const uint16_t* v) override;
+                     const uint16_t* v, std::span<const float>) override;
   void decode(int layer, std::span<const DecodeRow> rows, float* flags) override;
   void decode_dense(int layer, std::span<const DecodeRow> rows) override;
 

@@ -1,0 +1,67 @@
+// What the certified cache keeps of a sequence. For runtime/certified_cache.cc and
+// runtime/cache_classes.cc alone.
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runtime/certified_cache.h"
+
+namespace certkv {
+
+struct CertifiedCache::Sequence {
+  int64_t handle = 0;
+  int64_t id = 0;  // of the request: for log lines and exploration
+  StepRules rules;
+  OriginalsSpan prefix, own;  // blocks of the prompt (shared by forks), and those after it
+  uint32_t prefix_blocks = 0;
+  uint32_t audit = 0;               // its stream in the audit
+  std::vector<HeadState> heads;     // [layers, local_kv_heads]
+  std::vector<GroupReport> groups;  // [local_kv_heads], of the layer under way
+  SequenceReport report;
+  std::mutex error_mutex;
+  std::atomic<bool> has_failed{false};  // report.error is set; read by the pool's threads
+  bool prompt_verified = false;         // by the scrub, once prefill has filled the pages
+  uint64_t damaged_pages = 0;           // it held, found since its last report
+  std::optional<uint64_t> first_step;   // tokens held before the first step
+  // The prompt's last queries, [layers] of [queries, local_query_heads, head_dim].
+  std::vector<std::vector<float>> last_q;
+  std::atomic<uint64_t> lost_reads{0};  // re-encodings given up since its last report
+
+  bool failed() const { return has_failed; }
+};
+
+// Originals of one KV head, wherever in the two spans they lie.
+class CertifiedCache::Originals : public HeadOriginals {
+ public:
+  Originals(const CertifiedCache& cache, const Sequence& s, int layer, int head)
+      : cache_(cache),
+        s_(s),
+        layer_(uint32_t(layer)),
+        kv_head_(uint32_t(cache.heads_.begin + head)) {}
+
+  void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
+            std::vector<BlockResult>* results) override {
+    results->assign(blocks.size(), {});
+    if (blocks.empty()) return;
+    std::vector<BlockId> ids(blocks.size());
+    for (size_t i = 0; i < blocks.size(); ++i) ids[i] = id(blocks[i]);
+    ReadTicket ticket =
+        cache_.reader_->read(ids, destinations, Deadline::after(cache_.options_.read_deadline));
+    const auto got = BlockReader::wait(ticket);
+    results->assign(got.begin(), got.end());
+  }
+  BlockId id(uint32_t block) const {
+    return (block < s_.prefix_blocks ? s_.prefix : s_.own).id(layer_, kv_head_, block);
+  }
+
+ private:
+  const CertifiedCache& cache_;
+  const Sequence& s_;
+  uint32_t layer_, kv_head_;
+};
+
+}  // namespace certkv
