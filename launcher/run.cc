@@ -241,9 +241,6 @@ int run_command(Args& args) {
   table.resolve_paths();
   CERTKV_EXPECT(!job.run.input.empty(), InvalidArgument,
                 "run.input is not set: name the file of requests with --input");
-  CERTKV_EXPECT(!(job.audit.sample > 0 && job.skip.share > 0), InvalidArgument,
-                "audit.sample and skip.share are both above 0: a record cannot say yet which values "
-                "were skipped; set one of them to 0");
   const MpiLaunch launch = detect_mpi_launch();
   // What is wrong with the configuration is found before the ranks meet.
   const int world = launch.by_launcher ? launch.size : 1;

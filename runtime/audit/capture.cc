@@ -16,8 +16,10 @@ void capture_head(const PassState& pass, int from, const CorrectionLog& correcti
   h.eta.assign(n, 0.0f);
   h.corrections = uint32_t(corrections.count);
   capture->nu = pass.nu;
-  for (size_t b = 0; b < n; ++b)
+  for (size_t b = 0; b < n; ++b) {
     if ((h.used[b] & kUsedValue) == 0) h.eta[b] = pass.eta[b];
+    if ((h.used[b] & kSkippedValue) != 0) h.eta[b] = pass.nu[b];
+  }
 }
 
 }  // namespace certkv

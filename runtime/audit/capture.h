@@ -15,7 +15,7 @@ struct AuditCapture {
   struct Head {
     std::vector<double> mass;       // [blocks] rho'_b
     std::vector<float> delta, eta;  // [blocks] charged
-    std::vector<uint8_t> used;      // [blocks] kUsedKey | kUsedValue
+    std::vector<uint8_t> used;      // [blocks] kUsedKey | kUsedValue | kSkippedValue
     uint32_t corrections = 0;
   };
   std::vector<float> nu;  // [blocks]

@@ -104,7 +104,7 @@ double norm(const std::vector<double>& x) {
 // ---- one head-step ------------------------------------------------------------------------------
 
 constexpr uint8_t kCertified = 0, kExact = 1, kFailed = 2, kOver = 3;
-constexpr uint8_t kKey = 1, kValue = 2;
+constexpr uint8_t kKey = 1, kValue = 2, kSkipped = 4;
 
 // A block as the head used it, recomputed.
 struct BlockTerms {
@@ -276,8 +276,9 @@ void Checker::scores() {
     }
     t.bar = t.nu;
     if (t.quantised && (used(b) & kValue) == 0) {
-      t.eta = x_.blocks[b].eta;
-      t.bar = x_.blocks[b].vbar;
+      const bool skipped = (used(b) & kSkipped) != 0;  // method E6: the values counted as 0
+      t.eta = skipped ? t.nu : x_.blocks[b].eta;
+      t.bar = skipped ? 0 : x_.blocks[b].vbar;
     }
     t.top = *std::max_element(used_score_.begin() + long(t.first),
                               used_score_.begin() + long(t.first + t.count));
@@ -294,9 +295,12 @@ void Checker::blocks() {
   first(
       "sources",
       [&](size_t b) {
-        return used(b) <= 3 && (blocks_[b].quantised || used(b) == (kKey | kValue));
+        const bool skipped = (used(b) & kSkipped) != 0;
+        if (skipped && stream_.policy != "budget") return false;
+        return blocks_[b].quantised ? used(b) <= (skipped ? kKey | kSkipped : kKey | kValue)
+                                    : used(b) == (kKey | kValue);
       },
-      [&](size_t b) { return fmt::format("used {} of a block that has no codes", used(b)); });
+      [&](size_t b) { return fmt::format("used {} cannot be", used(b)); });
   // Annotations are rounded up; float64's own error is kDouble.
   first(
       "delta", [&](size_t b) { return h_.delta[b] >= blocks_[b].delta * (1 - kDouble); },
@@ -397,7 +401,9 @@ void Checker::bound() {
     eta_max = std::max(eta_max, b.eta);
     double block_m2 = 0, block_s = 0, block_low = 0, largest = 0;
     const double norm_step = from_codes ? kNormStep * x_.served_max[i] : 0;
-    for (size_t t = b.first; t < b.first + b.count; ++t) {
+    const bool skipped = from_codes && (used(i) & kSkipped) != 0;
+    if (skipped && in_t) block_m2 = o_norm_ * o_norm_;
+    for (size_t t = b.first; t < b.first + b.count && !skipped; ++t) {
       const double share = std::exp(used_score_[t] - b.top) / b.sum;
       const double served = from_codes ? x_.served_norm[t] : x_.v_norm(t);
       block_s += share * served;

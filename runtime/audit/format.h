@@ -96,7 +96,7 @@ struct HeadRecord {
   std::vector<double> mass;       // [blocks] rho'_b
   std::vector<float> q, out;      // [head_dim]
   std::vector<float> delta, eta;  // [blocks] charged
-  std::vector<uint8_t> used;      // [blocks] 1: original keys, 2: original values
+  std::vector<uint8_t> used;      // [blocks] 1: original keys, 2: original values, 4: values unread
 };
 struct Record {
   RecordHead head;

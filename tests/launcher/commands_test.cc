@@ -118,12 +118,6 @@ TEST(StoreCommand, KnowsTheFlagsWithWhichJobsStartIt) {
   }
 }
 
-TEST(RunCommand, RefusesAnAuditOfSkippedValues) {
-  const Result result =
-      run({"run", "--run.input", "x.jsonl", "--audit.sample", "1", "--skip.share", "0.1"});
-  EXPECT_THAT(result.text, HasSubstr("audit.sample and skip.share are both above 0"));
-}
-
 TEST(VerifyCommand, NeedsTheFolderOfAnAudit) {
   EXPECT_EQ(run({"verify"}).text,
             "command line: name the folder of the audit: certkv verify FOLDER");

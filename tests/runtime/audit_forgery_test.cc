@@ -135,6 +135,8 @@ const std::vector<Forgery>& forgeries() {
       {"MassLost", "mass", in_head([](auto&, auto& h) { h.mass[0] = 0; })},
       {"KeysNotUsed", "naive", in_head([](auto&, auto& h) { h.used[0] |= 1; })},
       {"ValuesNotUsed", "naive", in_head([](auto&, auto& h) { h.used[0] |= 2; })},
+      {"ValuesSkippedUnderNaive", "sources", in_head([](auto&, auto& h) { h.used[1] |= 4; })},
+      {"ValuesSkippedAndNotCharged", "eta", in_head([](auto&, auto& h) { h.used[1] |= 4; })},
       {"CodesOfTheOpenBlock", "sources", in_head([](auto&, auto& h) { h.used.back() = 0; })},
       {"Output", "error", in_head([](auto&, auto& h) { h.out[5] += 3; })},
       {"OutputOfNaN", "error", in_head([](auto&, auto& h) { h.out[5] = std::nanf(""); })},

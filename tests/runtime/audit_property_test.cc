@@ -163,6 +163,31 @@ TEST(AuditRequantise, AgreesWithThePagesOfEveryLayout) {
   EXPECT_GT(sealed, 100u);
 }
 
+TEST(AuditRecord, ValuesThatWereNotReadAreRecordedAndCharged) {
+  const test::TempFolder folder;
+  AttentionCase c = plain_case();
+  c.shape = Shape::Sink;
+  c.head_dim = 128;
+  c.heads = 1;
+  c.tokens = 1000;
+  c.steps = 8;
+  c.rules.tolerance = {true, 0.2};
+  c.rules.skip.share = 0.3;
+  const AuditedRun run = run_audited(c, folder.path().string());
+  const audit::VerifyResult r = verify(folder.path().string());
+  EXPECT_EQ(r.violations, 0u) << text_of(r);
+  uint64_t skipped = 0, recorded = 0;
+  for (const GroupReport& report : run.steps) skipped += report.skipped_blocks;
+  EXPECT_GT(skipped, 0u);
+  for (const AuditLink& link : read_links(folder / audit::file_name(0, 0))) {
+    audit::Record record;
+    if (link.kind != audit::LinkKind::Record) continue;
+    ASSERT_EQ(audit::decode(link.payload, 128, &record), "");
+    for (const uint8_t used : record.heads[0].used) recorded += (used & kSkippedValue) != 0;
+  }
+  EXPECT_EQ(recorded, skipped);
+}
+
 TEST(AuditRecord, ARungFourReplacesWhatTheFirstAttemptLeft) {
   const test::TempFolder folder;
   run_audited(plain_case(), folder.path().string(), 1);
