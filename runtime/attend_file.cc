@@ -153,6 +153,9 @@ AttendFileResult attend_file(const AttendFileOptions& options) {
   CERTKV_EXPECT(in.query_heads / in.kv_heads <= kMaxGroupHeads, InvalidArgument,
                 "{} query heads share a KV head: at most {} are supported",
                 in.query_heads / in.kv_heads, kMaxGroupHeads);
+  CERTKV_EXPECT(options.cache.layout != kClassesLayout, InvalidArgument,
+                "cache.layout is 'classes': certkv attend sees one step, classes are chosen and "
+                "revised over many; name one of k8v4, k8v8 and k12v8");
   const auto format = std::make_shared<const PageFormat>(make_page_format(
       layout_by_name(options.cache.layout), int(in.d), options.cache.block_tokens));
   const auto account = std::make_shared<TierAccount>();

@@ -12,6 +12,8 @@ namespace certkv {
 namespace {
 
 constexpr size_t kSamplePages = 8;  // spread evenly over the prompt
+// F is learned with memory: it comes to hold about as many times what a few queries ask for.
+constexpr double kMemory = 2;
 
 struct Free {
   void operator()(std::byte* p) const { std::free(p); }
@@ -111,7 +113,10 @@ ClassChoice choose_class(const StepRules& rules, int heads, std::span<const floa
     }
     forecast.add(rules, state->precision.ratios, 0, tier.blocks(), pass, certificates);
   }
-  choice.number = cheapest_class(forecast.bytes());
+  std::array<double, kClasses> bytes = forecast.bytes();
+  for (int i = 0; i < kClasses; ++i)
+    bytes[size_t(i)] = forecast.base(i) + kMemory * (bytes[size_t(i)] - forecast.base(i));
+  choice.number = cheapest_class(bytes);
   return choice;
 }
 

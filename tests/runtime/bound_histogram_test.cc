@@ -119,6 +119,9 @@ TEST(HeadStepCounts, AVerdictRecordIsCountedOverOutcomesAndRungs) {
   r.sum.paged_bytes = 14;
   r.sum.canary = 15;
   r.sum.digest = 16;
+  r.sum.read_bytes = 17;
+  r.sum.attended_tokens = 18;
+  r.sum.dense_bytes = 19;
   HeadStepCounts a;
   a.add(r);
   a.add(r);
@@ -138,6 +141,9 @@ TEST(HeadStepCounts, AVerdictRecordIsCountedOverOutcomesAndRungs) {
     EXPECT_EQ(c.paged_bytes, 28u);
     EXPECT_EQ(c.canary, 30u);
     EXPECT_EQ(c.digest, 32u);
+    EXPECT_EQ(c.read_bytes, 34u);
+    EXPECT_EQ(c.attended_tokens, 36u);
+    EXPECT_EQ(c.dense_bytes, 38u);
   }
 }
 

@@ -29,8 +29,9 @@ ModelConfig small_config() {
   return c;
 }
 
-CertifiedCacheOptions options_with(int64_t scrub_steps) {
+CertifiedCacheOptions options_with(int64_t scrub_steps, const std::string& layout) {
   CertifiedCacheOptions o;
+  o.cache.layout = layout;
   o.cache.scrub_steps = scrub_steps;
   o.dtype = DType::F16;
   return o;
@@ -40,12 +41,12 @@ CertifiedCacheOptions options_with(int64_t scrub_steps) {
 // two runs that do the same are twins.
 class OneRank {
  public:
-  explicit OneRank(int64_t scrub_steps, int threads = 2)
+  explicit OneRank(int64_t scrub_steps, int threads = 2, const std::string& layout = "compact")
       : client_(store_.attach()),
         world_(LocalWorld::create(1)),
         group_(world_->communicator(0)),
         pool_(threads),
-        cache(config_, {0, kKvHeads}, options_with(scrub_steps), pool_, client_, *group_) {}
+        cache(config_, {0, kKvHeads}, options_with(scrub_steps, layout), pool_, client_, *group_) {}
 
   // Prefills a prompt and forks it `forks` times. before_fork: called once all of it is sealed.
   std::vector<int64_t> start(int64_t id, int forks,
@@ -59,11 +60,15 @@ class OneRank {
         k.insert(k.end(), x.k.begin(), x.k.end());
         v.insert(v.end(), x.v.begin(), x.v.end());
       }
-      cache.store_prefill(prompt, layer, kPrompt, k.data(), v.data(), {});
+      std::mt19937_64 random{uint64_t(layer)};
+      std::normal_distribution<float> normal(0, 0.5f);
+      std::vector<float> last_q(KvAttention::kLastQueries * size_t(kHeads * kDim));
+      for (float& x : last_q) x = normal(random);
+      cache.store_prefill(prompt, layer, kPrompt, k.data(), v.data(), last_q);
     }
     if (before_fork) before_fork(prompt);
     StepRules rules;
-    rules.tolerance.value = kTolerance;
+    rules.tolerance.value = tolerance;
     std::vector<int64_t> out;
     for (int f = 0; f < forks; ++f) {
       out.push_back(cache.fork(prompt, 400, rules));
@@ -134,6 +139,8 @@ class OneRank {
     v[3] = uint16_t(v[3] ^ 1);
   }
 
+  double tolerance = kTolerance;
+
  private:
   static oracle::Originals draw(int64_t sequence, int layer, int head, size_t first,
                                 size_t tokens) {
@@ -162,7 +169,7 @@ class OneRank {
       EXPECT_NE(claim.kind, oracle::Claim::Kind::Failed);
       claim.bound = r.returned.bound;
       claim.s = r.returned.s;
-      claim.tolerance = kTolerance;
+      claim.tolerance = tolerance;
       const oracle::Originals& x = originals_[{sequence, layer, kv}];
       const oracle::Verdict v = oracle::check(oracle::attention(x, x.tokens(), q.data() + h * kDim),
                                               {out.data() + h * kDim, size_t(kDim)}, claim);
@@ -368,6 +375,51 @@ TEST(CacheScrub, FindsTheSameForAnyNumberOfThreadsAndNeighbours) {
   uint64_t sum = 0;
   for (uint64_t n : first) sum += n;
   EXPECT_EQ(sum, 20u);
+}
+
+// With a tolerance that asks for more bits than k8v4's.
+TEST(CacheClasses, ForksHaveClassesAndPagesOfTheirOwnWhichTheScrubRepairs) {
+  OneRank rank(1, 2, kClassesLayout);
+  rank.tolerance = 0.02;
+  const std::vector<int64_t> forks = rank.start(1, 2);
+  size_t dearer = 0;
+  for (size_t cell = 0; cell < size_t(kLayers * kKvHeads); ++cell) {
+    const HeadState &a = rank.cache.heads(forks[0])[cell], &b = rank.cache.heads(forks[1])[cell];
+    EXPECT_EQ(a.precision.now, b.precision.now);
+    EXPECT_EQ(a.tier.shares_page(0, b.tier),
+              a.precision.now == 0 || a.precision.now == kExactClass);
+    dearer += a.precision.now > 0 ? 1 : 0;
+  }
+  EXPECT_GT(dearer, 0u);
+  for (int i = 0; i < 3; ++i)
+    for (const VerdictRecord& v : rank.step(forks)) {
+      EXPECT_EQ(v.sum.certified + v.sum.exact, uint64_t(kLayers * kHeads));
+      EXPECT_EQ(v.sum.digest, 0u);
+      EXPECT_GT(v.sum.read_bytes, 0u);
+      EXPECT_LT(v.sum.read_bytes, v.sum.dense_bytes);
+    }
+  for (int layer = 0; layer < kLayers; ++layer)
+    for (int head = 0; head < kKvHeads; ++head) {
+      const bool shared =
+          rank.tier(forks[0], layer, head).shares_page(2, rank.tier(forks[1], layer, head));
+      rank.flip(forks[0], layer, head, 2, 77);
+      const auto verdicts = rank.step(forks);
+      EXPECT_EQ(verdicts[0].sum.digest, 1u);
+      EXPECT_EQ(verdicts[1].sum.digest, shared ? 1u : 0u);
+    }
+}
+
+TEST(CacheClasses, AHeadWhoseOriginalsAreDamagedKeepsItsClassAndIsCounted) {
+  OneRank rank(0, 2, kClassesLayout);
+  rank.tolerance = 0.02;
+  const std::vector<int64_t> sound = rank.start(1, 1);
+  ASSERT_GT(rank.cache.heads(sound[0])[0].precision.now, 0);
+  const std::vector<int64_t> hit =
+      rank.start(1, 1, [&](int64_t prompt) { rank.flip_original(prompt, 0, 0, 4); });
+  for (size_t cell = 0; cell < size_t(kLayers * kKvHeads); ++cell)
+    EXPECT_EQ(rank.cache.heads(hit[0])[cell].precision.now,
+              cell == 0 ? 0 : rank.cache.heads(sound[0])[cell].precision.now);
+  EXPECT_GE(rank.step(hit, false)[0].sum.digest, 1u);
 }
 
 }  // namespace
