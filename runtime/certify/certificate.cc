@@ -62,7 +62,7 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
 
   // Sums over all blocks. expm1(Delta) = c, exp(-Delta) = 1 / (1 + c).
   double s = 0, h2 = 0, by_sum = 0, den = 0, e_val = 0, nu_max = 0, eta_max = 0;
-  double tail = 0, delta_max = 0, v_max = 0, c_tokens = 0;
+  double tail = 0, delta_max = 0, v_max = 0, c_tokens = 0, flushed = 0;
   bool nowhere_negative = true;  // a damaged annotation must not pay for others
   double factor = 0, factor_ref = std::numeric_limits<double>::quiet_NaN();
   for (size_t b = 0; b < state.blocks; ++b) {
@@ -89,6 +89,9 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
     }
     v_max = std::max(v_max, nu);
     c_tokens += c_b * blocks[b].tokens;
+    // A weight that the exponential flushed is below kExpAbsolute exp(ref - m) as scored, and below
+    // exp(Delta_b) = 1 + c_b times that in truth: c_b rho'_b above has nothing of it.
+    flushed += blocks[b].tokens * (1 + c_b) * (factor * l > 1 ? factor : 1 / l);
   }
   c.den = den * kRoundDown;
 
@@ -119,8 +122,8 @@ Certificate certify(const AttendContext& context, const PassState& state, int he
   const double norm_lost = any_value ? std::sqrt(double(d)) * 0x1p-74 / unit : 0.0;
   const double g_o = (corrected ? log.g_o : sums.big_a) + norm_lost * g_l;
   const double n_out = kChainOutput + 2.0 * log.count + 3;
-  c.e_acc = (gamma_n(n_out) * g_o + gamma_n(n_out) * u_norm * g_l +
-             double(state.tokens) * double(kExpAbsolute) * (nu_max + eta_max + c.out_norm)) / l +
+  c.e_acc = (gamma_n(n_out) * g_o + gamma_n(n_out) * u_norm * g_l) / l +
+            flushed * double(kExpAbsolute) * (nu_max + eta_max + c.out_norm) +
             3 * kUnit * c.out_norm + std::sqrt(cast2);
 
   // Either is a bound by itself: where a or m2 overflowed, key_sqrt is inf or NaN and the sum counts.

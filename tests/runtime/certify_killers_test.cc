@@ -57,6 +57,46 @@ TEST(Killers, ASinkAboveAHundredThousandFlatTokens) {
   expect_sound(c);
 }
 
+// Sealed keys whose codes score `gap` below the open token, which is enough for the exponential to
+// flush their weights, while their originals score up to 88.2 more: above it.
+TEST(Killers, AFlushedWeightThatInTruthIsTheLargest) {
+  constexpr int d = 64;
+  constexpr double kStep = 0x1p-4, kCellError = 7.0 / 16, kScoreError = 88.2;
+  for (double gap : {87.1, 87.5, 88.0})
+    for (Policy policy : {Policy::Budget, Policy::Naive, Policy::Paper}) {
+      log_set_level(LogLevel::Error);
+      oracle::Originals x{.dtype = DType::F16, .head_dim = d, .k = {}, .v = {}};
+      const auto size = float(kScoreError * 8 / (kCellError * kStep * d));
+      std::vector<float> q(d), out(d);
+      for (size_t c = 0; c < d; ++c) q[c] = c % 2 == 0 ? size : -size;
+      for (int t = 0; t <= 64; ++t)
+        for (size_t c = 0; c < d; ++c) {
+          const double sign = c % 2 == 0 ? 1 : -1;
+          const double code = t == 0 ? 0 : t == 1 ? 255 : 8 + sign * kCellError;
+          const double k = t < 64 ? code * kStep : sign * gap * 8 / (double(size) * d);
+          x.k.push_back(oracle::encode(x.dtype, k));
+          x.v.push_back(oracle::encode(x.dtype, t < 64 ? 1 : -1));
+        }
+      HeadState state(DeviceTier(std::make_shared<const PageFormat>(
+                                     make_page_format(layout_by_name("compact"), d, 16)),
+                                 x.dtype, std::make_shared<TierAccount>()),
+                      64, 64);
+      state.tier.append(x.k.data(), x.v.data(), x.tokens(), {});
+      MemoryOriginals originals(x, 16);
+      StepRules rules;
+      rules.policy = policy;
+      GroupReport report;
+      head_step(rules, {}, 1, q.data(), &state, originals, out.data(), nullptr, &report);
+      ASSERT_FALSE(report.broken);
+      const oracle::Verdict v = oracle::check(oracle::attention(x, x.tokens(), q.data()), out,
+                                              claim_of(rules, report.heads[0]));
+      EXPECT_TRUE(v.holds) << "gap " << gap << ": " << v.why;
+      if (policy == Policy::Naive) {
+        EXPECT_GT(v.error, 15) << "the weights were not flushed: nothing was tried";
+      }
+    }
+}
+
 TEST(Killers, ValuesOfTenToTheTwenty) {
   AttentionCase c = base_case(Shape::Huge);
   EXPECT_EQ(expect_sound(c).over, 0);
