@@ -172,11 +172,13 @@ std::vector<uint32_t> ranking_unresolved(const AttendContext& context, const Que
   std::vector<double> log_mass(n);
   std::vector<uint32_t> inside, outside;
   for (size_t b = 0; b < n; ++b) {
-    // Weights below the exponential's flush count as if they were at it.
+    // A weight below the exponential's flush lies between 0 and it: outside F it counts as if it were
+    // at the flush, within F as 0.
     const size_t i = state.at(head, b);
-    log_mass[b] = double(state.block_ref[i]) +
-                  std::log(double(state.block_sum[i]) + blocks[b].tokens * double(kExpAbsolute));
-    ((state.used[state.at(head, b)] & kUsedKey) != 0 ? inside : outside).push_back(uint32_t(b));
+    const bool in_f = (state.used[i] & kUsedKey) != 0;
+    const double flushed = in_f ? 0.0 : blocks[b].tokens * double(kExpAbsolute);
+    log_mass[b] = double(state.block_ref[i]) + std::log(double(state.block_sum[i]) + flushed);
+    (in_f ? inside : outside).push_back(uint32_t(b));
   }
   if (outside.empty()) return out;
   sort_by(&inside, log_mass);

@@ -73,6 +73,16 @@ TEST(Ranking, NaNIsUnresolved) {
   EXPECT_EQ(y.unresolved(1), Blocks{1});
 }
 
+// Flushed as a whole: all that is known of its mass is that it lies between 0 and tokens * 2^-125
+// about the reference, so another block far below that reference may still be heavier.
+TEST(Ranking, ABlockOfFWhoseWeightsWereFlushedOutranksNothing) {
+  Ranked x;
+  x.add(0, 0, true);
+  x.pass.block_sum[0] = 0;
+  x.add(-110, 0.1, false);
+  EXPECT_EQ(x.unresolved(1), Blocks{1});
+}
+
 TEST(Ranking, TooSmallAnFAsksForTheHeaviestOutside) {
   Ranked x;
   x.add(10, 0, true);
