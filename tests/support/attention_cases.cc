@@ -12,17 +12,18 @@ const char* shape_name(Shape shape) {
   constexpr std::array<const char*, kShapes> kNames = {
       "Random",           "OutlierChannels", "Sink", "NearDuplicates", "CommonMean",
       "ConstantChannels", "Denormals",       "Huge", "ZeroValues",     "GridValues",
-      "UnweightedGiant"};
+      "UnweightedGiant",  "OutlierTokens",   "OppositeTwins", "Opposed"};
   return kNames[size_t(shape)];
 }
 
 std::string AttentionCase::describe() const {
   return fmt::format(
       "{} seed {} {} {} d {} block {} heads {} tokens {} steps {} quotas {} {} q {} policy {} "
-      "tolerance {} {}",
+      "tolerance {} {} attack {}{}",
       shape_name(shape), seed, layout, dtype == DType::BF16 ? "BF16" : "F16", head_dim, block_tokens,
       heads, tokens, steps, key_quota, value_quota, q_scale, int(rules.policy),
-      rules.tolerance.value, rules.tolerance.is_relative ? "relative" : "absolute");
+      rules.tolerance.value, rules.tolerance.is_relative ? "relative" : "absolute", attack.rounds,
+      attack.flip_values ? " flipped" : "");
 }
 
 AttentionCase draw_case(Shape shape, uint64_t seed) {
@@ -34,7 +35,7 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   AttentionCase c;
   c.seed = seed;
   c.shape = shape;
-  c.layout = pick("compact", "balanced", "paper", "k12v8");
+  c.layout = layouts()[random() % layouts().size()].name;
   c.dtype = pick(DType::F16, DType::BF16);
   c.head_dim = pick(64, 96, 128, 256);
   c.block_tokens = pick(16, 32);
@@ -58,6 +59,8 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   c.rules.ladder.max_share = pick(0.25, 0.25, 1.0);
   c.rules.paper.value_rule = pick("local", "greedy");
   c.rules.exploration_seed = seed;
+  const bool opposed = shape == Shape::Opposed;
+  if (opposed || random() % 4 == 0) c.attack = {.rounds = 4, .flip_values = opposed};
   return c;
 }
 
@@ -81,6 +84,7 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
   const double tiny = bf16 ? 1e-39 : 3e-7, huge = bf16 ? 1e20 : 3e4;
   for (size_t n = 0; n < tokens; ++n, ++made_) {
     const size_t family = random_() % 3;
+    const double side = random_() % 2 == 0 ? 1 : -1;
     for (int c = 0; c < c_.head_dim; ++c) {
       const auto i = size_t(c);
       double k = normal(), v = normal();
@@ -119,6 +123,17 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
             v = (bf16 ? 1e30 : 6e4);
           }
           break;
+        case Shape::OutlierTokens:
+          if (made_ % 13 == 5) {
+            k *= 20;
+            v *= 50;
+          }
+          break;
+        case Shape::OppositeTwins:
+          k = key_mean_[(i + 11 * family) % key_mean_.size()] + 0.01 * k;
+          v = side * value_mean_[i];
+          break;
+        case Shape::Opposed: v = side * pattern_[i] + 0.1 * v; break;
       }
       x->k.push_back(bits(k));
       x->v.push_back(bits(v));
@@ -163,8 +178,9 @@ CaseResult run_case(const AttentionCase& c) {
   for (int step = 0; step < c.steps; ++step) {
     const size_t before = x.tokens();
     rows.append(step == 0 ? c.tokens : 1 + (c.seed + size_t(step)) % 19, &x);
-    state.tier.append(x.k.data() + before * d, x.v.data() + before * d, x.tokens() - before, {});
     const std::vector<float> q = rows.query();
+    if (step == 0 && c.attack.rounds > 0) result.attack = attack(*format, c.attack, q.data(), &x);
+    state.tier.append(x.k.data() + before * d, x.v.data() + before * d, x.tokens() - before, {});
     const StepWhere where{.sequence = int64_t(c.seed), .step = uint64_t(step)};
     GroupReport report;
     head_step(c.rules, where, c.heads, q.data(), &state, originals, out.data(), nullptr, &report);
@@ -187,9 +203,16 @@ CaseResult run_case(const AttentionCase& c) {
       const oracle::Exact exact = oracle::attention(x, x.tokens(), q.data() + size_t(h) * d);
       const oracle::Verdict v =
           oracle::check(exact, {out.data() + size_t(h) * d, d}, claim_of(c.rules, r));
-      if (!v.holds)
+      const auto violated = [&](std::string_view why) {
         result.violations.push_back(
-            fmt::format("{} step {} head {} rung {}: {}", c.describe(), step, h, r.rung, v.why));
+            fmt::format("{} step {} head {} rung {}: {}", c.describe(), step, h, r.rung, why));
+      };
+      if (!v.holds) violated(v.why);
+      if ((r.outcome == Outcome::Exact) != (r.rung >= 3) && r.outcome != Outcome::Failed)
+        violated("exact goes with rungs 3 and 4, and with no others");
+      if (r.outcome != Outcome::Failed && std::isfinite(r.returned.bound) && r.returned.bound > 0)
+        (r.outcome == Outcome::Exact ? result.use_exact : result.use_coded)
+            .push_back(float(v.error / r.returned.bound));
     }
   }
   return result;

@@ -50,9 +50,6 @@ uint16_t encode(DType dtype, double value) {
 
 double Exact::weight(size_t t) const { return std::exp(score[t] - m) / z; }
 
-namespace {
-
-// decode() of every bit pattern.
 const std::vector<double>& decoded(DType dtype) {
   const auto make = [](DType t) {
     std::vector<double> table;
@@ -62,8 +59,6 @@ const std::vector<double>& decoded(DType dtype) {
   static const std::vector<double> f16 = make(DType::F16), bf16 = make(DType::BF16);
   return dtype == DType::BF16 ? bf16 : f16;
 }
-
-}  // namespace
 
 Exact attention(const Originals& x, size_t tokens, const float* q) {
   const size_t d = size_t(x.head_dim);
@@ -123,6 +118,7 @@ Served decode_page(const PageFormat& f, const std::byte* page) {
   Served out;
   out.k.resize(n * d);
   out.v.resize(n * d);
+  out.value_step.resize(n * size_t(f.value_groups));
   for (size_t c = 0; c < d; ++c) {
     const Line line = line_of(kp, metadata(kp.metadata, page + f.key_scale, c),
                               metadata(kp.metadata, page + f.key_offset, c));
@@ -149,6 +145,7 @@ Served decode_page(const PageFormat& f, const std::byte* page) {
       const Line line = line_of(vp, metadata(vp.metadata, page + f.value_scale, at),
                                 metadata(vp.metadata, page + f.value_offset, at));
       out.v[t * d + c] = line.base + line.step * code;
+      out.value_step[t * size_t(f.value_groups) + c / size_t(f.value_group)] = line.step;
     }
   return out;
 }
