@@ -112,6 +112,49 @@ TEST_P(CertifiedCore, NeverErrsByMoreThanItsBound) {
   }
 }
 
+#if defined(CERTKV_LONG_PROPERTY)
+// As far as the product goes: 128K tokens, in every layout.
+class LongContext : public testing::TestWithParam<int> {
+ protected:
+  void SetUp() override { log_set_level(LogLevel::Error); }
+};
+
+TEST_P(LongContext, NeverErrsByMoreThanItsBound) {
+  const Layout& layout = layouts()[size_t(GetParam())];
+  Tightness use;
+  int head_steps = 0;
+  for (Shape shape : {Shape::Random, Shape::Sink, Shape::OppositeTwins, Shape::Opposed})
+    for (Policy policy : {Policy::Budget, Policy::Paper, Policy::Naive, Policy::Dense}) {
+      AttentionCase c = draw_case(shape, 1);
+      c.layout = layout.name;
+      c.head_dim = shape == Shape::Random ? 128 : 64;
+      c.dtype = DType::F16;
+      c.heads = 2;
+      c.tokens = 131072 + 5;
+      c.steps = 2;
+      c.q_scale = 1;
+      c.key_quota = c.value_quota = 4096;
+      c.rules.policy = policy;
+      c.rules.tolerance = {true, 0.05};
+      c.attack.rounds = shape == Shape::Opposed ? 2 : 0;
+      const CaseResult r = run_case(c);
+      for (const std::string& v : r.violations) ADD_FAILURE() << v;
+      EXPECT_EQ(r.failed, 0);
+      EXPECT_EQ(r.broken, 0);
+      head_steps += r.head_steps;
+      use.add(shape_name(shape), r.use_coded);
+      use.add(fmt::format("{}, exact", shape_name(shape)), r.use_exact);
+    }
+  fmt::print("{}head-steps of 128K tokens: {}\n",
+             use.table(fmt::format("error / bound, 128K, {}", layout.name)), head_steps);
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, LongContext, testing::Range(0, int(layouts().size())),
+                         [](const auto& i) {
+                           return std::string(layouts()[size_t(i.param)].name);
+                         });
+#endif
+
 INSTANTIATE_TEST_SUITE_P(Shapes, CertifiedCore, testing::Range(0, kShapes), [](const auto& shape) {
   return std::string(shape_name(Shape(shape.param)));
 });
