@@ -55,6 +55,24 @@ TEST(Ranking, NamesExactlyTheBlocksThatMayBeHeavier) {
   EXPECT_EQ(x.unresolved(1), (Blocks{1, 3}));
 }
 
+// Both sides' rounding counts: eps_l twice, eps_w, and g of the block of F, which ||q|| K_b brings.
+TEST(Ranking, IsUnresolvedWithinTheRoundingOfBothSides) {
+  for (double apart : {0.5 * kEpsW, 2 * kEpsW}) {
+    Ranked x;
+    x.add(10, 0, true);
+    x.add(10 - apart, 0, false);
+    EXPECT_EQ(x.unresolved(1).empty(), apart > kEpsW + 4 * gamma_n(20));
+  }
+  for (float k_norm : {0.0f, 1000.0f}) {
+    Ranked x;
+    x.q.norm = {100.0f};
+    x.add(10, 0, true);
+    x.blocks[0].k_norm = k_norm;
+    x.add(9.95, 0, false);
+    EXPECT_EQ(x.unresolved(1).empty(), k_norm == 0);
+  }
+}
+
 TEST(Ranking, ATieIsUnresolved) {
   Ranked x;
   x.add(10, 0, true);

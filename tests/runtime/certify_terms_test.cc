@@ -7,6 +7,7 @@
 #include <random>
 
 #include "kernels/quantize.h"
+#include "runtime/certify/canary.h"
 #include "tests/support/certificate_terms.h"
 
 namespace certkv {
@@ -404,6 +405,39 @@ TEST(Correcting, ThePassIsRunAgainOnceCancellationHasEatenAnEighth) {
   EXPECT_TRUE(rerun(1, 1, nan, 1));
   EXPECT_TRUE(rerun(1, 1, 1, nan));
   EXPECT_FALSE(rerun(nan, nan, nan, nan, 0));  // nothing was corrected: the certificate judges it
+}
+
+// ---- canary -------------------------------------------------------------------------------------
+
+TEST(Canary, LooksAtScoresAndValuesWhereBothFormsWereRead) {
+  Corrected c;
+  ASSERT_TRUE(c.correct(5));
+  const SealedHead& head = c.x.head;
+  const BlockRef codes = head.blocks[5], keys = head.promoted(5, true, false),
+                 values = head.promoted(5, false, true);
+  const auto ok = [&](const BlockTerms& before, const BlockTerms& after, const BlockRef& now) {
+    return canary(head.context(), 1, before, after, codes, now).ok;
+  };
+  EXPECT_TRUE(ok(c.before, c.after, keys));
+  EXPECT_TRUE(ok(c.before, c.after, values));
+  const float promised = c.before.delta[0] + c.after.delta[0];
+  for (float moved : {1.5f * promised, -1.5f * promised, std::nanf("")}) {
+    BlockTerms before = c.before;
+    before.score[0][7] = c.after.score[0][7] + moved;
+    EXPECT_FALSE(ok(before, c.after, keys)) << moved;
+    EXPECT_TRUE(ok(before, c.after, values)) << "no key was promoted: there is nothing to compare";
+  }
+  auto* note = reinterpret_cast<BlockAnnotations*>(head.page_bytes(5) + head.format->annotations) +
+               codes.index;
+  for (float BlockAnnotations::*promise : {&BlockAnnotations::eta, &BlockAnnotations::nu}) {
+    const float was = note->*promise;
+    for (float less : {0.9f * was, 0.0f, std::nanf("")}) {
+      note->*promise = less;
+      EXPECT_FALSE(ok(c.before, c.after, values)) << less;
+      EXPECT_TRUE(ok(c.before, c.after, keys));
+    }
+    note->*promise = was;
+  }
 }
 
 }  // namespace
