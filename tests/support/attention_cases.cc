@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 
 namespace certkv {
 
@@ -12,7 +13,8 @@ const char* shape_name(Shape shape) {
   constexpr std::array<const char*, kShapes> kNames = {
       "Random",           "OutlierChannels", "Sink", "NearDuplicates", "CommonMean",
       "ConstantChannels", "Denormals",       "Huge", "ZeroValues",     "GridValues",
-      "UnweightedGiant",  "OutlierTokens",   "OppositeTwins", "Opposed"};
+      "UnweightedGiant",  "OutlierTokens",   "OppositeTwins", "Opposed",
+      "FlushedRivals"};
   return kNames[size_t(shape)];
 }
 
@@ -48,7 +50,7 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   c.steps = c.tokens > 2000 ? 2 : 4;
   c.key_quota = pick(size_t(0), size_t(1), size_t(2), size_t(8), size_t(4096));
   c.value_quota = pick(size_t(0), size_t(1), size_t(2), size_t(8), size_t(4096));
-  c.q_scale = pick(0.1f, 1.0f, 3.0f, 12.0f);
+  c.q_scale = pick(0.1f, 1.0f, 3.0f, 12.0f, 0.1f, 1.0f, 3.0f, 12.0f, 300.0f);  // 300: Delta of 20 to 90
   c.rules.policy =
       pick(Policy::Budget, Policy::Budget, Policy::Budget, Policy::Paper, Policy::Naive, Policy::Dense);
   c.rules.tolerance.is_relative = random() % 3 != 0;
@@ -59,8 +61,12 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   c.rules.ladder.max_share = pick(0.25, 0.25, 1.0);
   c.rules.paper.value_rule = pick("local", "greedy");
   c.rules.exploration_seed = seed;
-  const bool opposed = shape == Shape::Opposed;
-  if (opposed || random() % 4 == 0) c.attack = {.rounds = 4, .flip_values = opposed};
+  const bool opposed = shape == Shape::Opposed, rivals = shape == Shape::FlushedRivals;
+  if (rivals) {  // keys between -1 and 1 in 255 steps: D_b is the sum of |q| / 255 over sqrt(d)
+    const double score_error = 20 + double(random() % 71);
+    c.q_scale = float(score_error * 255 / (0.8 * std::sqrt(double(c.head_dim))));
+  }
+  if (opposed || rivals || random() % 4 == 0) c.attack = {.rounds = 4, .flip_values = opposed};
   return c;
 }
 
@@ -72,6 +78,17 @@ RowMaker::RowMaker(const AttentionCase& c) : c_(c), random_(c.seed * 7919 + 17) 
     pattern_.push_back(random_() % 2 == 0 ? 1 : -1);
   }
   for (size_t i = 0; i < size_t(c.heads) * d; ++i) q_.push_back(float(normal()) * c.q_scale);
+  for (size_t i = 0; i < d; ++i) q_norm2_ += double(q_[i]) * q_[i];
+  std::vector<size_t> order(d);
+  std::iota(order.begin(), order.end(), size_t(0));
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return std::abs(q_[a]) > std::abs(q_[b]); });
+  balanced_.resize(d);
+  double sum = 0;  // of the larger terms: each smaller one brings it back towards 0
+  for (size_t i : order) {
+    balanced_[i] = sum * q_[i] > 0 ? -1 : 1;
+    sum += balanced_[i] * q_[i];
+  }
 }
 
 uint16_t RowMaker::bits(double x) const {
@@ -85,6 +102,8 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
   for (size_t n = 0; n < tokens; ++n, ++made_) {
     const size_t family = random_() % 3;
     const double side = random_() % 2 == 0 ? 1 : -1;
+    const bool newest = made_ >= c_.tokens / 64 * 64;  // open under scale groups of 64
+    const double above = 70 + double(random_() % 25);
     for (int c = 0; c < c_.head_dim; ++c) {
       const auto i = size_t(c);
       double k = normal(), v = normal();
@@ -133,6 +152,15 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
           k = key_mean_[(i + 11 * family) % key_mean_.size()] + 0.01 * k;
           v = side * value_mean_[i];
           break;
+        case Shape::FlushedRivals: {
+          if (newest) {
+            k = above * std::sqrt(double(c_.head_dim)) * q_[i] / q_norm2_;
+          } else {  // two tokens of each group hold the ends of the range, opposed within themselves
+            const double edge = made_ % 16 == 0 ? 1 : made_ % 16 == 1 ? -1 : 0;
+            k = edge != 0 ? edge * balanced_[i] : 0.002 * k;
+          }
+          break;
+        }
         case Shape::Opposed: v = side * pattern_[i] + 0.1 * v; break;
       }
       x->k.push_back(bits(k));
@@ -143,6 +171,7 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
 
 std::vector<float> RowMaker::query() {
   std::vector<float> now = q_;
+  if (c_.shape == Shape::FlushedRivals) return now;  // scores of 100 and more would drift apart
   for (float& x : now) x += 0.1f * c_.q_scale * float(normal());
   return now;
 }

@@ -28,8 +28,10 @@ enum class Shape {
   OutlierTokens,     // a few tokens far larger than the rest
   OppositeTwins,     // keys within a hair of a few, values of either sign
   Opposed,           // values on two opposite sides; always attacked by the optimiser
+  FlushedRivals,     // codes score so far below the newest tokens that their weights are flushed,
+                     // originals may score as high: Delta of 20 to 90; always attacked
 };
-inline constexpr int kShapes = 14;
+inline constexpr int kShapes = 15;
 const char* shape_name(Shape shape);
 
 struct AttentionCase {
@@ -64,6 +66,8 @@ class RowMaker {
   std::normal_distribution<double> normal_;
   std::vector<double> key_mean_, value_mean_, pattern_;
   std::vector<float> q_;
+  double q_norm2_ = 0;             // of the first head's
+  std::vector<double> balanced_;   // signs with which its elements add up to about 0
   size_t made_ = 0;
 };
 
