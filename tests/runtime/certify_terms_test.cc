@@ -172,8 +172,11 @@ void expect_terms_after(Mixed* x, size_t corrections) {
   JudgedPass j = x->judge();
   oracle::Terms now = x->terms(j);
   const double m0 = now.m;
-  Passed passed{.weights = now.z, .spread = now.big_a * now.z, .sizes = now.big_s * now.z,
-                .s = now.s * now.z, .m2 = now.m2 * now.z};
+  Passed passed{.weights = now.z,
+                .spread = now.big_a * now.z,
+                .sizes = now.big_s * now.z,
+                .s = now.s * now.z,
+                .m2 = now.m2 * now.z};
   std::vector<CorrectionLog> logs(1);
   BlockTerms before, after;
   for (size_t i = 0; i < corrections; ++i) {
@@ -248,7 +251,8 @@ TEST(Closing, ACastOfTheOutputIsCharged) {
   EXPECT_LE(c.e_acc, 1.01 * (std::sqrt(moved) + before));
 }
 
-// v^ - r rounds once, u ||O|| in all: where values lie far from 0 but close to r nothing else is left.
+// v^ - r rounds once, u ||O|| in all: where values lie far from 0 but close to r nothing else is
+// left.
 TEST(Closing, TheSubtractionOfTheCentreIsCharged) {
   SealedHead head("compact", DType::F16, kDim);
   head.add(64, [](size_t t, size_t) { return std::pair{0.0, 1000 + 0.5 * double(t % 2)}; });

@@ -62,10 +62,7 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   c.rules.paper.value_rule = pick("local", "greedy");
   c.rules.exploration_seed = seed;
   const bool opposed = shape == Shape::Opposed, rivals = shape == Shape::FlushedRivals;
-  if (rivals) {  // keys between -1 and 1 in 255 steps: D_b is the sum of |q| / 255 over sqrt(d)
-    const double score_error = 20 + double(random() % 71);
-    c.q_scale = float(score_error * 255 / (0.8 * std::sqrt(double(c.head_dim))));
-  }
+  if (rivals) c.q_scale = random() % 2 == 0 ? 88.0f : float(20 + random() % 68);  // see RowMaker
   if (opposed || rivals || random() % 4 == 0) c.attack = {.rounds = 4, .flip_values = opposed};
   return c;
 }
@@ -78,6 +75,11 @@ RowMaker::RowMaker(const AttentionCase& c) : c_(c), random_(c.seed * 7919 + 17) 
     pattern_.push_back(random_() % 2 == 0 ? 1 : -1);
   }
   for (size_t i = 0; i < size_t(c.heads) * d; ++i) q_.push_back(float(normal()) * c.q_scale);
+  if (c.shape == Shape::FlushedRivals) {  // keys between -1 and 1 in 255 steps: D_b shall be q_scale
+    double size = 0;
+    for (size_t i = 0; i < d; ++i) size += std::abs(q_[i]);
+    for (float& x : q_) x *= float(c.q_scale * 255 * std::sqrt(double(d)) / size);
+  }
   for (size_t i = 0; i < d; ++i) q_norm2_ += double(q_[i]) * q_[i];
   std::vector<size_t> order(d);
   std::iota(order.begin(), order.end(), size_t(0));
@@ -103,7 +105,7 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
     const size_t family = random_() % 3;
     const double side = random_() % 2 == 0 ? 1 : -1;
     const bool newest = made_ >= c_.tokens / 64 * 64;  // open under scale groups of 64
-    const double above = 70 + double(random_() % 25);
+    const double above = 86 + 0.1 * double(random_() % 25);
     for (int c = 0; c < c_.head_dim; ++c) {
       const auto i = size_t(c);
       double k = normal(), v = normal();
@@ -155,9 +157,9 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
         case Shape::FlushedRivals: {
           if (newest) {
             k = above * std::sqrt(double(c_.head_dim)) * q_[i] / q_norm2_;
-          } else {  // two tokens of each group hold the ends of the range, opposed within themselves
+          } else {  // near the middle of a cell, but for two tokens of each group at the range's ends
             const double edge = made_ % 16 == 0 ? 1 : made_ % 16 == 1 ? -1 : 0;
-            k = edge != 0 ? edge * balanced_[i] : 0.002 * k;
+            k = edge != 0 ? edge * balanced_[i] : balanced_[i] / 255 + 0.0005 * k;
           }
           break;
         }
