@@ -308,7 +308,12 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
   std::optional<Error> error;
   transformer_.clear_phases();
   try {
-    logits = transformer_.prefill(prompt, r.prompt, [&](int, size_t) { group_.alive(); });
+    logits = transformer_.prefill(prompt, r.prompt, [&](int layer, size_t tokens) {
+      group_.alive();
+      if (!leader() || !on_prefill_progress) return;
+      const double of_layer = double(tokens) / double(r.prompt.size());
+      on_prefill_progress((layer + of_layer) / double(parts_.config->layers));
+    });
   } catch (const Error& e) {
     if (e.kind() != ErrorKind::NonFinite) throw;  // thrown by all ranks at the same point
     error = e;

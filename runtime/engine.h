@@ -128,6 +128,8 @@ class Engine {
   std::function<void(Completion&&)> on_completion;       // leader only
   std::function<void(const StepRecord&)> on_step;        // leader only
   std::function<void(const PrefillRecord&)> on_prefill;  // leader only; before its first step
+  // Leader only, again and again while a prompt is prefilled: the share of it that is done.
+  std::function<void(double)> on_prefill_progress;
 
   struct Load {
     uint64_t waiting = 0, running = 0, tokens = 0;

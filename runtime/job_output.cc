@@ -328,6 +328,7 @@ void JobOutput::tick(const Engine::Load& load) {
   State& s = *state_;
   s.steps->check();
   s.progress_state.running = load.running;
+  s.progress_state.prefill = -1;
   s.progress_state.waiting = load.waiting;
   const auto now = Clock::now();
   s.progress.update(s.progress_state, now);
@@ -341,8 +342,15 @@ void JobOutput::tick(const Engine::Load& load) {
   s.write_results();
 }
 
+void JobOutput::prefilling(double share) {
+  State& s = *state_;
+  s.progress_state.prefill = share;
+  s.progress.update(s.progress_state, Clock::now());
+}
+
 int JobOutput::close() {
   State& s = *state_;
+  s.progress_state.prefill = -1;
   s.progress.close(s.progress_state, Clock::now());
   const std::lock_guard<std::timed_mutex> lock(s.mutex);
   s.steps->flush(std::chrono::milliseconds(400));
