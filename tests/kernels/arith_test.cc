@@ -8,7 +8,7 @@
 
 #include "kernels/arith/exp.h"
 #include "kernels/arith/rounding.h"
-#include "kernels/attend.h"
+#include "kernels/arith/chains.h"
 #include "tests/support/oracle.h"
 
 namespace certkv {
@@ -103,6 +103,17 @@ TEST(Rounding, EpsWHoldsItsThreeParts) {
   const double u = 0x1p-24;
   EXPECT_GE(kEpsW, 2 * (double(kExpError) + 2 * u) + 3 * u * 104);
   EXPECT_LE(kEpsW, 1.1 * (2 * (double(kExpError) + 2 * u) + 3 * u * 104));
+}
+
+// The longest chain of each sum and 4 (method section 3), as section 12 has them: quarters of a row
+// of codes, sixteenths of one of originals with four steps of a tree over lanes.
+TEST(Rounding, ChainsAreAsLongAsTheSumsAre) {
+  for (int d : {64, 96, 128, 256}) {
+    EXPECT_GE(chain_codes(d), d / 4.0 + 4 + 4);
+    EXPECT_GE(chain_originals(d), d / 16.0 + 4 + 4);
+    EXPECT_GE(chain_norm(d), d / 16.0 + 4);
+  }
+  EXPECT_GE(kChainOutput, 64 + 1024 / 16.0 + 4);
 }
 
 TEST(Rounding, EveryHalfIsItsOwnRounding) {

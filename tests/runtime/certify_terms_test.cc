@@ -21,8 +21,9 @@ constexpr double kSums = 1e-4;
 // Norms are kept as 16 bits of the page's largest: 2^-16 of it, twice in a square, and once more
 // where the largest is four times the others'.
 constexpr double kNorms = 4 * 2 * 0x1p-16;
-// The chain of sums that the pass says it has, and one that no plan comes near.
-constexpr double kLeastChain = kChainOutput, kMostChain = 8 * kChainOutput;
+// Chains of sums: of the plan in method section 12, 64 tokens of a run, 64 runs of a split and what
+// is around them; and one that no plan comes near.
+constexpr double kLeastChain = 64 + 64 + 8, kMostChain = 8 * kLeastChain;
 
 struct Mixed {
   SealedHead head;
@@ -254,6 +255,13 @@ void expect_terms_after(Mixed* x, size_t corrections) {
 TEST_P(Terms, HoldAfterFortyCorrections) {
   Mixed x(layout());
   expect_terms_after(&x, 40);
+}
+
+// Values on both sides of 0: |base| + code step is far above what it stands for.
+TEST_P(Terms, HoldAboutZero) {
+  Mixed x(layout(), DType::F16, 0);
+  x.promote_some();
+  expect_terms(x, x.judge());
 }
 
 // Values far from 0 leave nothing but rounding of R: the pass's own sums, and of 1 correction.
