@@ -11,6 +11,7 @@
 #include "kernels/base/log.h"
 #include "tests/support/adversary.h"
 #include "tests/support/attention_cases.h"
+#include "tests/support/sealed_head.h"
 
 namespace certkv {
 namespace {
@@ -139,6 +140,74 @@ TEST_P(Adversary, ReachesTheValueBoundAlone) {  // E1
     fmt::print("value bound, {} d {}: {:.3f} of it reached, before the attack {:.3f}\n",
                layout().name, d, stage.used(), stage.used() * r.before / r.after);
   }
+}
+
+// ---- snapshots that no ladder would choose ------------------------------------------------------
+
+enum class Twist { None, FarFromZero, SharpPages, OutlierQuery };
+
+// Two opposite sides of values, keys near the middle of their ranges, and a query; twisted.
+struct Twisted {
+  SealedHead head;
+  std::vector<float> q;
+  Twisted(const Layout& layout, int block_tokens, Twist twist, uint64_t seed)
+      : head(layout.name, DType::F16, 64, block_tokens), q(head.dim()) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal;
+    for (float& c : q) c = float(2 * normal(random));
+    if (twist == Twist::OutlierQuery)  // what remains of the others' 16 bits is next to nothing
+      for (size_t c : {size_t(3), size_t(40)}) q[c] *= 200;
+    double q2 = 0;
+    for (float c : q) q2 += double(c) * c;
+    const double mean = twist == Twist::FarFromZero ? 200 : 0;
+    head.add(320 + 5, [&](size_t t, size_t c) {
+      const double up = twist == Twist::SharpPages ? double(t / 64 * 37 % 5) * 5 : 0;
+      const double edge = t % 64 < 2 ? (t % 2 == 0 ? 1 : -1) : 0.05 * normal(random);
+      const double towards = up * 8 * double(q[c]) / q2;  // raises a whole page's scores by `up`
+      const double quiet = std::abs(q[c]) > 50 ? 0.02 : 1;
+      return std::pair{towards + quiet * edge,
+                       mean + (t / 3 % 2 == 0 ? 4.0 : -4.0) + normal(random)};
+    });
+    attack(*head.format, {.rounds = 3}, q.data(), &head.x);
+    head.seal();
+  }
+};
+
+// Any F and X, also within one page, at once in a pass and by corrections of one that had none.
+TEST_P(Adversary, NoSnapshotOfAttackedPagesErrsByMoreThanItsBound) {
+  double largest = 0;
+  for (int block_tokens : {16, 32})
+    for (Twist twist : {Twist::None, Twist::FarFromZero, Twist::SharpPages, Twist::OutlierQuery}) {
+      Twisted x(layout(), block_tokens, twist, uint64_t(block_tokens));
+      const SealedHead& head = x.head;
+      const oracle::Exact exact = oracle::attention(head.x, head.x.tokens(), x.q.data());
+      std::mt19937_64 random(9);
+      for (int share : {0, 1, 2, 3, 4}) {  // quarters of the blocks, promoted
+        std::vector<BlockRef> blocks = head.blocks;
+        JudgedPass corrected(head, head.blocks, 1, x.q.data());
+        std::vector<CorrectionLog> logs(1);
+        BlockTerms before, after;
+        bool could = true;
+        for (size_t b = 0; b < blocks.size(); ++b) {
+          if (blocks[b].page == nullptr) continue;
+          blocks[b] = head.promoted(b, int(random() % 4) < share, int(random() % 4) < share);
+          could = could && correct_block(head.context(), corrected.q, b, head.blocks[b], blocks[b],
+                                         1, &corrected.pass, logs, &before, &after);
+        }
+        const JudgedPass fresh(head, blocks, 1, x.q.data());
+        corrected.judge(0, logs[0]);
+        const auto judge = [&](const JudgedPass& j, const char* how) {
+          const double error = distance(exact.out, j.out[0]), bound = j.certificate[0].bound;
+          ASSERT_LE(error, bound) << how << " blocks of " << block_tokens << " twist " << int(twist)
+                                  << " share " << share;
+          largest = std::max(largest, error / bound);
+        };
+        judge(fresh, "at once,");
+        if (could && !must_rerun(corrected.pass, 0, logs[0])) judge(corrected, "corrected,");
+      }
+    }
+  EXPECT_GE(largest, 0.3) << "the attack is none";
+  fmt::print("attacked snapshots, {}: error / bound {:.3f} at most\n", layout().name, largest);
 }
 
 INSTANTIATE_TEST_SUITE_P(Layouts, Adversary, testing::Range(0, int(layouts().size())),
