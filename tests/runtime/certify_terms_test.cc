@@ -91,9 +91,9 @@ void expect_terms(const Mixed& x, const JudgedPass& j, const Passed* passed = nu
   const double s_passed = passed != nullptr ? passed->s / l : want.s;
   const double m2_passed = passed != nullptr ? passed->m2 / l : want.m2;
   const double a_passed = passed != nullptr ? passed->a_bar / l : want.a_bar;
-  const double r_fp = oracle::gamma(kLeastChain + kDim + 8 + 2 * k) *
-                      (m2_passed + 2 * want.out_norm * a_passed +
-                       s_passed * want.out_norm * want.out_norm);
+  const double r_fp =
+      oracle::gamma(kLeastChain + kDim + 8 + 2 * k) *
+      (m2_passed + 2 * want.out_norm * a_passed + s_passed * want.out_norm * want.out_norm);
   // The rest of r_fp is what the quadratic form itself may have lost.
   EXPECT_GE(c.r_term * c.r_term, want.r * want.r + 0.8 * r_fp) << "what r_fp adds";
   const double r_most = std::sqrt(want.r * want.r * (1 + kSums) + 8 * r_fp + kNorms * want.m2);
@@ -325,7 +325,8 @@ TEST(Closing, TheLowerEndOfSHoldsWhereSquaresVanish) {
     }
     const JudgedPass j(head, head.blocks, 1, q.data());
     const double value = oracle::decode(DType::BF16, oracle::encode(DType::BF16, size));
-    const double most = value * std::sqrt(double(kDim)) * (1 + 0x1p-8);  // codes of 8 bits and fewer
+    const double most =
+        value * std::sqrt(double(kDim)) * (1 + 0x1p-8);  // codes of 8 bits and fewer
     EXPECT_EQ(j.pass.unit, kUnit);
     EXPECT_LE(j.certificate[0].s_lo, originals ? value * std::sqrt(double(kDim)) : most);
   }
@@ -347,6 +348,37 @@ TEST(Closing, FlushedWeightsAreChargedByWhatTheyMayBe) {
     EXPECT_GE(raised.bound, least * std::exp(30.0) / 2);
     j.pass.block_ref[3] = j.pass.block_ref[4];
   }
+}
+
+// Each sum that corrections passed through is charged by itself, on the chain of the text.
+TEST(Closing, WhatPassedThroughEachSumIsCharged) {
+  const Mixed x("compact");
+  const JudgedPass j = x.judge();
+  const double l = j.pass.head[0].l, passed = 1e3 * l;
+  CorrectionLog none;
+  none.count = 1;
+  const auto judged = [&](double CorrectionLog::*sum) {
+    CorrectionLog log = none;
+    if (sum != nullptr) log.*sum = passed;
+    return certify(j.pass, 0, log, j.out[0].data());
+  };
+  const Certificate base = judged(nullptr);
+  const double o = base.out_norm;
+  const auto charged = [&](double got, double wanted, const char* what) {
+    EXPECT_GE(got, wanted * (1 - 1e-6)) << what;
+    EXPECT_LE(got, 4 * wanted) << what;
+  };
+  const double out_chain = oracle::gamma(kLeastChain + 2),
+               r_chain = oracle::gamma(kLeastChain + kDim + 10);
+  charged(judged(&CorrectionLog::g_l).e_acc - base.e_acc, out_chain * 1e3 * o, "G_l");
+  charged(judged(&CorrectionLog::g_o).e_acc - base.e_acc, out_chain * 1e3, "G_o");
+  const auto r2 = [&](double CorrectionLog::*sum) {
+    const Certificate c = judged(sum);
+    return c.r_term * c.r_term - base.r_term * base.r_term;
+  };
+  charged(r2(&CorrectionLog::g_m2), r_chain * 1e3, "m2");
+  charged(r2(&CorrectionLog::g_a), r_chain * 1e3 * 2 * o, "a");
+  charged(r2(&CorrectionLog::g_s), r_chain * 1e3 * o * o, "s");
 }
 
 TEST(Closing, ARelativeToleranceGoesWithTheLowerEndOfS) {
