@@ -92,6 +92,11 @@ struct PassState {
 inline constexpr uint8_t kUsedKey = 1, kUsedValue = 2;  // originals were used
 inline constexpr uint8_t kSkippedValue = 4;  // values were not read: they counted as 0, eta_b as nu_b
 
+// Instruction set of the pass's inner loops: the machine's best, or what CERTKV_ISA asks for (to
+// compare and to test them). Throws InvalidArgument where that is unknown or not of this machine,
+// as the first pass would.
+const char* attend_isa();
+
 struct AttendContext {
   const PageFormat* format = nullptr;
   DType dtype = DType::BF16;  // of the originals

@@ -1,3 +1,4 @@
+#include "kernels/attend.h"
 #include "launcher/commands.h"
 
 #include <fmt/core.h>
@@ -75,6 +76,7 @@ int dispatch(Args& args, const std::vector<std::string>& command_line) {
   std::vector<std::string> names;
   for (const Command& command : commands()) {
     if (words[0] == command.name) {
+      attend_isa();  // a CERTKV_ISA that this machine does not run is refused before any work
       args.command = words[0];
       args.values.assign(words.begin() + 1, words.end());
       return command.run(args);

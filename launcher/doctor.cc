@@ -7,6 +7,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "kernels/attend.h"
 #include "launcher/commands.h"
 #include "launcher/machine.h"
 #include "parallel/installed_libraries.h"
@@ -77,6 +78,7 @@ void report_machine(const Machine& m, Report& report) {
   report.words("cpu", m.cpu);
   report.line("cpu_features", m.features,
               m.features.empty() ? "none known" : fmt::format("{}", fmt::join(m.features, " ")));
+  report.words("attention", attend_isa());
   report.line("cores", m.cores_usable,
               fmt::format("{} usable of {} online", m.cores_usable, m.cores_online));
   report.bytes("memory", m.memory_bytes);

@@ -1,8 +1,11 @@
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "kernels/attend.h"
 #include "kernels/base/error.h"
@@ -14,23 +17,49 @@ namespace certkv {
 
 namespace cpu {
 
-const TileKernels& tile_kernels() {
-  static const TileKernels& chosen = [&]() -> const TileKernels& {
+namespace {
+
+// Builds that this machine runs, the best last.
+std::vector<const TileKernels*> usable_tiles() {
+  std::vector<const TileKernels*> out = {&tile_kernels_baseline()};
 #if defined(CERTKV_BUILD_X86_TILES)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return __builtin_cpu_supports("avx512vnni") ? *tile_kernels_avx512vnni()
-                                                  : *tile_kernels_avx512();
-    // Every processor with AVX2 converts halves; clang 14 cannot be asked about F16C.
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return *tile_kernels_avx2();
+  // Every processor with AVX2 converts halves; clang 14 cannot be asked about F16C.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    out.push_back(tile_kernels_avx2());
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    out.push_back(tile_kernels_avx512());
+    if (__builtin_cpu_supports("avx512vnni")) out.push_back(tile_kernels_avx512vnni());
+  }
 #endif
-    return tile_kernels_baseline();
-  }();
+  return out;
+}
+
+}  // namespace
+
+const TileKernels& tile_kernels_named(const char* name) {
+  const std::vector<const TileKernels*> usable = usable_tiles();
+  if (name == nullptr || *name == 0) return *usable.back();
+  std::string known;
+  for (const TileKernels* k : usable) {
+    if (std::strcmp(k->isa, name) == 0) return *k;
+    known += (known.empty() ? "" : ", ") + std::string(k->isa);
+  }
+  CERTKV_THROW(InvalidArgument,
+               "CERTKV_ISA is '{}': this machine runs {}; unset it for the last of them", name,
+               known);
+}
+
+const TileKernels& tile_kernels() {
+  static const TileKernels& chosen = tile_kernels_named(std::getenv("CERTKV_ISA"));
   return chosen;
 }
 
 }  // namespace cpu
+
+const char* attend_isa() {
+  return cpu::tile_kernels().isa;
+}
 
 namespace {
 

@@ -95,7 +95,10 @@ struct TileKernels {
   void (*norms)(const ValueRun& run, int heads, const float* p, int stride, float* s1, float* m2);
 };
 
-const TileKernels& tile_kernels();           // the best this machine runs
+// The best that this machine runs, or the one that CERTKV_ISA names: read once, at the first call.
+const TileKernels& tile_kernels();
+// nullptr or "": the best. Throws InvalidArgument naming those that this machine runs.
+const TileKernels& tile_kernels_named(const char* name);
 const TileKernels& tile_kernels_baseline();  // x86-64 or whatever the compiler targets
 const TileKernels* tile_kernels_avx2();      // nullptr where not built
 const TileKernels* tile_kernels_avx512();

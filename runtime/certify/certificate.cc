@@ -178,11 +178,12 @@ Certificate certify(const PassState& state, int head, const CorrectionLog& log, 
   const double m2 = sums.m2 / l;
   const double g_s = corrected ? log.g_s / l : s, g_m2 = corrected ? log.g_m2 / l : m2;
   const double g_a = (corrected ? log.g_a : b.a_bar) / l;
-  // Beside a value 2^60 times larger, squares vanish in the pass's unit, and products p step do
-  // beside weights of 1: at most 2^-149 is lost by each square, product and sum.
+  // Beside a value 2^60 times larger, squares vanish in the pass's unit, and products of steps, codes
+  // and weights do beside one 2^120 times larger: at most 2^-149 is lost by each square, product and
+  // sum, and 2^8 times that where a step is lost before its code.
   const bool any_value = state.nu_max > 0 || state.vbar_max > 0;  // all zero: nothing was rounded
   const double unit = state.unit;
-  const double lost = any_value ? (d + 64) * 0x1p-146 * (1 + 2.0 * log.count) : 0.0;
+  const double lost = any_value ? (d + 64) * 0x1p-138 * (1 + 2.0 * log.count) : 0.0;
   const double tokens_l = double(state.tokens) / l;
   // Skipped values count with their norm where the largest eta is asked for.
   const double eta_max = std::max(state.eta_max, state.skips ? state.nu_max : 0.0f);
@@ -220,11 +221,13 @@ Certificate certify(const PassState& state, int head, const CorrectionLog& log, 
   c.s_lo = c.s * (1 - 2 * gamma_n(kChainOutput + 16)) * kRoundDown;
   if (corrected)  // a sum from which terms were subtracted: absolute error of what passed through
     c.s_lo = c.s - 2 * gamma_n(n_out + 16) * (g_l / l) * (state.nu_max + state.eta_max);
+  // Squares below 2^-126 round to multiples of 2^-149, which may be more than they are.
+  if (any_value) c.s_lo -= std::sqrt(double(d)) * 0x1p-74 / unit * (g_l / l);
   c.relative = c.bound / c.s;
   if (c.bound == 0 && c.s == 0) c.relative = 0;
 
   const bool finite = std::isfinite(c.bound) && std::isfinite(c.s) && std::isfinite(key) &&
-                      std::isfinite(c.out_norm) && std::isfinite(e_val);
+                      std::isfinite(c.out_norm) && std::isfinite(e_val) && std::isfinite(c.den);
   if (!(finite && b.sound && state.notes_sound && l > 0 && c.den > 0)) c.bound = c.relative = kNaN;
   return c;
 }

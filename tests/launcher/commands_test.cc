@@ -1,4 +1,5 @@
 // Which command runs, and with which exit code errors end.
+#include "kernels/attend.h"
 #include "launcher/commands.h"
 
 #include <gmock/gmock.h>
@@ -141,6 +142,7 @@ TEST(Doctor, PrintsTheMachineAsJson) {
   const auto report = nlohmann::json::parse(result.text);
   EXPECT_GT(report.at("machine").at("memory_bytes").get<uint64_t>(), uint64_t(1) << 28);
   EXPECT_GE(report.at("machine").at("cores").get<int>(), 1);
+  EXPECT_EQ(report.at("machine").at("attention").get<std::string>(), attend_isa());
   EXPECT_TRUE(report.at("limits").contains("dev_shm_bytes"));
   EXPECT_TRUE(report.at("limits").contains("memlock_bytes"));
   EXPECT_THAT(report.at("libraries").at("mpi").get<std::string>(), HasSubstr("MPI"));

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "kernels/arith/verdict.h"
 #include "kernels/base/log.h"
@@ -95,6 +96,47 @@ TEST(Killers, AFlushedWeightThatInTruthIsTheLargest) {
         EXPECT_GT(v.error, 15) << "the weights were not flushed: nothing was tried";
       }
     }
+}
+
+// A token of no value holds nearly all mass and a giant holds none; what the output is made of has
+// weights of e^-gap and is 2^87 times smaller than the giant, for which the pass scales by 2^-103:
+// neither may weights vanish beside that factor, nor what they lose go without a charge.
+TEST(Killers, FaintWeightsBesideAGiant) {
+  constexpr int d = 64, kCoded = 128;
+  constexpr double kGiant = 1e30, kValue = 50000;
+  log_set_level(LogLevel::Error);
+  for (const char* layout : {"compact", "balanced", "paper", "k12v8"})
+    for (double gap : {5.0, 30.0, 31.4, 33.0, 50.0, 70.0})
+      for (Policy policy : {Policy::Budget, Policy::Naive, Policy::Paper, Policy::Dense}) {
+        std::mt19937_64 random(3);
+        std::uniform_real_distribution<double> uniform;
+        oracle::Originals x{.dtype = DType::BF16, .head_dim = d, .k = {}, .v = {}};
+        for (int t = 0; t < kCoded + 2; ++t)
+          for (int c = 0; c < d; ++c) {
+            const bool coded = t < kCoded, giant = t == kCoded;
+            const double k = coded ? 0.001 * uniform(random) : giant ? -20 * gap : gap;
+            const double v = coded ? kValue * (1 - 0.1 * uniform(random)) : giant ? kGiant : 0;
+            x.k.push_back(oracle::encode(x.dtype, k));
+            x.v.push_back(oracle::encode(x.dtype, v));
+          }
+        std::vector<float> q(d, 8.0f / d), out(d);  // scores: about 0, -20 gap, gap
+        HeadState state(DeviceTier(std::make_shared<const PageFormat>(
+                                       make_page_format(layout_by_name(layout), d, 16)),
+                                   x.dtype, std::make_shared<TierAccount>()),
+                        64, 64);
+        state.tier.append(x.k.data(), x.v.data(), x.tokens(), {});
+        ASSERT_NE(state.tier.blocks()[0].page, nullptr);
+        MemoryOriginals originals(x, 16);
+        StepRules rules;
+        rules.policy = policy;
+        GroupReport report;
+        head_step(rules, {}, 1, q.data(), &state, originals, out.data(), nullptr, &report);
+        ASSERT_FALSE(report.broken);
+        const oracle::Verdict v = oracle::check(oracle::attention(x, x.tokens(), q.data()), out,
+                                                claim_of(rules, report.heads[0]));
+        EXPECT_TRUE(v.holds) << layout << " gap " << gap << " policy " << int(policy) << ": "
+                             << v.why;
+      }
 }
 
 TEST(Killers, ValuesOfTenToTheTwenty) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 
 namespace certkv {
 
@@ -12,17 +13,19 @@ const char* shape_name(Shape shape) {
   constexpr std::array<const char*, kShapes> kNames = {
       "Random",           "OutlierChannels", "Sink", "NearDuplicates", "CommonMean",
       "ConstantChannels", "Denormals",       "Huge", "ZeroValues",     "GridValues",
-      "UnweightedGiant"};
+      "UnweightedGiant",  "OutlierTokens",   "OppositeTwins", "Opposed",
+      "FlushedRivals"};
   return kNames[size_t(shape)];
 }
 
 std::string AttentionCase::describe() const {
   return fmt::format(
       "{} seed {} {} {} d {} block {} heads {} tokens {} steps {} quotas {} {} q {} policy {} "
-      "tolerance {} {}",
+      "tolerance {} {} attack {}{}",
       shape_name(shape), seed, layout, dtype == DType::BF16 ? "BF16" : "F16", head_dim, block_tokens,
       heads, tokens, steps, key_quota, value_quota, q_scale, int(rules.policy),
-      rules.tolerance.value, rules.tolerance.is_relative ? "relative" : "absolute");
+      rules.tolerance.value, rules.tolerance.is_relative ? "relative" : "absolute", attack.rounds,
+      attack.flip_values ? " flipped" : "");
 }
 
 AttentionCase draw_case(Shape shape, uint64_t seed) {
@@ -34,7 +37,7 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   AttentionCase c;
   c.seed = seed;
   c.shape = shape;
-  c.layout = pick("compact", "balanced", "paper", "k12v8", "k12v8split");
+  c.layout = layouts()[random() % layouts().size()].name;
   c.dtype = pick(DType::F16, DType::BF16);
   c.head_dim = pick(64, 96, 128, 256);
   c.block_tokens = pick(16, 32);
@@ -47,7 +50,7 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   c.steps = c.tokens > 2000 ? 2 : 4;
   c.key_quota = pick(size_t(0), size_t(1), size_t(2), size_t(8), size_t(4096));
   c.value_quota = pick(size_t(0), size_t(1), size_t(2), size_t(8), size_t(4096));
-  c.q_scale = pick(0.1f, 1.0f, 3.0f, 12.0f);
+  c.q_scale = pick(0.1f, 1.0f, 3.0f, 12.0f, 0.1f, 1.0f, 3.0f, 12.0f, 300.0f);  // 300: Delta of 20 to 90
   c.rules.policy =
       pick(Policy::Budget, Policy::Budget, Policy::Budget, Policy::Paper, Policy::Naive, Policy::Dense);
   c.rules.tolerance.is_relative = random() % 3 != 0;
@@ -59,6 +62,9 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   c.rules.paper.value_rule = pick("local", "greedy");
   c.rules.exploration_seed = seed;
   c.rules.skip.share = pick(0.0, 0.1, 0.5);
+  const bool opposed = shape == Shape::Opposed, rivals = shape == Shape::FlushedRivals;
+  if (rivals) c.q_scale = random() % 2 == 0 ? 88.0f : float(20 + random() % 68);  // see RowMaker
+  if (opposed || rivals || random() % 4 == 0) c.attack = {.rounds = 4, .flip_values = opposed};
   return c;
 }
 
@@ -70,6 +76,22 @@ RowMaker::RowMaker(const AttentionCase& c) : c_(c), random_(c.seed * 7919 + 17) 
     pattern_.push_back(random_() % 2 == 0 ? 1 : -1);
   }
   for (size_t i = 0; i < size_t(c.heads) * d; ++i) q_.push_back(float(normal()) * c.q_scale);
+  if (c.shape == Shape::FlushedRivals) {  // keys between -1 and 1 in 255 steps: D_b shall be q_scale
+    double size = 0;
+    for (size_t i = 0; i < d; ++i) size += std::abs(q_[i]);
+    for (float& x : q_) x *= float(c.q_scale * 255 * std::sqrt(double(d)) / size);
+  }
+  for (size_t i = 0; i < d; ++i) q_norm2_ += double(q_[i]) * q_[i];
+  std::vector<size_t> order(d);
+  std::iota(order.begin(), order.end(), size_t(0));
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return std::abs(q_[a]) > std::abs(q_[b]); });
+  balanced_.resize(d);
+  double sum = 0;  // of the larger terms: each smaller one brings it back towards 0
+  for (size_t i : order) {
+    balanced_[i] = sum * q_[i] > 0 ? -1 : 1;
+    sum += balanced_[i] * q_[i];
+  }
 }
 
 uint16_t RowMaker::bits(double x) const {
@@ -82,6 +104,9 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
   const double tiny = bf16 ? 1e-39 : 3e-7, huge = bf16 ? 1e20 : 3e4;
   for (size_t n = 0; n < tokens; ++n, ++made_) {
     const size_t family = random_() % 3;
+    const double side = random_() % 2 == 0 ? 1 : -1;
+    const bool newest = made_ >= c_.tokens / 64 * 64;  // open under scale groups of 64
+    const double above = 86 + 0.1 * double(random_() % 25);
     for (int c = 0; c < c_.head_dim; ++c) {
       const auto i = size_t(c);
       double k = normal(), v = normal();
@@ -120,6 +145,26 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
             v = (bf16 ? 1e30 : 6e4);
           }
           break;
+        case Shape::OutlierTokens:
+          if (made_ % 13 == 5) {
+            k *= 20;
+            v *= 50;
+          }
+          break;
+        case Shape::OppositeTwins:
+          k = key_mean_[(i + 11 * family) % key_mean_.size()] + 0.01 * k;
+          v = side * value_mean_[i];
+          break;
+        case Shape::FlushedRivals: {
+          if (newest) {
+            k = above * std::sqrt(double(c_.head_dim)) * q_[i] / q_norm2_;
+          } else {  // near the middle of a cell, but for two tokens of each group at the range's ends
+            const double edge = made_ % 16 == 0 ? 1 : made_ % 16 == 1 ? -1 : 0;
+            k = edge != 0 ? edge * balanced_[i] : balanced_[i] / 255 + 0.0005 * k;
+          }
+          break;
+        }
+        case Shape::Opposed: v = side * pattern_[i] + 0.1 * v; break;
       }
       x->k.push_back(bits(k));
       x->v.push_back(bits(v));
@@ -129,6 +174,7 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
 
 std::vector<float> RowMaker::query() {
   std::vector<float> now = q_;
+  if (c_.shape == Shape::FlushedRivals) return now;  // scores of 100 and more would drift apart
   for (float& x : now) x += 0.1f * c_.q_scale * float(normal());
   return now;
 }
@@ -164,8 +210,9 @@ CaseResult run_case(const AttentionCase& c) {
   for (int step = 0; step < c.steps; ++step) {
     const size_t before = x.tokens();
     rows.append(step == 0 ? c.tokens : 1 + (c.seed + size_t(step)) % 19, &x);
-    state.tier.append(x.k.data() + before * d, x.v.data() + before * d, x.tokens() - before, {});
     const std::vector<float> q = rows.query();
+    if (step == 0 && c.attack.rounds > 0) result.attack = attack(*format, c.attack, q.data(), &x);
+    state.tier.append(x.k.data() + before * d, x.v.data() + before * d, x.tokens() - before, {});
     const StepWhere where{.sequence = int64_t(c.seed), .step = uint64_t(step)};
     GroupReport report;
     head_step(c.rules, where, c.heads, q.data(), &state, originals, out.data(), nullptr, &report);
@@ -189,9 +236,16 @@ CaseResult run_case(const AttentionCase& c) {
       const oracle::Exact exact = oracle::attention(x, x.tokens(), q.data() + size_t(h) * d);
       const oracle::Verdict v =
           oracle::check(exact, {out.data() + size_t(h) * d, d}, claim_of(c.rules, r));
-      if (!v.holds)
+      const auto violated = [&](std::string_view why) {
         result.violations.push_back(
-            fmt::format("{} step {} head {} rung {}: {}", c.describe(), step, h, r.rung, v.why));
+            fmt::format("{} step {} head {} rung {}: {}", c.describe(), step, h, r.rung, why));
+      };
+      if (!v.holds) violated(v.why);
+      if ((r.outcome == Outcome::Exact) != (r.rung >= 3) && r.outcome != Outcome::Failed)
+        violated("exact goes with rungs 3 and 4, and with no others");
+      if (r.outcome != Outcome::Failed && std::isfinite(r.returned.bound) && r.returned.bound > 0)
+        (r.outcome == Outcome::Exact ? result.use_exact : result.use_coded)
+            .push_back(float(v.error / r.returned.bound));
     }
   }
   return result;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "runtime/certify/head_step.h"
+#include "tests/support/adversary.h"
 #include "tests/support/memory_originals.h"
 #include "tests/support/oracle.h"
 
@@ -24,8 +25,13 @@ enum class Shape {
   ZeroValues,
   GridValues,        // values that the codes represent exactly: only keys err
   UnweightedGiant,   // one token of huge value and no weight beside values on the grid
+  OutlierTokens,     // a few tokens far larger than the rest
+  OppositeTwins,     // keys within a hair of a few, values of either sign
+  Opposed,           // values on two opposite sides; always attacked by the optimiser
+  FlushedRivals,     // codes score so far below the newest tokens that their weights are flushed,
+                     // originals may score as high: Delta of 20 to 90; always attacked
 };
-inline constexpr int kShapes = 11;
+inline constexpr int kShapes = 15;
 const char* shape_name(Shape shape);
 
 struct AttentionCase {
@@ -38,6 +44,7 @@ struct AttentionCase {
   int steps = 1;
   size_t key_quota = 0, value_quota = 0;
   float q_scale = 1;
+  Attack attack;  // on the first step's rows, for the first head's query
   StepRules rules;
   std::string describe() const;
 };
@@ -59,6 +66,8 @@ class RowMaker {
   std::normal_distribution<double> normal_;
   std::vector<double> key_mean_, value_mean_, pattern_;
   std::vector<float> q_;
+  double q_norm2_ = 0;             // of the first head's
+  std::vector<double> balanced_;   // signs with which its elements add up to about 0
   size_t made_ = 0;
 };
 
@@ -69,6 +78,9 @@ struct CaseResult {
   uint64_t learned = 0;  // originals that passes found resident
   uint64_t skipped = 0;  // blocks whose values were not read
   int promoted = 0;      // head-steps that climbed to rungs 1 or 2
+  AttackResult attack;
+  // True error / returned bound: rungs 0 to 2, and from rung 3 on.
+  std::vector<float> use_coded, use_exact;
 };
 
 // The claim that a report makes about one head.

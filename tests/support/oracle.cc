@@ -50,9 +50,6 @@ uint16_t encode(DType dtype, double value) {
 
 double Exact::weight(size_t t) const { return std::exp(score[t] - m) / z; }
 
-namespace {
-
-// decode() of every bit pattern.
 const std::vector<double>& decoded(DType dtype) {
   const auto make = [](DType t) {
     std::vector<double> table;
@@ -62,8 +59,6 @@ const std::vector<double>& decoded(DType dtype) {
   static const std::vector<double> f16 = make(DType::F16), bf16 = make(DType::BF16);
   return dtype == DType::BF16 ? bf16 : f16;
 }
-
-}  // namespace
 
 Exact attention(const Originals& x, size_t tokens, const float* q) {
   const size_t d = size_t(x.head_dim);
@@ -121,10 +116,13 @@ Served decode_page(const PageFormat& f, const std::byte* page) {
   out.k.resize(n * d);
   out.v.resize(n * d);
   out.bar2.resize(n);
+  out.value_step.resize(n * size_t(f.value_groups));
   for (size_t c = 0; c < d; ++c) {
     const Line line = line_of(kp, metadata(kp.metadata, page + f.key_scale, c),
                               metadata(kp.metadata, page + f.key_offset, c));
     out.key_step.push_back(line.step);
+    const int top = ((1 << kp.code_bits) - 1) >> (kp.read_residual ? 0 : kp.residual_bits);
+    out.key_bar.push_back(std::abs(line.base) + top * line.step);
     for (size_t t = 0; t < n; ++t) {
       const size_t four = t / 16 * (d / 4) + c / 4, lane = t % 16;
       int code = std::to_integer<int>(page[f.key_base + (four * 16 + lane) * 4 + c % 4]);
@@ -148,6 +146,7 @@ Served decode_page(const PageFormat& f, const std::byte* page) {
       out.v[t * d + c] = line.base + line.step * code;
       const double bar = std::abs(line.base) + line.step * code;
       out.bar2[t] += bar * bar;
+      out.value_step[t * size_t(f.value_groups) + c / size_t(f.value_group)] = line.step;
     }
   float norm_step;
   std::memcpy(&norm_step, page + f.notes, 4);

@@ -15,6 +15,8 @@ namespace certkv::oracle {
 
 // 16-bit floats by their definition (IEEE 754 binary16, bfloat16).
 double decode(DType dtype, uint16_t bits);
+// decode() of every bit pattern.
+const std::vector<double>& decoded(DType dtype);
 // The nearest one, ties to even; beyond the range: infinity.
 uint16_t encode(DType dtype, double value);
 
@@ -40,8 +42,10 @@ Exact attention(const Originals& x, size_t tokens, const float* q);
 struct Served {
   std::vector<double> k, v;
   std::vector<double> key_step;  // [head_dim] of the planes that are read
+  std::vector<double> key_bar;   // [head_dim] |base| + largest code * step
   std::vector<double> norm_below, norm_above;  // [group_tokens] what the page says of ||v^_t||
   std::vector<double> bar2;      // [group_tokens] || |base| + code step ||^2
+  std::vector<double> value_step;  // [group_tokens, value_groups] of the planes that are read
 };
 Served decode_page(const PageFormat& format, const std::byte* page);
 
