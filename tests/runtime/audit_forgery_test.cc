@@ -239,7 +239,7 @@ const std::vector<Forgery>& forgeries() {
          for (AuditLink& link : links) {
            if (link.kind != LinkKind::Rows || ++seen < 3) continue;  // of the second step
            for (size_t c = 0; c < kHeadDim; ++c)
-             link.payload[24 + 2 * kHeadDim + 2 * c + 1] ^= char(0x04);
+             link.payload[24 + 2 * kHeadDim + 2 * c + 1] = char(0x4b);  // millions, whatever its weight
            return;
          }
        }},
