@@ -82,12 +82,15 @@ struct PassState {
   std::vector<uint8_t> used;  // what this head's state was accumulated from: kUsedKey | kUsedValue
   std::vector<float> nu, eta,
       vbar;  // [blocks] annotations; eta and vbar of the codes, 0 and nu without
+  bool skips = false;
+  double skip[kMaxGroupHeads] = {};
   float nu_max = 0, eta_max = 0, vbar_max = 0;  // over all blocks
   bool notes_sound = true;                      // every annotation is a number >= 0
   std::vector<SplitSums> split;                 // [splits, heads]
   size_t at(int h, size_t b) const { return size_t(h) * blocks + b; }
 };
 inline constexpr uint8_t kUsedKey = 1, kUsedValue = 2;  // originals were used
+inline constexpr uint8_t kSkippedValue = 4;  // values were not read: they counted as 0, eta_b as nu_b
 
 struct AttendContext {
   const PageFormat* format = nullptr;
@@ -96,6 +99,10 @@ struct AttendContext {
 
 struct PassOptions {
   bool certificate = true;  // false: attention alone, for measuring what the certificate costs
+  // Certified skipping of values: a run of value codes is left out where for every head
+  // sum exp(s) nu over it is at most exp(skip[h]). nullptr: none. A guess: what was skipped is charged
+  // as it is. SOURCE: method E6. Needs the certificate.
+  const double* skip = nullptr;  // [heads], copied
 };
 
 // The pass in three parts, so that splits can be spread over threads: the result does not depend on

@@ -55,7 +55,7 @@ int ask_command(Args& args) {
   JobOptions job;
   job.sampling.stop = {"\n"};
   std::string text, question;
-  OptionTable table(job, {"model", "policy", "tolerance", "cache", "paper", "ladder", "sampling",
+  OptionTable table(job, {"model", "policy", "tolerance", "cache", "paper", "ladder", "skip", "sampling",
                           "scratch", "store", "parallel", "deterministic"});
   table.add("text", &text, {.meaning = "file with the text that the question is about"});
   table.add("question", &question,

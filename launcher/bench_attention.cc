@@ -66,7 +66,8 @@ void print_case(const AttentionCase& c, const AttentionBenchOptions& o) {
   fmt::print("  certified steps: rungs 0/1/2/3");
   for (size_t r = 0; r < 4; ++r)
     fmt::print("{} {:.2f}", r == 0 ? "" : " /", 100 * double(c.rungs[r]) / double(all));
-  fmt::print(" %; F {:.1f}, X {:.1f} blocks per KV head\n", c.f_blocks, c.x_blocks);
+  fmt::print(" %; F {:.1f}, X {:.1f} blocks, values of {:.1f} blocks skipped, per KV head\n",
+             c.f_blocks, c.x_blocks, c.skipped_blocks);
 }
 
 Json case_json(const AttentionCase& c, const AttentionBenchOptions& o) {
@@ -112,6 +113,7 @@ Json case_json(const AttentionCase& c, const AttentionBenchOptions& o) {
   v["threads"] = o.threads;
   for (size_t r = 0; r < c.rungs.size(); ++r) v["rungs"][std::to_string(r)] = c.rungs[r];
   v["f_blocks"] = c.f_blocks;
+  v["skipped_blocks"] = c.skipped_blocks;
   v["x_blocks"] = c.x_blocks;
   v["spreads"] = {{"dense", c.dense.spread},
                   {"certified", c.certified.spread},
@@ -133,7 +135,7 @@ int bench_attention_command(const std::vector<std::string>& values) {
   AttentionBenchOptions o;
   std::string backend = "cpu", contexts = "32768", cache = "auto", layouts = "compact",
               heads = "mixed", json;
-  OptionTable table(job, {"tolerance", "ladder", "paper", "scratch"});
+  OptionTable table(job, {"tolerance", "ladder", "skip", "paper", "scratch"});
   table.add("backend", &backend, {.meaning = "whose kernels are measured", .allowed = "cpu"});
   table.add("context", &contexts,
             {.meaning = "tokens, with commas between", .unit = "tokens", .cost = "memory, time"});
@@ -169,6 +171,7 @@ int bench_attention_command(const std::vector<std::string>& values) {
   o.heads = head_kind_from_name(heads);
   o.tolerance = job.tolerance;
   o.ladder = job.ladder;
+  o.skip = job.skip;
   o.paper = job.paper;
   o.scratch = job.scratch;
   Machine machine = inspect_machine();

@@ -38,6 +38,7 @@ constexpr Phase kPhases[] = {
     {"projections", &StepRecord::Phases::projections}, {"append", &StepRecord::Phases::append},
     {"attention", &StepRecord::Phases::attention},     {"judge", &StepRecord::Phases::judge},
     {"ladder", &StepRecord::Phases::ladder},           {"balance", &StepRecord::Phases::balance},
+    {"scrub", &StepRecord::Phases::scrub},
     {"communicate", &StepRecord::Phases::communicate}, {"sample", &StepRecord::Phases::sample},
     {"record", &StepRecord::Phases::record},           {"other", &StepRecord::Phases::other}};
 
@@ -223,7 +224,7 @@ int bench_engine(const std::vector<std::string>& values, bool decode) {
   int64_t tokens = 32;
   bench.warmup = 8;
   OptionTable table(bench.job, {"model", "policy", "compare", "tolerance", "cache", "paper",
-                                "ladder", "scratch", "store", "parallel", "deterministic"});
+                                "ladder", "skip", "scratch", "store", "parallel", "deterministic"});
   table.add(
       "context", &contexts,
       {.meaning = "tokens of the prompt, with commas between; in ascending order, or the peak of "

@@ -17,6 +17,7 @@ constexpr Command kCommands[] = {
     {"make-model", "write a demo model whose answers are known", make_model_command},
     {"run", "answer a batch of requests, on all ranks of mpirun or in this process", run_command},
     {"store", "serve a node's originals to its ranks (a job starts it by itself)", store_command},
+    {"verify", "check an audit's certificates against the originals, in float64", verify_command},
 };
 
 std::string short_help() {

@@ -15,6 +15,7 @@
 #include "parallel/mpi_session.h"
 #include "parallel/rank_layout.h"
 #include "parallel/topology.h"
+#include "runtime/certify/head_class.h"
 #include "runtime/engine_setup.h"
 #include "runtime/job.h"
 #include "runtime/manifest.h"
@@ -241,6 +242,13 @@ int run_command(Args& args) {
   table.resolve_paths();
   CERTKV_EXPECT(!job.run.input.empty(), InvalidArgument,
                 "run.input is not set: name the file of requests with --input");
+  CERTKV_EXPECT(!(job.audit.sample > 0 && job.skip.share > 0), InvalidArgument,
+                "audit.sample and skip.share are both above 0: a record cannot say yet which values "
+                "were skipped; set one of them to 0");
+  CERTKV_EXPECT(
+      !(job.audit.sample > 0 && job.cache.layout == kClassesLayout), InvalidArgument,
+      "audit.sample is above 0 and cache.layout is 'classes': an audit's records name one "
+      "layout for all heads; set audit.sample to 0, or name a layout");
   const MpiLaunch launch = detect_mpi_launch();
   // What is wrong with the configuration is found before the ranks meet.
   const int world = launch.by_launcher ? launch.size : 1;
@@ -279,7 +287,9 @@ int run_command(Args& args) {
                  .ranks = ranks.world->size(),
                  .tensor = ranks.layout.tensor,
                  .data = ranks.layout.data,
-                 .command = command_line(args, ranks.world->size(), launch.by_launcher)};
+                 .command = command_line(args, ranks.world->size(), launch.by_launcher),
+                 .audit_sample = job.audit.sample,
+                 .audit_folder = audit_folder(job)};
     o.terminal = ::isatty(2) != 0;
     o.progress_seconds = job.run.progress_seconds;
     output = std::make_unique<JobOutput>(

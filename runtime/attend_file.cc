@@ -163,6 +163,7 @@ AttendFileResult attend_file(const AttendFileOptions& options) {
                         .tolerance = options.tolerance,
                         .paper = options.paper,
                         .ladder = options.ladder,
+                        .skip = {},  // one step has no earlier one to guess from
                         .exploration_seed = options.seed};
   const size_t group = size_t(in.query_heads / in.kv_heads), d = size_t(in.d);
   const size_t rows = size_t(in.tokens) * d;

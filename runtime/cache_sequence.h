@@ -18,6 +18,7 @@ struct CertifiedCache::Sequence {
   StepRules rules;
   OriginalsSpan prefix, own;  // blocks of the prompt (shared by forks), and those after it
   uint32_t prefix_blocks = 0;
+  uint32_t audit = 0;               // its stream in the audit
   std::vector<HeadState> heads;     // [layers, local_kv_heads]
   std::vector<GroupReport> groups;  // [local_kv_heads], of the layer under way
   SequenceReport report;

@@ -12,6 +12,7 @@
 #include "kernels/arith/rounding.h"
 #include "kernels/base/log.h"
 #include "parallel/communicator.h"
+#include "runtime/audit/log.h"
 #include "runtime/cache_sequence.h"
 
 namespace certkv {
@@ -98,7 +99,7 @@ OriginalsSpan CertifiedCache::reserve(uint32_t first_block, uint32_t blocks) {
   return store_->reserve(r);
 }
 
-int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id) {
+int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) {
   auto s = std::make_unique<Sequence>();
   const int64_t groups = prompt_tokens / format_->group_tokens;  // only whole groups are sealed
   s->handle = next_++;
@@ -111,6 +112,7 @@ int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id) {
     s->heads.emplace_back(DeviceTier(format_, options_.dtype, account_), key_quota, value_quota);
     if (has_classes_) s->heads.back().precision.formats = &classes_;
   }
+  if (audit_ != nullptr) s->audit = audit_->open_prompt(sequence_id, prompt_tokens, max_tokens);
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;
@@ -141,12 +143,19 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
   for (const HeadState& h : from.heads) s->heads.push_back(h.fork());
   if (has_classes_ && rules.policy == Policy::Budget && !s->failed())
     choose_classes(from.last_q, s.get());
+  if (audit_ != nullptr)
+    s->audit =
+        audit_->open_sequence(from.audit, int64_t(from.heads[0].tier.tokens()), max_tokens, rules);
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;
 }
 
-void CertifiedCache::drop(int64_t sequence) {
+void CertifiedCache::drop(int64_t sequence, bool failed) {
+  if (audit_ != nullptr) {
+    const Sequence& s = at(sequence);
+    audit_->close(s.audit, s.heads[0].tier.tokens(), failed || s.failed());
+  }
   sequences_.erase(sequence);
 }
 
@@ -184,6 +193,11 @@ void CertifiedCache::store_prefill(int64_t sequence, int layer, size_t tokens, c
     DeviceTier& tier = s.heads[size_t(layer) * heads + h].tier;
     tier.append(k + h * tokens * d, v + h * tokens * d, tokens, sink(s, layer, int(h)));
   });
+  if (audit_ == nullptr) return;
+  for (size_t h = 0; h < heads; ++h) {
+    audit_->rows(s.audit, layer, int(h), tokens, k + h * tokens * d, v + h * tokens * d);
+    group_.alive();
+  }
 }
 
 void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequences) {
@@ -301,16 +315,43 @@ const SequenceReport& CertifiedCache::report(int64_t sequence) const {
   return at(sequence).report;
 }
 
+void CertifiedCache::end_step() {
+  if (audit_ != nullptr) audit_->end_step();
+}
+
+void CertifiedCache::start_audit(int layer, std::span<const DecodeRow> rows) {
+  std::vector<AuditLog::Row> audited;
+  for (const DecodeRow& row : rows) {
+    const Sequence& s = at(row.sequence);
+    if (s.failed()) continue;
+    const HeadState& state = s.heads[size_t(layer) * size_t(heads_.count())];
+    audited.push_back({s.audit, state.tier.tokens() + 1, row.k, row.v});
+  }
+  audit_->start_layer(step_, layer, audited);
+}
+
+void CertifiedCache::keep_audit(std::span<const DecodeRow> rows) {
+  const size_t width = size_t(config_.heads_per_group()) * size_t(format_->head_dim);
+  for (const DecodeRow& row : rows) {
+    const Sequence& s = at(row.sequence);
+    if (s.failed()) audit_->discard(s.audit);
+    for (size_t h = 0; h < size_t(heads_.count()); ++h)
+      audit_->keep(s.audit, int(h), row.q + h * width, row.out + h * width, s.groups[h]);
+  }
+}
+
 // The step is counted by the sequence's own tokens, so that what depends on it (exploration) does
 // not depend on neighbours in the batch.
 StepWhere CertifiedCache::where(const Sequence& s, int layer, int head,
                                 const HeadState& state) const {
-  return {s.id, layer, int(heads_.begin) + head, uint64_t(state.tier.tokens())};
+  return {s.id, layer, int(heads_.begin) + head, uint64_t(state.tier.tokens()),
+          audit_ != nullptr ? audit_->capture(s.audit, head) : nullptr};
 }
 
 void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* flags) {
   const size_t heads = size_t(heads_.count()), d = size_t(format_->head_dim);
   const size_t per_group = size_t(config_.heads_per_group());
+  if (audit_ != nullptr) start_audit(layer, rows);
   const size_t tasks = rows.size() * heads;
   while (tasks_.size() < tasks) tasks_.push_back(std::make_unique<Task>());
 
@@ -383,6 +424,7 @@ void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* f
       account(layer, s, h, s.groups[h]);
     }
   }
+  if (audit_ != nullptr) keep_audit(rows);
 }
 
 void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
@@ -410,6 +452,7 @@ void CertifiedCache::decode_dense(int layer, std::span<const DecodeRow> rows) {
     Sequence& s = at(row.sequence);
     for (size_t h = 0; h < heads; ++h) account(layer, s, h, s.groups[h]);
   }
+  if (audit_ != nullptr) keep_audit(rows);
 }
 
 // Writes the heads' figures; the verdict is counted from the figures of all layers at the end, so a

@@ -26,6 +26,7 @@
 
 namespace certkv {
 
+class AuditLog;
 class Communicator;
 
 struct CertifiedCacheOptions {
@@ -68,10 +69,12 @@ class CertifiedCache : public KvAttention {
   CertifiedCache(const ModelConfig& config, ShardRange heads, CertifiedCacheOptions options,
                  ThreadPool& pool, std::shared_ptr<StoreClient> store, Communicator& group);
   ~CertifiedCache() override;
+  // From here on: what the log chooses is audited. It must outlive the cache.
+  void watch(AuditLog* audit) { audit_ = audit; }
 
-  // A sequence that will be prefilled with `prompt_tokens`: reserves its originals.
-  // Throws OutOfMemory where the arena has no room.
-  int64_t create(int64_t prompt_tokens, int64_t sequence_id);
+  // A sequence that will be prefilled with `prompt_tokens`: reserves its originals. max_tokens:
+  // that a decode of it will have at most. Throws OutOfMemory where the arena has no room.
+  int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens);
   // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more. With a
   // scrub, the prompt's pages are verified at its first fork. Under policy budget and layout
   // `classes` every KV head is re-encoded into the class that its last queries ask for.
@@ -79,12 +82,14 @@ class CertifiedCache : public KvAttention {
   // After a sequence's last step: verifies all of its pages. Returns how many damaged ones it held
   // that no step has reported; they are repaired for the sequences that share them.
   uint64_t close(int64_t sequence);
-  void drop(int64_t sequence);
+  void drop(int64_t sequence, bool failed = false);  // failed: of a decode, for its audit
 
   // Starts a step: clears the reports of the sequences named, and verifies the share of their pages
   // that is due (cache.scrub_steps). A damaged page is rebuilt, for all sequences that share it,
   // before any pass reads it; where that cannot be, they fail by name.
   void begin_step(uint64_t step, std::span<const int64_t> sequences);
+  // After the last layer of a step.
+  void end_step();
   const SequenceReport& report(int64_t sequence) const;
   // This rank's vote on the step, counted over local query heads.
   VerdictRecord verdict(int64_t sequence) const;
@@ -110,6 +115,8 @@ class CertifiedCache : public KvAttention {
   struct Task;
   Sequence& at(int64_t sequence) const;
   void account(int layer, Sequence& s, size_t head, const GroupReport& g);
+  void start_audit(int layer, std::span<const DecodeRow> rows);
+  void keep_audit(std::span<const DecodeRow> rows);
   StepWhere where(const Sequence& s, int layer, int head, const HeadState& state) const;
   void fail(Sequence& s, ErrorKind kind, const std::string& text) const;
   OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
@@ -140,6 +147,7 @@ class CertifiedCache : public KvAttention {
   SplitList splits_;
   int64_t next_ = 1;
   uint64_t step_ = 0;
+  AuditLog* audit_ = nullptr;
 };
 
 }  // namespace certkv

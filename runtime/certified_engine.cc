@@ -64,6 +64,17 @@ class CertifiedEngine : public Engine {
         transformer_(*parts_.config, *parts_.weights, group_, cache_, pool_,
                      {.deterministic = options.deterministic,
                       .originals = originals_dtype(options, *parts_.config)}) {
+    if (parts_.audit) {
+      const ModelConfig& c = *parts_.config;
+      audit_ =
+          std::make_unique<AuditLog>(*parts_.audit, AuditShape{.layers = c.layers,
+                                                               .query_heads = c.heads,
+                                                               .kv_heads = c.kv_heads,
+                                                               .heads = heads_,
+                                                               .dtype = originals_dtype(options, c),
+                                                               .format = &cache_.format()});
+      cache_.watch(audit_.get());
+    }
     stop_ids_ = parts_.config->eos_ids;
     stop_ids_.insert(stop_ids_.end(), parts_.stop_ids.begin(), parts_.stop_ids.end());
     if (options.run.tier1_memory == "auto") {
@@ -101,6 +112,7 @@ class CertifiedEngine : public Engine {
   ThreadPool pool_;
   Communicator& group_;
   ShardRange heads_;
+  std::unique_ptr<AuditLog> audit_;
   CertifiedCache cache_;
   Transformer transformer_;
 
@@ -171,6 +183,7 @@ StepRules CertifiedEngine::rules_of(const Request& r, Policy policy) const {
           .tolerance = r.tolerance,
           .paper = options_.paper,
           .ladder = options_.ladder,
+          .skip = options_.skip,
           .exploration_seed = r.sampling.seed};
 }
 
@@ -230,6 +243,7 @@ bool CertifiedEngine::step(bool stop) {
   switch (Action(plan.action)) {
     case Action::Done:
     case Action::Stop:
+      if (audit_ != nullptr) audit_->end();
       return false;
     case Action::Admit:
       admit(decode_request(payload));
@@ -257,7 +271,7 @@ int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
     return 0;
   }
   try {
-    return cache_.create(int64_t(r.prompt.size()), int64_t(r.id));
+    return cache_.create(int64_t(r.prompt.size()), int64_t(r.id), r.sampling.max_tokens);
   } catch (const Error& e) {
     if (e.kind() != ErrorKind::OutOfMemory) throw;
     *why = e.what();
@@ -308,7 +322,12 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
   std::optional<Error> error;
   transformer_.clear_phases();
   try {
-    logits = transformer_.prefill(prompt, r.prompt, [&](int, size_t) { group_.alive(); });
+    logits = transformer_.prefill(prompt, r.prompt, [&](int layer, size_t tokens) {
+      group_.alive();
+      if (!leader() || !on_prefill_progress) return;
+      const double of_layer = double(tokens) / double(r.prompt.size());
+      on_prefill_progress((layer + of_layer) / double(parts_.config->layers));
+    });
   } catch (const Error& e) {
     if (e.kind() != ErrorKind::NonFinite) throw;  // thrown by all ranks at the same point
     error = e;
@@ -375,6 +394,7 @@ void CertifiedEngine::decode(Policy policy) {
   cache_.begin_step(step_, handles);
   const double scrub_seconds = seconds_since(scrubbing);
   const DecodeOutput out = transformer_.decode(inputs);
+  cache_.end_step();
 
   // The step's verdict: agreed upon before anything of it is used.
   const auto agreeing = Clock::now();
@@ -480,7 +500,7 @@ void CertifiedEngine::finish(std::list<Generation>::iterator g) {
     // KV heads are shared out evenly: what one rank holds is what every rank holds.
     c.tier1_bytes = cache_.tier1_bytes(g->handle) * uint64_t(group_.size());
     c.dense_bytes = cache_.dense_bytes(g->handle) * uint64_t(group_.size());
-    cache_.drop(g->handle);
+    cache_.drop(g->handle, g->error.has_value());
   }
   if (--open_forks_[g->request_id] == 0) {
     open_forks_.erase(g->request_id);

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "runtime/audit/log.h"
 #include "runtime/engine.h"
 
 namespace certkv {
@@ -23,6 +25,7 @@ struct EngineParts {
   std::shared_ptr<StoreClient> store;            // attached
   int threads = 1;
   int local_ranks = 1;                           // that share this node's memory
+  std::optional<AuditSetup> audit;               // where head-steps are audited
 };
 
 // Tokens of prompt + answer that a request may have: model.max_len, 0 meaning the model's own limit.

@@ -88,7 +88,8 @@ struct StepRecord {
   } candidate, returned;
   double e_key_max = 0, e_val_max = 0, e_fp_max = 0, e_key_paper_max = 0;
   uint64_t f_blocks = 0, x_blocks = 0;  // resident original blocks used by the pass
-  // cache.layout classes: KV heads by class (kClassLabels); all 0 under other layouts
+  uint64_t skipped_blocks = 0;          // blocks whose values were not read (skip.share)
+  // cache.layout classes: KV heads by class (class_label()); all 0 under other layouts
   std::array<uint64_t, kClasses> classes{};
   // The leader's wall time. What its threads do for different heads at once counts as their mean.
   struct Phases {
@@ -132,6 +133,8 @@ class Engine {
   std::function<void(Completion&&)> on_completion;       // leader only
   std::function<void(const StepRecord&)> on_step;        // leader only
   std::function<void(const PrefillRecord&)> on_prefill;  // leader only; before its first step
+  // Leader only, again and again while a prompt is prefilled: the share of it that is done.
+  std::function<void(double)> on_prefill_progress;
 
   struct Load {
     uint64_t waiting = 0, running = 0, tokens = 0;

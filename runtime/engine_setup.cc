@@ -11,6 +11,8 @@
 #include "runtime/byte_size.h"
 #include "runtime/certified_engine.h"
 #include "runtime/host_memory.h"
+#include "runtime/manifest.h"
+#include "runtime/output_file.h"
 #include "runtime/tokenizer.h"
 #include "runtime/weights.h"
 
@@ -86,7 +88,31 @@ std::string start_store(const JobOptions& options, Communicator& world, const To
   CERTKV_THROW(StoreLost, "no rank of node {} started a store", topology.node);
 }
 
+// Collective over `world`.
+AuditSetup audit_setup(const JobOptions& options, Communicator& world, Communicator& group) {
+  AuditSetup a;
+  a.folder = audit_folder(options);
+  a.sample = options.audit.sample;
+  a.seed = options.sampling.seed;
+  a.rank = world.rank();
+  a.world = world.size();
+  a.tensor = group.size();
+  a.tensor_rank = group.rank();
+  a.replica = a.rank / a.tensor;
+  a.model_files = digest_model_files(options.model.path);
+  make_folders(a.folder);
+  uint64_t session = uint64_t(audit::next_session(a.folder));
+  world.broadcast(view_u64(&session, 1), 0, {});
+  world.wait();
+  a.session = int(session);
+  return a;
+}
+
 }  // namespace
+
+std::string audit_folder(const JobOptions& options) {
+  return options.audit.folder.empty() ? options.run.output + "/audit" : options.audit.folder;
+}
 
 LoadedModel load_model(const JobOptions& options, int tensor) {
   CERTKV_EXPECT(!options.model.path.empty(), InvalidArgument,
@@ -143,6 +169,7 @@ EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, C
   parts.store = out.store;
   parts.threads = options.parallel.threads > 0 ? options.parallel.threads : topology.threads;
   parts.local_ranks = topology.local_size;
+  if (options.audit.sample > 0) parts.audit = audit_setup(options, world, group);
   world.barrier({});  // loading takes each rank its own time
   world.wait(std::chrono::minutes(10));
   out.engine = make_engine(options, std::move(parts));

@@ -30,6 +30,9 @@ struct LoadedModel {
 // tensor > 0).
 LoadedModel load_model(const JobOptions& options, int tensor);
 
+// Where the job's audit goes: audit.folder, or audit/ in run.output.
+std::string audit_folder(const JobOptions& options);
+
 // Sizes of a request, for sizing the arena.
 struct RequestShape {
   int64_t prompt_tokens = 0, max_tokens = 0;

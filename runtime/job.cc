@@ -210,6 +210,7 @@ void Dealer::stop_all() {
 int Dealer::run() {
   rank_.engine.on_completion = [this](Completion&& c) { completed(std::move(c)); };
   rank_.engine.on_step = [this](const StepRecord& r) { output_.step(r, 0); };
+  rank_.engine.on_prefill_progress = [this](double share) { output_.prefilling(share); };
   bool stopped = false;
   for (;;) {
     stopped = rank_.stop && rank_.stop();

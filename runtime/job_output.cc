@@ -95,6 +95,8 @@ struct JobOutput::State {
         last_results(start),
         progress(2, options.terminal, options.progress_seconds, start) {
     summary.lines_total = input.lines;
+    summary.audit_sample = options.session.audit_sample;
+    summary.audit_folder = options.session.audit_folder;
     summary.tier1_digest = options.tier1_digest;
     progress_state.lines = input.lines;
     progress_state.policy = options.policies.front();
@@ -328,6 +330,7 @@ void JobOutput::tick(const Engine::Load& load) {
   State& s = *state_;
   s.steps->check();
   s.progress_state.running = load.running;
+  s.progress_state.prefill = -1;
   s.progress_state.waiting = load.waiting;
   const auto now = Clock::now();
   s.progress.update(s.progress_state, now);
@@ -341,8 +344,15 @@ void JobOutput::tick(const Engine::Load& load) {
   s.write_results();
 }
 
+void JobOutput::prefilling(double share) {
+  State& s = *state_;
+  s.progress_state.prefill = share;
+  s.progress.update(s.progress_state, Clock::now());
+}
+
 int JobOutput::close() {
   State& s = *state_;
+  s.progress_state.prefill = -1;
   s.progress.close(s.progress_state, Clock::now());
   const std::lock_guard<std::timed_mutex> lock(s.mutex);
   s.steps->flush(std::chrono::milliseconds(400));

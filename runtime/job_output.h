@@ -57,6 +57,9 @@ class JobOutput {
   // has failed.
   void tick(const Engine::Load& load);
 
+  // While a prompt is prefilled, which may take longer than a line of progress: its share so far.
+  void prefilling(double share);
+
   // Writes everything. Returns the exit code; `complete` is found out by counting.
   int close();
 

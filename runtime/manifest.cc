@@ -28,7 +28,7 @@ constexpr uint64_t kStretches = 64;
 
 // Options that change speed and size only; model.path is replaced by what lies there.
 bool changes_answers(const std::string& key) {
-  for (const char* prefix : {"scratch.", "store.", "parallel.", "run."}) {
+  for (const char* prefix : {"scratch.", "store.", "parallel.", "audit.", "run."}) {
     if (key.starts_with(prefix)) return false;
   }
   return key != "log_level" && key != "model.path";
@@ -179,13 +179,12 @@ void write_manifest(const std::string& folder, const JobIdentity& identity,
     const json old = parse_json(earlier.text, "manifest.json");
     if (old.contains("sessions") && old["sessions"].is_array()) v["sessions"] = old["sessions"];
   }
-  v["sessions"].push_back({{"name", session.name},
-                           {"started", session.started},
-                           {"host", session.host},
-                           {"ranks", session.ranks},
-                           {"tensor", session.tensor},
-                           {"data", session.data},
-                           {"command", session.command}});
+  json now = {{"name", session.name},      {"started", session.started}, {"host", session.host},
+              {"ranks", session.ranks},    {"tensor", session.tensor},   {"data", session.data},
+              {"command", session.command}};
+  if (session.audit_sample > 0)
+    now["audit"] = {{"sample", session.audit_sample}, {"folder", session.audit_folder}};
+  v["sessions"].push_back(std::move(now));
   write_file_atomically(folder + "/manifest.json",
                         v.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
 }

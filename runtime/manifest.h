@@ -36,6 +36,8 @@ struct ManifestSession {
   std::string host;
   int ranks = 1, tensor = 1, data = 1;
   std::string command;
+  double audit_sample = 0;  // above 0: of the head-steps, in audit_folder
+  std::string audit_folder;
 };
 
 // What the folder's manifest says about an earlier run. `exists` false: there is none.

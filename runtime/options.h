@@ -57,6 +57,10 @@ struct LadderOptions {
   double exploration = 0.0;  // share of tail blocks promoted at random each step (0.01-0.05: soak)
 };
 
+struct SkipOptions {   // certified skipping, policy budget
+  double share = 0.0;  // of the tolerance that unread values may use up; 0: every value is read
+};
+
 struct SamplingOptions {
   int64_t max_tokens = 64;
   double temperature = 0.0;  // 0: greedy
@@ -88,6 +92,11 @@ struct ParallelOptions {
   double deadline_seconds = 5;  // since the last sign of life of a peer
 };
 
+struct AuditOptions {
+  double sample = 0;   // share of head-steps that are audited; more: more disk, slower steps
+  std::string folder;  // empty: audit/ in run.output
+};
+
 struct RunOptions {
   std::string input;                   // JSONL
   std::string output = "runs/latest";  // folder for manifest, results, steps, summary
@@ -105,11 +114,13 @@ struct JobOptions {
   CacheOptions cache;
   PaperOptions paper;
   LadderOptions ladder;
+  SkipOptions skip;
   SamplingOptions sampling;
   bool deterministic = false;  // bitwise equal for every T, at some cost in speed (method 8)
   ScratchOptions scratch;
   StoreOptions store;
   ParallelOptions parallel;
+  AuditOptions audit;
   RunOptions run;
   std::string log_level = "info";
 };

@@ -128,6 +128,16 @@ inline void visit_options(PaperOptions& o, OptionVisitor& v) {
            .allowed = "local greedy"});
 }
 
+inline void visit_options(SkipOptions& o, OptionVisitor& v) {
+  v.field("share", &o.share,
+          {.meaning = "policy budget: share of the tolerance that may go to values of negligible "
+                      "weight which are not read; 0 reads them all",
+           .unit = "share",
+           .cost = "fewer bytes read where attention is sharp, less room for quantisation",
+           .min = 0,
+           .max = 1});
+}
+
 inline void visit_options(LadderOptions& o, OptionVisitor& v) {
   v.field("max_rounds", &o.max_rounds,
           {.meaning = "rounds of promotion (rungs 1 and 2) per head-step before dense attention",
@@ -272,6 +282,20 @@ inline void visit_options(ParallelOptions& o, OptionVisitor& v) {
            .max = kMaxDeadlineSeconds});
 }
 
+inline void visit_options(AuditOptions& o, OptionVisitor& v) {
+  v.field(
+      "sample", &o.sample,
+      {.meaning = "share of head-steps whose certificates are recorded, with the originals, for "
+                  "certkv verify; 0: none, 1: all",
+       .unit = "share",
+       .cost = "more disk, slower steps",
+       .min = 0,
+       .max = 1});
+  v.field("folder", &o.folder,
+          {.meaning = "folder for the audit, one file per rank, made if missing; empty: audit/ in "
+                      "run.output"});
+}
+
 inline void visit_options(RunOptions& o, OptionVisitor& v) {
   v.field("input", &o.input,
           {.meaning = "requests, JSON lines (OpenAI batch, or prompt and max_tokens); looked up "
@@ -333,6 +357,7 @@ inline void visit_options(JobOptions& o, OptionVisitor& v) {
   visit_group("cache", o.cache, v);
   visit_group("paper", o.paper, v);
   visit_group("ladder", o.ladder, v);
+  visit_group("skip", o.skip, v);
   visit_group("sampling", o.sampling, v);
   v.field(
       "deterministic", &o.deterministic,
@@ -342,6 +367,7 @@ inline void visit_options(JobOptions& o, OptionVisitor& v) {
   visit_group("scratch", o.scratch, v);
   visit_group("store", o.store, v);
   visit_group("parallel", o.parallel, v);
+  visit_group("audit", o.audit, v);
   visit_group("run", o.run, v);
   v.field("log_level", &o.log_level,
           {.meaning = "least severe messages that are logged to standard error",

@@ -42,6 +42,7 @@ std::string progress_text(const ProgressState& s, double elapsed, double rate) {
   std::string text = fmt::format("requests {}/{}", s.finished, s.lines);
   if (s.failed != 0) text += fmt::format(", {} failed", s.failed);
   text += fmt::format(", {} running", s.running);
+  if (s.prefill >= 0) text += fmt::format(", prefill {:.0f}%", 100 * s.prefill);
   const uint64_t now = s.finished - std::min(s.finished, s.finished_before);
   const double left = double(s.lines - std::min(s.lines, s.finished));
   const double eta = now == 0 ? -1 : elapsed * left / double(now);

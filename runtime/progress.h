@@ -15,6 +15,7 @@ struct ProgressState {
   uint64_t finished_before = 0;  // by earlier sessions
   uint64_t failed = 0;
   uint64_t running = 0, waiting = 0;
+  double prefill = -1;        // share of the prompt that is being read; negative: none is
   uint64_t tokens = 0;        // generated in this session
   double worst_relative = 0;  // returned under `policy`, in this session
   Policy policy = Policy::Budget;

@@ -8,7 +8,8 @@ namespace certkv {
 namespace {
 
 constexpr size_t kFloats = sizeof(HeadFigures) / sizeof(float);
-constexpr size_t kExtras = 2 + kClasses;  // of the rank: F blocks, X blocks, KV heads by class
+// Of the rank: F blocks, X blocks, skipped blocks, KV heads by class.
+constexpr size_t kExtras = 3 + kClasses;
 
 // Maximum that keeps NaN.
 void raise(double& largest, double x) {
@@ -35,7 +36,7 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
   sequences_ = sequences.size();
   std::vector<float> mine;
   mine.reserve(stride());
-  uint64_t f = 0, x = 0;
+  uint64_t f = 0, x = 0, skipped = 0;
   std::array<float, kClasses> classes{};
   for (int64_t s : sequences) {
     const SequenceReport& report = cache.report(s);
@@ -44,10 +45,11 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
     for (const GroupReport& g : report.layers) {
       f += g.f_blocks;
       x += g.x_blocks;
+      skipped += g.skipped_blocks;
       if (g.precision >= 0) ++classes[size_t(g.precision)];
     }
   }
-  mine.insert(mine.end(), {float(f), float(x)});
+  mine.insert(mine.end(), {float(f), float(x), float(skipped)});
   mine.insert(mine.end(), classes.begin(), classes.end());
   all_.resize(mine.size() * ranks_);
   group.all_gather(view_f32(mine.data(), mine.size()), view_f32(all_.data(), all_.size()), {});
@@ -56,7 +58,8 @@ void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> s
     const float* extras = all_.data() + (r + 1) * stride() - kExtras;
     f_blocks_ += uint64_t(extras[0]);
     x_blocks_ += uint64_t(extras[1]);
-    for (size_t i = 0; i < classes_.size(); ++i) classes_[i] += uint64_t(extras[2 + i]);
+    skipped_blocks_ += uint64_t(extras[2]);
+    for (size_t i = 0; i < classes_.size(); ++i) classes_[i] += uint64_t(extras[3 + i]);
   }
 }
 
@@ -104,6 +107,7 @@ void StepFigures::fill(StepRecord* record) const {
   record->f_blocks = f_blocks_;
   record->x_blocks = x_blocks_;
   record->classes = classes_;
+  record->skipped_blocks = skipped_blocks_;
 }
 
 }  // namespace certkv

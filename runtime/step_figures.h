@@ -26,7 +26,7 @@ class StepFigures {
   size_t per_sequence_;  // floats of one sequence of one rank
   size_t ranks_, sequences_ = 0;
   std::vector<float> all_;  // [ranks, sequences * per_sequence + extras]
-  uint64_t f_blocks_ = 0, x_blocks_ = 0;
+  uint64_t f_blocks_ = 0, x_blocks_ = 0, skipped_blocks_ = 0;
   std::array<uint64_t, kClasses> classes_{};
   const HeadFigures* figures(size_t rank, size_t sequence) const;
   size_t stride() const;

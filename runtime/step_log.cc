@@ -49,7 +49,8 @@ json step_json(const StepRecord& r, int replica, const std::string& session) {
   json v = {{"session", session},       {"replica", replica},
             {"step", r.step},           {"policy", policy_name(r.policy)},
             {"sequences", r.sequences}, {"tokens", r.tokens},
-            {"f_blocks", r.f_blocks},   {"x_blocks", r.x_blocks}};
+            {"f_blocks", r.f_blocks},   {"x_blocks", r.x_blocks},
+            {"skipped_blocks", r.skipped_blocks}};
   if (r.classes != decltype(r.classes){}) {
     json classes = json::object();
     for (int i = 0; i < kClasses; ++i) classes[class_label(i)] = r.classes[size_t(i)];

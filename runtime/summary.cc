@@ -172,6 +172,7 @@ json Summary::json() const {
   v["complete"] = complete;
   v["exit_code"] = exit_code();
   v["tier1_digest"] = tier1_digest;
+  if (audit_sample > 0) v["audit"] = {{"sample", audit_sample}, {"folder", audit_folder}};
   v["sessions"] = sessions();
   put_figure(v, "wall_seconds", wall_seconds());
   v["format"] = 1;

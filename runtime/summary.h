@@ -43,6 +43,8 @@ class Summary {
 
   uint64_t lines_total = 0;           // of the input
   bool complete = false;              // every line is finished
+  double audit_sample = 0;            // of the head-steps, by the session that writes this
+  std::string audit_folder;           // where their records are
   std::string tier1_digest = "none";  // how tier 1 is watched: none, scrub:<steps>
 
   const std::map<Policy, PolicySummary>& by_policy() const { return by_policy_; }

@@ -156,6 +156,20 @@ def rule_libraries_stay_in_their_rooms(tree):
                 tree.report(path, match.start(), f'<{target}> needs "kernels/base/asio.h" before it')
 
 
+def rule_the_verifier_stands_alone(tree):
+    """What checks an audit shares nothing with what made it but the bytes of the file."""
+    for path, text in tree.code():
+        if not re.match(r"runtime/audit/(check|format|reader|requantise|verify)\.", path):
+            continue
+        for match in INCLUDE.finditer(text):
+            target = match.group(2)
+            shared = target.startswith("kernels/") and not (
+                target.startswith("kernels/base/") or target == "kernels/simd.h")
+            if shared or target.startswith(("runtime/certify/", "runtime/audit/log",
+                                            "runtime/audit/capture")):
+                tree.report(path, match.start(), f'the verifier may not use "{target}"')
+
+
 def rule_files_are_short(tree):
     for path, text in tree.text.items():
         script = text.startswith("#!") and "." not in os.path.basename(path)

@@ -57,6 +57,12 @@ class CheckTree(unittest.TestCase):
     def test_the_product_may_not_include_the_tests(self):
         self.expect_one("runtime/a.cc", '#include "tests/support/oracle.h"\n', "of the tests")
 
+    def test_the_verifier_may_not_use_what_it_checks(self):
+        for target in ("runtime/certify/certificate.h", "kernels/quantize.h", "runtime/audit/log.h"):
+            self.expect_one("runtime/audit/check.cc", f'#include "{target}"\n', "verifier", target)
+        self.assertEqual(self.findings({"runtime/audit/log.cc": '#include "kernels/quantize.h"\n',
+                                        "runtime/audit/verify.cc": '#include "kernels/simd.h"\n'}), [])
+
     def test_network_headers_stay_in_parallel(self):
         for header in ("mpi.h", "nccl.h", "ucp/api/ucp.h"):
             self.expect_one("kvstore/a.cc", f"#include <{header}>\n", "parallel/ alone")

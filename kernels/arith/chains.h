@@ -25,6 +25,9 @@ CERTKV_INLINE double chain_originals(int head_dim) {
 // Tokens of a run, runs of a split, and the few operations around them: the value's two products,
 // the sum of p base, the merge.
 inline constexpr double kChainOutput = 64 + kSplitTokens / kTile + 8;
+// Where scores of codes are sums of integers, the query is rounded to so many levels a side: what
+// that loses is part of g_b. The builds that do not round lose less.
+inline constexpr float kQueryLevels = 32600;
 // Squared norms of originals: d / 16 squares a lane, the lanes' sum, the square itself.
 CERTKV_INLINE double chain_norm(int head_dim) {
   return head_dim / 16 + 8;

@@ -21,8 +21,8 @@ const TileKernels& tile_kernels() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return __builtin_cpu_supports("avx512vnni") ? *tile_kernels_avx512vnni()
                                                   : *tile_kernels_avx512();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
+    // Every processor with AVX2 converts halves; clang 14 cannot be asked about F16C.
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       return *tile_kernels_avx2();
 #endif
     return tile_kernels_baseline();
@@ -190,6 +190,7 @@ struct SplitWork {
   size_t runs;
   Run run[kSplitTokens / kTile];
   float ref[kMaxGroupHeads];
+  float skip_below[kMaxGroupHeads];  // mass times nu about ref, where values are skipped
   alignas(64) float scores[kMaxGroupHeads * kSplitTokens];
 };
 
@@ -283,6 +284,8 @@ void attend_begin(const AttendContext& context, const QueryGroup& q,
   state->head_dim = q.head_dim;
   state->blocks = n;
   state->certificate = options.certificate;
+  state->skips = options.skip != nullptr && options.certificate;
+  if (state->skips) std::copy_n(options.skip, q.heads, state->skip);
   state->unit = value_unit(blocks);
   state->tokens = 0;
   for (const BlockRef& b : blocks) state->tokens += size_t(b.tokens);
@@ -397,9 +400,20 @@ struct Worker {
     k.largest(w->scores, kSplitTokens, w->tokens, heads, w->ref);
     for (int h = 0; h < heads; ++h) {
       sums(*w)[h].ref = w->ref[h];
+      // A NaN skips nothing; infinity skips what is below everything that counts.
+      if (state.skips) w->skip_below[h] = float(std::exp(state.skip[h] - double(w->ref[h])));
       if (certificate)
         std::fill_n(state.block_ref.data() + state.at(h, w->first), w->last - w->first, w->ref[h]);
     }
+  }
+
+  // Whether the values of a run of codes need not be read.
+  bool skip(const Run& run, const SplitWork& w, const float* l) const {
+    float nu = 0;
+    for (const BlockRef& b : members(run)) nu = max_nan(nu, accepted(b.nu));
+    bool all = true;
+    for (int h = 0; h < heads; ++h) all = all && l[h] * nu <= w.skip_below[h];
+    return all;
   }
 
   // Weights and values of one run.
@@ -408,7 +422,7 @@ struct Worker {
     const std::span<const BlockRef> b = members(run);
     float* p = w->scores + run.column;
     SplitSums* s = sums(*w);
-    float tile_sums[kMaxGroupHeads * kRunTiles], c[kMaxGroupHeads];
+    float tile_sums[kMaxGroupHeads * kRunTiles], c[kMaxGroupHeads], mass[kMaxGroupHeads];
     k.weigh(p, kSplitTokens, run.tokens, heads, w->ref, tile_sums);
     for (int h = 0; h < heads; ++h) {
       const float* tile = tile_sums + h * kRunTiles;
@@ -420,7 +434,13 @@ struct Worker {
         l += sum;
       }
       s[h].l += l;
+      mass[h] = l;
       c[h] = certificate ? state.c[state.at(h, run.first)] : 0;
+    }
+    if (state.skips && b[0].v == nullptr && skip(run, *w, mass)) {
+      for (int h = 0; h < heads; ++h)
+        for (size_t i = run.first; i < run.last; ++i) state.used[state.at(h, i)] |= kSkippedValue;
+      return;
     }
     constexpr size_t kStride = sizeof(SplitSums) / sizeof(float);
     const bool quantised_keys = b[0].k == nullptr;

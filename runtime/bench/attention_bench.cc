@@ -105,7 +105,11 @@ Bench::Bench(const AttentionBenchOptions& options, std::shared_ptr<const PageFor
 }
 
 StepRules Bench::rules(Policy policy) const {
-  return {.policy = policy, .tolerance = o_.tolerance, .paper = o_.paper, .ladder = o_.ladder};
+  return {.policy = policy,
+          .tolerance = o_.tolerance,
+          .paper = o_.paper,
+          .ladder = o_.ladder,
+          .skip = o_.skip};
 }
 
 const float* Bench::queries(size_t task, size_t step) const {
@@ -141,8 +145,10 @@ void Bench::count(const BenchLayer& layer, AttentionCase* c) const {
     if (c == nullptr) continue;
     c->f_blocks += double(g.f_blocks);
     c->x_blocks += double(g.x_blocks);
+    c->skipped_blocks += double(g.skipped_blocks);
     c->certified_bytes +=
-        certified_read_bytes(head->budget, double(g.f_blocks), double(g.x_blocks));
+        certified_read_bytes(head->budget, double(g.f_blocks), double(g.x_blocks)) -
+        value_plane_bytes(*format_, double(g.skipped_blocks));
   }
 }
 
@@ -251,6 +257,7 @@ AttentionCase Bench::run() {
   c.certified_bytes /= double(c.steps);
   c.f_blocks /= double(c.steps * tasks_);
   c.x_blocks /= double(c.steps * tasks_);
+  c.skipped_blocks /= double(c.steps * tasks_);
   return c;
 }
 

@@ -27,6 +27,7 @@ struct AttentionBenchOptions {
   Tolerance tolerance;
   ScratchOptions scratch;  // per layer, as in a job
   LadderOptions ladder;
+  SkipOptions skip;
   PaperOptions paper;
   uint64_t seed = 1;
   uint64_t cache_bytes = 0;  // last level; 0: unknown, 32 MiB are assumed
@@ -63,6 +64,7 @@ struct AttentionCase {
   std::array<uint64_t, kRungs> rungs{};  // head-steps of the certified steps
   uint64_t over_tolerance = 0;           // among them: neither certified nor exact; always 0
   double f_blocks = 0, x_blocks = 0;     // per KV head, mean
+  double skipped_blocks = 0;             // whose values were not read, per KV head, mean
   double bytes_per_token = 0;            // of tier 1, per token and KV head
 
   double best_copy_gbps() const { return std::max(copy_gbps, copy_streaming_gbps); }

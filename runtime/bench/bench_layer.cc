@@ -99,4 +99,11 @@ double certified_read_bytes(const HeadState& state, double f_blocks, double x_bl
          open * 4 * f.head_dim;
 }
 
+double value_plane_bytes(const PageFormat& format, double blocks) {
+  const double metadata =
+      format.value_groups * 2.0 * double(dtype_bytes(format.layout.value.metadata));
+  const double tokens = blocks * format.block_tokens;
+  return plane_bytes(format.layout.value, format.head_dim, tokens, true) + tokens * metadata;
+}
+
 }  // namespace certkv

@@ -54,5 +54,7 @@ BenchLayer make_bench_layer(std::shared_ptr<const PageFormat> format, DType dtyp
 // f_blocks keys and x_blocks values from originals instead of codes.
 double dense_read_bytes(const PageFormat& format, size_t tokens);
 double certified_read_bytes(const HeadState& state, double f_blocks, double x_blocks);
+// Of the values of so many quantised blocks: codes and metadata.
+double value_plane_bytes(const PageFormat& format, double blocks);
 
 }  // namespace certkv

@@ -62,8 +62,8 @@ class LayerRunner {
   std::vector<QueryGroup> queries_;  // [tasks]
   std::vector<std::unique_ptr<DenseStep>> dense_;
   SplitList list_;
-  std::vector<char> unfinished_;     // [tasks]
-  std::vector<uint16_t> k_, v_;  // originals of corrected blocks
+  std::vector<char> unfinished_;  // [tasks]
+  std::vector<uint16_t> k_, v_;   // originals of corrected blocks
   std::unique_ptr<BlockTerms> before_, after_;
 };
 

@@ -79,7 +79,10 @@ CERTKV_SIMD void add_eight(const Cells& x, size_t b, double factor, LaneSums* to
     const Masks codes = (used & int64_t(kUsedKey)) == 0;
     const Masks values = (used & int64_t(kUsedValue)) == 0;
     eta = values ? eta : Lanes{};
+    const Masks skipped = (used & int64_t(kSkippedValue)) != 0;
     bar = values ? bar : nu;
+    eta = skipped ? nu : eta;  // v^ = 0
+    bar = skipped ? Lanes{} : bar;
     const Lanes cw_f = codes ? Lanes{} : cw;
     cw = codes ? cw : Lanes{};
     tail = codes ? w : Lanes{};
@@ -181,6 +184,8 @@ Certificate certify(const PassState& state, int head, const CorrectionLog& log, 
   const double unit = state.unit;
   const double lost = any_value ? (d + 64) * 0x1p-146 * (1 + 2.0 * log.count) : 0.0;
   const double tokens_l = double(state.tokens) / l;
+  // Skipped values count with their norm where the largest eta is asked for.
+  const double eta_max = std::max(state.eta_max, state.skips ? state.nu_max : 0.0f);
   const double m2_lost = lost * (s + tokens_l + sums.c_tokens / l) / (unit * unit);
   const double n_m2 = kChainOutput + chain_norm(d) + d + 8 + 2.0 * log.count;
   const double r_fp = gamma_n(n_m2) * (g_m2 + 2 * c.out_norm * g_a + g_s * o2) + m2_lost;
@@ -195,7 +200,7 @@ Certificate certify(const PassState& state, int head, const CorrectionLog& log, 
   const double g_l = corrected ? log.g_l : l, g_o = corrected ? log.g_o : b.g_o;
   const double n_out = kChainOutput + 2.0 * log.count + 3;
   c.e_acc = (gamma_n(n_out) * (g_o + c.out_norm * g_l) +
-             b.flushed * double(kExpAbsolute) * (state.nu_max + state.eta_max + c.out_norm)) /
+             b.flushed * double(kExpAbsolute) * (state.nu_max + eta_max + c.out_norm)) /
                 l +
             lost * tokens_l / unit + 3 * kUnit * c.out_norm + std::sqrt(cast2);
 

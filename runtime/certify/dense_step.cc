@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "kernels/base/log.h"
+#include "runtime/audit/capture.h"
 #include "runtime/certify/head_step.h"
 #include "runtime/certify/selector.h"
 
@@ -81,6 +82,7 @@ void DenseStep::finish(int rung, float* out, float* block_log_mass_out, GroupRep
           block_log_mass_out[size_t(chosen_[i]) * pass_.blocks + b] =
               float(block_log_mass(pass_, int(i), b));
       r.returned = certify(pass_, int(i), {}, o);
+      if (where_.audit != nullptr) capture_head(pass_, int(i), {}, chosen_[i], where_.audit);
       // `exact` needs verified originals, a finite output and a stated rounding bound.
       if (std::isfinite(r.returned.bound)) r.outcome = Outcome::Exact;
     }

@@ -5,10 +5,13 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <utility>
 
 #include "kernels/base/log.h"
+#include "runtime/audit/capture.h"
 #include "runtime/certify/canary.h"
 #include "runtime/certify/learn.h"
+#include "runtime/certify/read_bytes.h"
 #include "runtime/certify/selector.h"
 
 namespace certkv {
@@ -40,24 +43,6 @@ namespace {
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-// What a pass reads: codes but where originals stand in for them. keys, values: blocks whose
-// originals do. Blocks without codes are read as originals.
-double pass_read_bytes(const DeviceTier& tier, size_t keys, size_t values) {
-  const PageFormat& f = tier.format();
-  const double originals = 2.0 * f.head_dim, block = f.block_tokens;
-  const double coded = block * double(tier.quantised_blocks());
-  return coded * f.bytes_per_token() + (double(tier.tokens()) - coded) * 2 * originals +
-         block * double(keys) * (originals - f.key_code_bytes()) +
-         block * double(values) * (originals - f.value_bytes());
-}
-
-double block_read_bytes(const PageFormat& f, const BlockRef& b) {
-  const double originals = 2.0 * f.head_dim;
-  const double notes = b.page != nullptr ? f.note_bytes() + f.key_metadata_bytes() : 0;
-  return b.tokens * (notes + (b.k != nullptr ? originals : f.key_code_bytes()) +
-                     (b.v != nullptr ? originals : f.value_bytes()));
 }
 
 }  // namespace
@@ -110,6 +95,10 @@ struct HeadStep::Impl {
                     const BlockRef& was, const BlockRef& now);
   bool promote(std::span<const uint32_t> keys, std::span<const uint32_t> values, uint32_t mask);
   uint32_t climb();
+  bool skip_limits(double* limits) const;
+  bool settle_skipping();
+  void remember_for_skipping();
+  double skipping_seconds = 0;  // of a pass that was thrown away
   std::vector<uint32_t> explore() const;
   uint32_t paper_phase_two();
   void forecast();
@@ -314,6 +303,67 @@ uint32_t HeadStep::Impl::climb() {
   }
 }
 
+// How much mass times nu a run may have to be skipped, as logarithms, from the last step's Z and S.
+// False: nothing is skipped. SOURCE: method E6.
+bool HeadStep::Impl::skip_limits(double* limits) const {
+  const HeadState& h = state();
+  if (rules().policy != Policy::Budget || !(rules().skip.share > 0)) return false;
+  if (h.last_log_z.size() != size_t(q.heads)) return false;
+  const double runs = std::max(1.0, double(h.tier.tokens()) / h.tier.format().group_tokens);
+  for (int i = 0; i < q.heads; ++i) {
+    const Tolerance& t = rules().tolerance;
+    const double tolerance = t.is_relative ? t.value * h.last_s[size_t(i)] : t.value;
+    limits[i] = h.last_log_z[size_t(i)] + std::log(rules().skip.share * tolerance * h.skip_boost /
+                                                   runs);  // NaN skips nothing
+  }
+  return true;
+}
+
+// After a pass that skipped: false where a head is not certified, and the pass is to be run again
+// without. Adapts the boost by what was charged.
+bool HeadStep::Impl::settle_skipping() {
+  bool fit = true;
+  double charged = 0;  // largest share of what skipping may cost
+  for (int h = 0; h < q.heads; ++h) {
+    const Certificate& c = report().heads[size_t(h)].returned;
+    fit = fit && fits(c) &&
+          ranking_unresolved(context, q, pass, h, blocks(), rules().ranking()).empty();
+    const HeadSums& sums = pass.head[size_t(h)];
+    double sum = 0;
+    for (size_t b = 0; b < pass.blocks; ++b) {
+      const size_t i = pass.at(h, b);
+      if ((pass.used[i] & kSkippedValue) != 0)
+        sum += pass.block_sum[i] * std::exp(double(pass.block_ref[i]) - sums.m) / sums.l *
+               blocks()[b].nu;
+    }
+    charged = std::max(charged, sum / (rules().skip.share * allowed(c)));
+  }
+  double& boost = state().skip_boost;
+  if (!fit || !(charged <= 1))
+    boost = std::max(boost / 4, 0x1p-10);
+  else if (charged < 0.4)
+    boost = std::min(boost * 2, 0x1p20);
+  if (!fit) return false;
+  for (size_t b = 0; b < pass.blocks; ++b)
+    report().skipped_blocks += (pass.used[pass.at(0, b)] & kSkippedValue) != 0;
+  return true;
+}
+
+// Heads that climbed are not to be made to climb higher: the next step reads everything.
+void HeadStep::Impl::remember_for_skipping() {
+  HeadState& h = state();
+  h.last_log_z.clear();
+  h.last_s.clear();
+  if (rules().policy != Policy::Budget || !(rules().skip.share > 0)) return;
+  for (const HeadReport& r : report().heads)
+    if (r.rung != 0 || r.outcome != Outcome::Certified) return;
+  for (int i = 0; i < q.heads; ++i) {
+    const HeadSums& sums = pass.head[size_t(i)];
+    h.last_log_z.push_back(sums.m + std::log(sums.l));
+    h.last_s.push_back(report().heads[size_t(i)].returned.s);
+  }
+}
+
 // Seeded random share of tail blocks, so that the canary sees the whole cache over time (method 7).
 std::vector<uint32_t> HeadStep::Impl::explore() const {
   std::vector<uint32_t> chosen;
@@ -391,6 +441,7 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
   s.originals_ = &originals;
   s.report_ = report;
   s.on_rung3 = false;
+  s.skipping_seconds = 0;
   s.queries = q;
   s.out = out;
   s.log_mass_out = block_log_mass;
@@ -415,7 +466,9 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
     report->scratch_hits += report->f_blocks + report->x_blocks;
   }
   report->read_bytes += uint64_t(pass_read_bytes(state->tier, report->f_blocks, report->x_blocks));
-  attend_begin(s.context, s.q, s.blocks(), {}, &s.pass);
+  double limits[kMaxGroupHeads];
+  const bool skips = s.skip_limits(limits);
+  attend_begin(s.context, s.q, s.blocks(), {.skip = skips ? limits : nullptr}, &s.pass);
   s.add_to_pass(s.start);
 }
 
@@ -463,8 +516,20 @@ bool HeadStep::finish() {
       for (size_t b = 0; b < s.pass.blocks; ++b)
         s.log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
   }
-  if (policy == Policy::Budget && s.state().precision.forecasts_at(s.where)) s.forecast();
   report->judge_seconds = seconds_since(finishing) - merged;
+  if (s.pass.skips && !s.settle_skipping()) {  // once more, with every value
+    s.pass_ns = 0;
+    report->read_bytes +=
+        uint64_t(pass_read_bytes(s.state().tier, report->f_blocks, report->x_blocks));
+    attend_begin(s.context, s.q, s.blocks(), {}, &s.pass);
+    s.skipping_seconds = report->pass_seconds + report->judge_seconds;
+    return true;
+  }
+  report->pass_seconds += std::exchange(s.skipping_seconds, 0.0);
+  const PageFormat& format = s.state().tier.format();
+  report->read_bytes -= uint64_t(double(report->skipped_blocks) * format.block_tokens *
+                                 format.value_bytes());
+  if (policy == Policy::Budget && s.state().precision.forecasts_at(s.where)) s.forecast();
 
   uint32_t dense = 0;
   if (policy == Policy::Budget) {
@@ -489,6 +554,8 @@ bool HeadStep::finish() {
     HeadReport& r = report->heads[size_t(h)];
     r.outcome = s.fits(r.returned) ? Outcome::Certified : Outcome::Over;
     if (enforces && r.outcome == Outcome::Over) dense |= 1u << h;  // no fourth outcome
+    if (s.where.audit != nullptr && (dense >> h & 1) == 0)
+      capture_head(s.pass, h, s.logs[size_t(h)], h, s.where.audit);
   }
   if (policy != Policy::Naive) {
     std::array<double, kMaxGroupHeads> allowed;
@@ -497,6 +564,7 @@ bool HeadStep::finish() {
     learn(s.context, s.pass, s.blocks(), {allowed.data(), size_t(heads)}, policy == Policy::Paper,
           s.state_);
   }
+  s.remember_for_skipping();
   s.on_rung3 = dense != 0;
   if (s.on_rung3) {
     s.pass_ns = 0;

@@ -18,6 +18,8 @@
 
 namespace certkv {
 
+struct AuditCapture;  // runtime/audit/capture.h
+
 // Originals of the sealed blocks of one KV head of one sequence at one layer.
 class HeadOriginals {
  public:
@@ -34,6 +36,7 @@ struct StepRules {
   Tolerance tolerance;
   PaperOptions paper;
   LadderOptions ladder;
+  SkipOptions skip;
   uint64_t exploration_seed = 0;
   int ranking() const { return ladder.ranking >= 0 ? ladder.ranking : policy == Policy::Paper; }
 };
@@ -48,6 +51,13 @@ struct HeadState {
   size_t key_quota, value_quota;
   std::vector<uint32_t> dropped;  // memory of learn()
   HeadClass precision;            // its formats must outlive it
+
+  // What certified skipping guesses from: the last step's ln Z and S of every query head. Empty: there
+  // was none to guess from, or its heads climbed the ladder, and nothing is skipped.
+  std::vector<double> last_log_z, last_s;
+  // Runs may be skipped up to this many times their even share of what skipping may cost, because
+  // most are far below theirs. Doubled and halved by what came of it.
+  double skip_boost = 1;
 };
 
 struct HeadReport {
@@ -69,17 +79,20 @@ struct GroupReport {
   uint64_t read_bytes = 0;
   uint64_t attended_tokens = 0;
   int precision = -1;                // class at this step; -1 where the layout has none
+  uint64_t skipped_blocks = 0;          // whose values the pass that counted did not read
   bool broken = false;               // a precondition broke: rung 4 must be entered
   double append_seconds = 0;         // of the new token, before the step (written by its caller)
   double pass_seconds = 0, judge_seconds = 0, ladder_seconds = 0;
   void clear(size_t query_heads);  // to a fresh report's values, keeping memory
 };
 
-// Identity of the step, for log lines and exploration.
+// Identity of the step, for log lines and exploration; audit: nullptr, or where what the returned
+// certificates were computed from is left.
 struct StepWhere {
   int64_t sequence = 0;
   int layer = 0, kv_head = 0;
   uint64_t step = 0;
+  AuditCapture* audit = nullptr;
 };
 
 // One step in three parts, so that the pass, nearly all of the work, can be spread over threads. An
@@ -102,8 +115,8 @@ class HeadStep {
   // Splits [first, last). THREADS: different splits at the same time. The result does not depend on
   // who runs which, nor on how many in one call.
   void attend(size_t first, size_t last);
-  // Judges, climbs the ladder, learns. Returns true where heads go to rung 3: then splits() are to be
-  // attended once more, and finish() called again.
+  // Judges, climbs the ladder, learns. Returns true where heads go to rung 3, or where skipping cost a
+  // head its certificate: then splits() are to be attended once more, and finish() called again.
   // ENSURES, once it returns false, every head's out is certified, exact, over (policies that do not enforce) or failed
   // (out is then zero), unless report->broken: then out is unspecified and dense_step must follow.
   bool finish();

@@ -20,8 +20,7 @@ namespace {
 std::vector<const cpu::TileKernels*> builds() {
   std::vector<const cpu::TileKernels*> out = {&cpu::tile_kernels_baseline()};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     out.push_back(cpu::tile_kernels_avx2());
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

@@ -118,6 +118,19 @@ TEST(StoreCommand, KnowsTheFlagsWithWhichJobsStartIt) {
   }
 }
 
+TEST(RunCommand, RefusesAnAuditOfSkippedValues) {
+  const Result result =
+      run({"run", "--run.input", "x.jsonl", "--audit.sample", "1", "--skip.share", "0.1"});
+  EXPECT_THAT(result.text, HasSubstr("audit.sample and skip.share are both above 0"));
+}
+
+TEST(VerifyCommand, NeedsTheFolderOfAnAudit) {
+  EXPECT_EQ(run({"verify"}).text,
+            "command line: name the folder of the audit: certkv verify FOLDER");
+  EXPECT_THAT(run({"verify", "/no/audit"}).text, HasSubstr("/no/audit: no such folder"));
+  EXPECT_THAT(run({"verify", CERTKV_READER}).text, HasSubstr("no audit files (*.audit)"));
+}
+
 TEST(MakeModelCommand, NamesWhatCanBeMade) {
   EXPECT_EQ(run({"make-model"}).text,
             "command line: name the model to make: certkv make-model needle");

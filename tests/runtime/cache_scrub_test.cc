@@ -51,7 +51,7 @@ class OneRank {
   // Prefills a prompt and forks it `forks` times. before_fork: called once all of it is sealed.
   std::vector<int64_t> start(int64_t id, int forks,
                              const std::function<void(int64_t)>& before_fork = {}) {
-    const int64_t prompt = cache.create(int64_t(kPrompt), id);
+    const int64_t prompt = cache.create(int64_t(kPrompt), id, 400);
     for (int layer = 0; layer < kLayers; ++layer) {
       std::vector<uint16_t> k, v;
       for (int h = 0; h < kKvHeads; ++h) {

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <random>
@@ -40,6 +41,7 @@ Request random_request(uint64_t id, int64_t vocab, size_t prompt, int64_t max_to
 struct RunResult {
   std::map<std::pair<uint64_t, Policy>, Completion> completions;
   std::vector<StepRecord> steps;
+  std::vector<double> prefilled;  // shares, as they were told
 };
 
 RunResult run(const JobOptions& options, int ranks, int threads,
@@ -62,6 +64,7 @@ RunResult run(const JobOptions& options, int ranks, int threads,
       result.completions.emplace(key, std::move(c));
     };
     engine->on_step = [&](const StepRecord& s) { result.steps.push_back(s); };
+    engine->on_prefill_progress = [&](double share) { result.prefilled.push_back(share); };
     if (rank == 0)
       for (const Request& r : requests) engine->submit(r);
     while (engine->step(false)) {
@@ -252,6 +255,15 @@ TEST_F(CertifiedEngineTest, PhasesOfAStepAddUpToItsTime) {
       }
     }
   }
+}
+
+TEST_F(CertifiedEngineTest, TheLeaderTellsHowFarAPromptIsRead) {
+  const RunResult r = run(deterministic_options(), 2, 1, {random_request(0, vocab, 600, 2)});
+  ASSERT_EQ(r.prefilled.size(), size_t(2 * config.layers));  // 600 tokens are two chunks of 512
+  EXPECT_TRUE(std::is_sorted(r.prefilled.begin(), r.prefilled.end()));
+  EXPECT_GT(r.prefilled.front(), 0);
+  EXPECT_LT(r.prefilled.front(), 1);
+  EXPECT_EQ(r.prefilled.back(), 1);
 }
 
 TEST_F(CertifiedEngineTest, WhatFitsTheOpenBlockIsCertifiedAtRungZero) {

@@ -214,6 +214,22 @@ TEST(Options, TheToleranceIsWrittenInFiveWays) {
   }
 }
 
+TEST(Options, AnAuditIsOffUnlessAskedForAndItsShareIsChecked) {
+  JobOptions o;
+  EXPECT_EQ(o.audit.sample, 0);
+  OptionTable table(o);
+  table.read_text("audit: {sample: 0.01, folder: elsewhere}", "a.yaml");
+  EXPECT_EQ(o.audit.sample, 0.01);
+  EXPECT_EQ(o.audit.folder, "elsewhere");
+  table.read_arguments(args({"--audit.sample", "1.0"}));
+  EXPECT_EQ(o.audit.sample, 1);
+  for (const char* wrong : {"-0.1", "1.5", "nan"}) {
+    JobOptions unchanged;
+    OptionTable other(unchanged);
+    EXPECT_THROW(other.read_arguments(args({"--audit.sample", wrong})), Error) << wrong;
+  }
+}
+
 TEST(Options, TheCommandLineOverridesTheFileAndTheFileTheDefault) {
   const TemporaryFolder folder;
   const std::string file =

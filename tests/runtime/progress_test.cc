@@ -32,6 +32,13 @@ TEST(Progress, TheLineSaysRequestsSpeedTimeWorstBoundAndRungs) {
       "rungs 0: 90.0% 1: 6.0% 2: 3.0% 3: 1.0% 4: 0.0%");
 }
 
+TEST(Progress, APromptThatIsBeingReadSaysHowFarItIs) {
+  ProgressState s = half();
+  EXPECT_THAT(progress_text(s, 60, 0), Not(HasSubstr("prefill")));
+  s.prefill = 0.431;
+  EXPECT_THAT(progress_text(s, 60, 0), HasSubstr("2 running, prefill 43% |"));
+}
+
 TEST(Progress, FailedLinesAndAnUnknownTimeAreSaid) {
   ProgressState s = half();
   s.failed = 3;

@@ -58,6 +58,7 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   c.rules.ladder.max_share = pick(0.25, 0.25, 1.0);
   c.rules.paper.value_rule = pick("local", "greedy");
   c.rules.exploration_seed = seed;
+  c.rules.skip.share = pick(0.0, 0.1, 0.5);
   return c;
 }
 
@@ -169,6 +170,7 @@ CaseResult run_case(const AttentionCase& c) {
     GroupReport report;
     head_step(c.rules, where, c.heads, q.data(), &state, originals, out.data(), nullptr, &report);
     result.learned += report.f_blocks + report.x_blocks;
+    result.skipped += report.skipped_blocks;
     if (report.broken) {
       ++result.broken;
       dense_step(where, c.heads, (1u << c.heads) - 1, 4, q.data(), &state, originals, out.data(),

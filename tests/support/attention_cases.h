@@ -67,6 +67,7 @@ struct CaseResult {
   int certified = 0, exact = 0, over = 0, failed = 0, broken = 0;
   int head_steps = 0;
   uint64_t learned = 0;  // originals that passes found resident
+  uint64_t skipped = 0;  // blocks whose values were not read
   int promoted = 0;      // head-steps that climbed to rungs 1 or 2
 };
 
