@@ -15,6 +15,7 @@
 #include "parallel/mpi_session.h"
 #include "parallel/rank_layout.h"
 #include "parallel/topology.h"
+#include "runtime/certify/head_class.h"
 #include "runtime/engine_setup.h"
 #include "runtime/job.h"
 #include "runtime/manifest.h"
@@ -241,6 +242,10 @@ int run_command(Args& args) {
   table.resolve_paths();
   CERTKV_EXPECT(!job.run.input.empty(), InvalidArgument,
                 "run.input is not set: name the file of requests with --input");
+  CERTKV_EXPECT(
+      !(job.audit.sample > 0 && job.cache.layout == kClassesLayout), InvalidArgument,
+      "audit.sample is above 0 and cache.layout is 'classes': an audit's records name one "
+      "layout for all heads; set audit.sample to 0, or name a layout");
   const MpiLaunch launch = detect_mpi_launch();
   // What is wrong with the configuration is found before the ranks meet.
   const int world = launch.by_launcher ? launch.size : 1;

@@ -89,7 +89,7 @@ struct StepRecord {
   double e_key_max = 0, e_val_max = 0, e_fp_max = 0, e_key_paper_max = 0;
   uint64_t f_blocks = 0, x_blocks = 0;  // resident original blocks used by the pass
   uint64_t skipped_blocks = 0;          // blocks whose values were not read (skip.share)
-  // cache.layout classes: KV heads by class (kClassLabels); all 0 under other layouts
+  // cache.layout classes: KV heads by class (class_label()); all 0 under other layouts
   std::array<uint64_t, kClasses> classes{};
   // The leader's wall time. What its threads do for different heads at once counts as their mean.
   struct Phases {

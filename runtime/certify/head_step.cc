@@ -11,6 +11,7 @@
 #include "runtime/audit/capture.h"
 #include "runtime/certify/canary.h"
 #include "runtime/certify/learn.h"
+#include "runtime/certify/read_bytes.h"
 #include "runtime/certify/selector.h"
 
 namespace certkv {
@@ -42,24 +43,6 @@ namespace {
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-// What a pass reads: codes but where originals stand in for them. keys, values: blocks whose
-// originals do. Blocks without codes are read as originals.
-double pass_read_bytes(const DeviceTier& tier, size_t keys, size_t values) {
-  const PageFormat& f = tier.format();
-  const double originals = 2.0 * f.head_dim, block = f.block_tokens;
-  const double coded = block * double(tier.quantised_blocks());
-  return coded * f.bytes_per_token() + (double(tier.tokens()) - coded) * 2 * originals +
-         block * double(keys) * (originals - f.key_code_bytes()) +
-         block * double(values) * (originals - f.value_bytes());
-}
-
-double block_read_bytes(const PageFormat& f, const BlockRef& b) {
-  const double originals = 2.0 * f.head_dim;
-  const double notes = b.page != nullptr ? f.note_bytes() + f.key_metadata_bytes() : 0;
-  return b.tokens * (notes + (b.k != nullptr ? originals : f.key_code_bytes()) +
-                     (b.v != nullptr ? originals : f.value_bytes()));
 }
 
 }  // namespace
@@ -533,15 +516,20 @@ bool HeadStep::finish() {
       for (size_t b = 0; b < s.pass.blocks; ++b)
         s.log_mass_out[size_t(h) * s.pass.blocks + b] = float(block_log_mass(s.pass, h, b));
   }
-  if (policy == Policy::Budget && s.state().precision.forecasts_at(s.where)) s.forecast();
   report->judge_seconds = seconds_since(finishing) - merged;
   if (s.pass.skips && !s.settle_skipping()) {  // once more, with every value
     s.pass_ns = 0;
+    report->read_bytes +=
+        uint64_t(pass_read_bytes(s.state().tier, report->f_blocks, report->x_blocks));
     attend_begin(s.context, s.q, s.blocks(), {}, &s.pass);
     s.skipping_seconds = report->pass_seconds + report->judge_seconds;
     return true;
   }
   report->pass_seconds += std::exchange(s.skipping_seconds, 0.0);
+  const PageFormat& format = s.state().tier.format();
+  report->read_bytes -= uint64_t(double(report->skipped_blocks) * format.block_tokens *
+                                 format.value_bytes());
+  if (policy == Policy::Budget && s.state().precision.forecasts_at(s.where)) s.forecast();
 
   uint32_t dense = 0;
   if (policy == Policy::Budget) {

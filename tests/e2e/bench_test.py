@@ -8,7 +8,7 @@ import unittest
 import product
 
 PHASES = {"projections", "append", "attention", "judge", "ladder", "balance", "communicate", "sample",
-          "record", "other"}
+          "scrub", "record", "other"}
 
 
 class Bench(unittest.TestCase):
