@@ -11,10 +11,9 @@ namespace certkv {
 
 const char* shape_name(Shape shape) {
   constexpr std::array<const char*, kShapes> kNames = {
-      "Random",           "OutlierChannels", "Sink", "NearDuplicates", "CommonMean",
-      "ConstantChannels", "Denormals",       "Huge", "ZeroValues",     "GridValues",
-      "UnweightedGiant",  "OutlierTokens",   "OppositeTwins", "Opposed",
-      "FlushedRivals"};
+      "Random",           "OutlierChannels", "Sink",          "NearDuplicates", "CommonMean",
+      "ConstantChannels", "Denormals",       "Huge",          "ZeroValues",     "GridValues",
+      "UnweightedGiant",  "OutlierTokens",   "OppositeTwins", "Opposed",        "FlushedRivals"};
   return kNames[size_t(shape)];
 }
 
@@ -22,8 +21,8 @@ std::string AttentionCase::describe() const {
   return fmt::format(
       "{} seed {} {} {} d {} block {} heads {} tokens {} steps {} quotas {} {} q {} policy {} "
       "tolerance {} {} attack {}{}",
-      shape_name(shape), seed, layout, dtype == DType::BF16 ? "BF16" : "F16", head_dim, block_tokens,
-      heads, tokens, steps, key_quota, value_quota, q_scale, int(rules.policy),
+      shape_name(shape), seed, layout, dtype == DType::BF16 ? "BF16" : "F16", head_dim,
+      block_tokens, heads, tokens, steps, key_quota, value_quota, q_scale, int(rules.policy),
       rules.tolerance.value, rules.tolerance.is_relative ? "relative" : "absolute", attack.rounds,
       attack.flip_values ? " flipped" : "");
 }
@@ -37,9 +36,12 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   AttentionCase c;
   c.seed = seed;
   c.shape = shape;
-  c.layout = layouts()[random() % layouts().size()].name;
+  // In turn rather than by chance, so that few cases reach every pair of layout and head_dim, and
+  // of layout and policy.
+  const uint64_t all = layouts().size();
+  c.layout = layouts()[seed % all].name;
   c.dtype = pick(DType::F16, DType::BF16);
-  c.head_dim = pick(64, 96, 128, 256);
+  c.head_dim = std::array{64, 96, 128, 256}[seed / all % 4];
   c.block_tokens = pick(16, 32);
   c.heads = pick(1, 2, 3, 4, 5, 7, 8);
   // Every length from 1 to 300 comes up; half of them lie at the edges of blocks and groups.
@@ -50,12 +52,13 @@ AttentionCase draw_case(Shape shape, uint64_t seed) {
   c.steps = c.tokens > 2000 ? 2 : 4;
   c.key_quota = pick(size_t(0), size_t(1), size_t(2), size_t(8), size_t(4096));
   c.value_quota = pick(size_t(0), size_t(1), size_t(2), size_t(8), size_t(4096));
-  c.q_scale = pick(0.1f, 1.0f, 3.0f, 12.0f, 0.1f, 1.0f, 3.0f, 12.0f, 300.0f);  // 300: Delta of 20 to 90
-  c.rules.policy =
-      pick(Policy::Budget, Policy::Budget, Policy::Budget, Policy::Paper, Policy::Naive, Policy::Dense);
+  c.q_scale =
+      pick(0.1f, 1.0f, 3.0f, 12.0f, 0.1f, 1.0f, 3.0f, 12.0f, 300.0f);  // 300: Delta of 20 to 90
+  c.rules.policy = std::array{Policy::Budget, Policy::Paper,  Policy::Budget,
+                              Policy::Naive,  Policy::Budget, Policy::Dense}[seed / all % 6];
   c.rules.tolerance.is_relative = random() % 3 != 0;
-  c.rules.tolerance.value = c.rules.tolerance.is_relative ? pick(0.005, 0.02, 0.05, 0.2)
-                                                          : pick(0.01, 0.1, 1.0, 1e18);
+  c.rules.tolerance.value =
+      c.rules.tolerance.is_relative ? pick(0.005, 0.02, 0.05, 0.2) : pick(0.01, 0.1, 1.0, 1e18);
   c.rules.ladder.ranking = pick(-1, -1, 1, 3);
   c.rules.ladder.exploration = pick(0.0, 0.0, 0.1);
   c.rules.ladder.max_share = pick(0.25, 0.25, 1.0);
@@ -76,7 +79,8 @@ RowMaker::RowMaker(const AttentionCase& c) : c_(c), random_(c.seed * 7919 + 17) 
     pattern_.push_back(random_() % 2 == 0 ? 1 : -1);
   }
   for (size_t i = 0; i < size_t(c.heads) * d; ++i) q_.push_back(float(normal()) * c.q_scale);
-  if (c.shape == Shape::FlushedRivals) {  // keys between -1 and 1 in 255 steps: D_b shall be q_scale
+  if (c.shape ==
+      Shape::FlushedRivals) {  // keys between -1 and 1 in 255 steps: D_b shall be q_scale
     double size = 0;
     for (size_t i = 0; i < d; ++i) size += std::abs(q_[i]);
     for (float& x : q_) x *= float(c.q_scale * 255 * std::sqrt(double(d)) / size);
@@ -111,7 +115,8 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
       const auto i = size_t(c);
       double k = normal(), v = normal();
       switch (c_.shape) {
-        case Shape::Random: break;
+        case Shape::Random:
+          break;
         case Shape::OutlierChannels:
           if (c % 29 == 3) k *= 50;
           if (c % 31 == 5) v *= 50;
@@ -123,7 +128,9 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
           k = key_mean_[(i + 11 * family) % key_mean_.size()] + 0.01 * k;
           v = value_mean_[(i + 11 * family) % value_mean_.size()] + 0.01 * v;
           break;
-        case Shape::CommonMean: v = (bf16 ? 30 : 1000) * value_mean_[i] + v; break;
+        case Shape::CommonMean:
+          v = (bf16 ? 30 : 1000) * value_mean_[i] + v;
+          break;
         case Shape::ConstantChannels:
           if (c % 3 == 0) k = key_mean_[i];
           if (c / 16 % 2 == 0) v = value_mean_[i / 16];
@@ -136,8 +143,12 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
           v *= huge;
           if (c % 17 == 2) k *= 100;
           break;
-        case Shape::ZeroValues: v = 0; break;
-        case Shape::GridValues: v = family == 0 ? 15 * pattern_[i] : 0; break;
+        case Shape::ZeroValues:
+          v = 0;
+          break;
+        case Shape::GridValues:
+          v = family == 0 ? 15 * pattern_[i] : 0;
+          break;
         case Shape::UnweightedGiant:
           v = family == 0 ? 15 * std::abs(pattern_[i]) : 0;
           if (made_ == 0) {
@@ -158,13 +169,16 @@ void RowMaker::append(size_t tokens, oracle::Originals* x) {
         case Shape::FlushedRivals: {
           if (newest) {
             k = above * std::sqrt(double(c_.head_dim)) * q_[i] / q_norm2_;
-          } else {  // near the middle of a cell, but for two tokens of each group at the range's ends
+          } else {  // near the middle of a cell, but for two tokens of each group at the range's
+                    // ends
             const double edge = made_ % 16 == 0 ? 1 : made_ % 16 == 1 ? -1 : 0;
             k = edge != 0 ? edge * balanced_[i] : balanced_[i] / 255 + 0.0005 * k;
           }
           break;
         }
-        case Shape::Opposed: v = side * pattern_[i] + 0.1 * v; break;
+        case Shape::Opposed:
+          v = side * pattern_[i] + 0.1 * v;
+          break;
       }
       x->k.push_back(bits(k));
       x->v.push_back(bits(v));
@@ -183,10 +197,18 @@ oracle::Claim claim_of(const StepRules& rules, const HeadReport& report) {
   using Kind = oracle::Claim::Kind;
   oracle::Claim claim;
   switch (report.outcome) {
-    case Outcome::Certified: claim.kind = Kind::Certified; break;
-    case Outcome::Exact: claim.kind = Kind::Exact; break;
-    case Outcome::Over: claim.kind = Kind::Over; break;
-    case Outcome::Failed: claim.kind = Kind::Failed; break;
+    case Outcome::Certified:
+      claim.kind = Kind::Certified;
+      break;
+    case Outcome::Exact:
+      claim.kind = Kind::Exact;
+      break;
+    case Outcome::Over:
+      claim.kind = Kind::Over;
+      break;
+    case Outcome::Failed:
+      claim.kind = Kind::Failed;
+      break;
   }
   claim.bound = report.returned.bound;
   claim.s = report.returned.s;
@@ -228,10 +250,18 @@ CaseResult run_case(const AttentionCase& c) {
       ++result.head_steps;
       result.promoted += r.rung == 1 || r.rung == 2;
       switch (r.outcome) {
-        case Outcome::Certified: ++result.certified; break;
-        case Outcome::Exact: ++result.exact; break;
-        case Outcome::Over: ++result.over; break;
-        case Outcome::Failed: ++result.failed; break;
+        case Outcome::Certified:
+          ++result.certified;
+          break;
+        case Outcome::Exact:
+          ++result.exact;
+          break;
+        case Outcome::Over:
+          ++result.over;
+          break;
+        case Outcome::Failed:
+          ++result.failed;
+          break;
       }
       const oracle::Exact exact = oracle::attention(x, x.tokens(), q.data() + size_t(h) * d);
       const oracle::Verdict v =
