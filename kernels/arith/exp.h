@@ -28,7 +28,8 @@ CERTKV_INLINE T exp_nonpositive(T x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   // 2^n by its exponent bits; a multiplication, so that a NaN in p survives.
-  const I exponent = (__builtin_bit_cast(I, shifted) + (127 - 0x4b400000)) << 23;
+  // Only nine bits survive the shift; the others might overflow a signed sum.
+  const I exponent = ((__builtin_bit_cast(I, shifted) & 511) + 127) << 23;
   const T scaled = p * __builtin_bit_cast(T, exponent);
   return x < kExpFlush ? T{} : scaled;
 }
