@@ -14,19 +14,9 @@ namespace certkv::cpu {
 namespace {
 #include "kernels/cpu/lanes.inc"
 
+constexpr const char* kIsa = "baseline";
 constexpr int kTilesAtOnce = 1;  // as many as the registers hold sums for
-constexpr int kApart = 2;
 #include "kernels/cpu/attend_tiles.inc"
-
-constexpr TileKernels kKernels = {.isa = "baseline",
-                                  .prepare_page = prepare_page,
-                                  .charge = charge,
-                                  .score_codes = score_codes,
-                                  .score_originals = score_originals,
-                                  .largest = largest,
-                                  .weigh = weigh,
-                                  .values = values,
-                                  .norms = norms};
 }  // namespace
 
 const TileKernels& tile_kernels_baseline() {
