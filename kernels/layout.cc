@@ -97,17 +97,19 @@ PageFormat make_page_format(const Layout& layout, int head_dim, int block_tokens
     payload += bytes;
     at = align64(at + bytes);
   };
-  section(f.key_base, n * d);
-  section(f.key_residual, layout.key.residual_bits > 0 ? n * d / 2 : 0);
+  // In the order of their use: a pass fetches what comes before value_base while it works on the
+  // page before, and the rest while it scores this one.
+  section(f.annotations, size_t(f.blocks()) * sizeof(BlockAnnotations) + sizeof(PageNotes));
+  f.notes = f.annotations + size_t(f.blocks()) * sizeof(BlockAnnotations);
   section(f.key_scale, d * dtype_bytes(layout.key.metadata));
   section(f.key_offset, d * dtype_bytes(layout.key.metadata));
+  section(f.key_base, n * d);
+  section(f.key_residual, layout.key.residual_bits > 0 ? n * d / 2 : 0);
   section(f.value_base, n * d * size_t(layout.value.base_bits()) / 8);
   section(f.value_residual, layout.value.residual_bits > 0 ? n * d / 2 : 0);
   section(f.value_scale, n * size_t(f.value_groups) * dtype_bytes(layout.value.metadata));
   section(f.value_offset, n * size_t(f.value_groups) * dtype_bytes(layout.value.metadata));
   section(f.value_norms, n * sizeof(uint16_t));
-  section(f.annotations, size_t(f.blocks()) * sizeof(BlockAnnotations) + sizeof(PageNotes));
-  f.notes = f.annotations + size_t(f.blocks()) * sizeof(BlockAnnotations);
   f.page_bytes = at;
   f.payload_bytes = payload;
   return f;

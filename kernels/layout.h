@@ -68,15 +68,15 @@ inline constexpr int kMaxGroupHeads = 16;  // query heads of a KV head that one 
 
 // Offsets of one page: the record of one KV head's scale group (group_tokens tokens).
 // UNITS: bytes from the page's start, every section 64-byte aligned.
+//   annotations   [blocks] BlockAnnotations, then PageNotes
+//   key_scale, key_offset      [head_dim] of key.metadata
 //   key_base      [tiles][head_dim / 4][16 tokens][4 channels] u8
 //   key_residual  [tiles][head_dim / 2][16 tokens] two 4-bit codes a byte: channel 2i | channel 2i + 1 << 4
-//   key_scale, key_offset      [head_dim] of key.metadata
 //   value_base    8 bits: [head_dim / 16][group_tokens][16] u8
 //                 4 bits: [head_dim / 32][group_tokens][16] element i | element i + 16 << 4
 //   value_residual like a 4-bit value_base
 //   value_scale, value_offset  [value_groups][group_tokens] of value.metadata
 //   value_norms   [group_tokens] u16, see PageNotes
-//   annotations   [blocks] BlockAnnotations, then PageNotes
 struct PageFormat {
   Layout layout;
   int head_dim = 0, block_tokens = 0, group_tokens = 0;
