@@ -95,7 +95,7 @@ struct HeadStep::Impl {
                     const BlockRef& was, const BlockRef& now);
   bool promote(std::span<const uint32_t> keys, std::span<const uint32_t> values, uint32_t mask);
   uint32_t climb();
-  bool skip_limits(double* limits) const;
+  bool skipping() const { return rules().policy == Policy::Budget && rules().skip.share > 0; }
   bool settle_skipping();
   void remember_for_skipping();
   double skipping_seconds = 0;  // of a pass that was thrown away
@@ -303,65 +303,39 @@ uint32_t HeadStep::Impl::climb() {
   }
 }
 
-// How much mass times nu a run may have to be skipped, as logarithms, from the last step's Z and S.
-// False: nothing is skipped. SOURCE: method E6.
-bool HeadStep::Impl::skip_limits(double* limits) const {
-  const HeadState& h = state();
-  if (rules().policy != Policy::Budget || !(rules().skip.share > 0)) return false;
-  if (h.last_log_z.size() != size_t(q.heads)) return false;
-  const double runs = std::max(1.0, double(h.tier.tokens()) / h.tier.format().group_tokens);
-  for (int i = 0; i < q.heads; ++i) {
-    const Tolerance& t = rules().tolerance;
-    const double tolerance = t.is_relative ? t.value * h.last_s[size_t(i)] : t.value;
-    limits[i] = h.last_log_z[size_t(i)] + std::log(rules().skip.share * tolerance * h.skip_boost /
-                                                   runs);  // NaN skips nothing
-  }
-  return true;
-}
-
 // After a pass that skipped: false where a head is not certified, and the pass is to be run again
-// without. Adapts the boost by what was charged.
+// without.
 bool HeadStep::Impl::settle_skipping() {
   bool fit = true;
-  double charged = 0;  // largest share of what skipping may cost
-  for (int h = 0; h < q.heads; ++h) {
-    const Certificate& c = report().heads[size_t(h)].returned;
-    fit = fit && fits(c) &&
+  for (int h = 0; h < q.heads; ++h)
+    fit = fit && fits(report().heads[size_t(h)].returned) &&
           ranking_unresolved(context, q, pass, h, blocks(), rules().ranking()).empty();
-    const HeadSums& sums = pass.head[size_t(h)];
-    double sum = 0;
-    for (size_t b = 0; b < pass.blocks; ++b) {
-      const size_t i = pass.at(h, b);
-      if ((pass.used[i] & kSkippedValue) != 0)
-        sum += pass.block_sum[i] * std::exp(double(pass.block_ref[i]) - sums.m) / sums.l *
-               blocks()[b].nu;
-    }
-    charged = std::max(charged, sum / (rules().skip.share * allowed(c)));
-  }
-  double& boost = state().skip_boost;
-  if (!fit || !(charged <= 1))
-    boost = std::max(boost / 4, 0x1p-10);
-  else if (charged < 0.4)
-    boost = std::min(boost * 2, 0x1p20);
+  learn_caution(!fit, &state().skip);
   if (!fit) return false;
   for (size_t b = 0; b < pass.blocks; ++b)
     report().skipped_blocks += (pass.used[pass.at(0, b)] & kSkippedValue) != 0;
   return true;
 }
 
-// Heads that climbed are not to be made to climb higher: the next step reads everything.
+// What the next step may skip: of each head its share of the tolerance, and no more than most of
+// what its bound leaves of it. Heads that climbed are not to be made to climb higher: the next step
+// reads everything.
 void HeadStep::Impl::remember_for_skipping() {
-  HeadState& h = state();
-  h.last_log_z.clear();
-  h.last_s.clear();
-  if (rules().policy != Policy::Budget || !(rules().skip.share > 0)) return;
+  constexpr double kAim = 0.75;  // the next step's masses are a little different
+  SkipGuess& guess = state().skip;
+  guess.limits.clear();
+  if (!skipping()) return;
   for (const HeadReport& r : report().heads)
     if (r.rung != 0 || r.outcome != Outcome::Certified) return;
-  for (int i = 0; i < q.heads; ++i) {
-    const HeadSums& sums = pass.head[size_t(i)];
-    h.last_log_z.push_back(sums.m + std::log(sums.l));
-    h.last_s.push_back(report().heads[size_t(i)].returned.s);
+  double spend[kMaxGroupHeads];
+  for (int h = 0; h < q.heads; ++h) {
+    const Certificate& c = report().heads[size_t(h)].returned;
+    // What skipping has cost stands in the bound over den.
+    const double left = (allowed(c) - c.bound) * c.den + skipped_cost(pass, h);
+    const double share = rules().skip.share * allowed(c);
+    spend[h] = kAim * (left < share ? std::max(left, 0.0) : share);
   }
+  guess_skips(pass, blocks(), {spend, size_t(q.heads)}, &guess);
 }
 
 // Seeded random share of tail blocks, so that the canary sees the whole cache over time (method 7).
@@ -466,9 +440,9 @@ void HeadStep::begin(const StepRules& rules, const StepWhere& where, int heads, 
     report->scratch_hits += report->f_blocks + report->x_blocks;
   }
   report->read_bytes += uint64_t(pass_read_bytes(state->tier, report->f_blocks, report->x_blocks));
-  double limits[kMaxGroupHeads];
-  const bool skips = s.skip_limits(limits);
-  attend_begin(s.context, s.q, s.blocks(), {.skip = skips ? limits : nullptr}, &s.pass);
+  const std::vector<double>& limits = state->skip.limits;
+  const bool skips = s.skipping() && limits.size() == size_t(heads);
+  attend_begin(s.context, s.q, s.blocks(), {.skip = skips ? limits.data() : nullptr}, &s.pass);
   s.add_to_pass(s.start);
 }
 
@@ -527,8 +501,8 @@ bool HeadStep::finish() {
   }
   report->pass_seconds += std::exchange(s.skipping_seconds, 0.0);
   const PageFormat& format = s.state().tier.format();
-  report->read_bytes -= uint64_t(double(report->skipped_blocks) * format.block_tokens *
-                                 format.value_bytes());
+  report->read_bytes -=
+      uint64_t(double(report->skipped_blocks) * format.block_tokens * format.value_bytes());
   if (policy == Policy::Budget && s.state().precision.forecasts_at(s.where)) s.forecast();
 
   uint32_t dense = 0;

@@ -14,6 +14,7 @@
 #include "kvstore/scratch_cache.h"
 #include "runtime/certify/certificate.h"
 #include "runtime/certify/head_class.h"
+#include "runtime/certify/skipping.h"
 #include "runtime/options.h"
 
 namespace certkv {
@@ -51,12 +52,7 @@ struct HeadState {
   size_t key_quota, value_quota;
   std::vector<uint32_t> dropped;  // memory of learn()
 
-  // What certified skipping guesses from: the last step's ln Z and S of every query head. Empty: there
-  // was none to guess from, or its heads climbed the ladder, and nothing is skipped.
-  std::vector<double> last_log_z, last_s;
-  // Runs may be skipped up to this many times their even share of what skipping may cost, because
-  // most are far below theirs. Doubled and halved by what came of it.
-  double skip_boost = 1;
+  SkipGuess skip;                 // for the next step
   HeadClass precision;            // its formats must outlive it
 };
 

@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <random>
 
 #include "runtime/certify/certificate.h"
+#include "runtime/certify/skipping.h"
 #include "tests/support/attention_cases.h"
 
 namespace certkv {
@@ -49,11 +51,86 @@ TEST(Skipping, LeavesNegligibleValuesUnreadAndCertifiesAllTheSame) {
   s.step();
   EXPECT_EQ(s.report.skipped_blocks, 0u);  // nothing to guess from
   const double before = s.head().returned.bound;
-  for (int i = 0; i < 12; ++i) s.step();
+  s.step();
   EXPECT_GT(s.report.skipped_blocks, s.state.tier.sealed_blocks() / 2);
   EXPECT_EQ(s.head().outcome, Outcome::Certified);
   EXPECT_EQ(s.head().rung, 0);
   EXPECT_GE(s.head().returned.bound, before);  // what was not read is charged, little as it is
+}
+
+// Two heads whose runs weigh less and less: what a pass that sees the same masses would skip under
+// the limits costs each head at most what it may spend, and the cheapest of the runs that are read
+// would have been too much.
+TEST(Skipping, SpendsWhatItMayAtTheNextStep) {
+  constexpr size_t kPages = 200, kPageBlocks = 4, kBlocks = kPages * kPageBlocks;
+  std::vector<std::byte> pages(kPages);
+  std::vector<BlockRef> blocks(kBlocks);
+  PassState pass;
+  pass.heads = 2;
+  pass.blocks = kBlocks;
+  pass.block_sum.resize(2 * kBlocks);
+  pass.block_ref.resize(2 * kBlocks);
+  pass.nu.resize(kBlocks);
+  pass.head.resize(2);
+  std::mt19937_64 random(3);
+  std::uniform_real_distribution<double> uniform;
+  double cost[2][kPages] = {};
+  for (size_t h = 0; h < 2; ++h) {
+    pass.head[h].m = h == 0 ? 5 : -2;
+    pass.head[h].l = h == 0 ? 3 : 40;
+  }
+  const size_t original = 7, damaged = 9;  // pages with values near the compute, and with a NaN
+  for (size_t b = 0; b < kBlocks; ++b) {
+    const size_t page = b / kPageBlocks;
+    blocks[b].page = &pages[page];
+    blocks[b].tokens = 16;
+    static const uint16_t row = 0;
+    if (page == original) blocks[b].v = &row;
+    pass.nu[b] = float(1 + page % 3);
+    for (size_t h = 0; h < 2; ++h) {
+      const double mass = std::pow(h == 0 ? 0.95 : 0.93, double(page)) * uniform(random);
+      const float ref = float(pass.head[h].m) - float(page % 5);
+      pass.block_ref[pass.at(int(h), b)] = ref;
+      const auto sum = float(mass * std::exp(pass.head[h].m - double(ref)));
+      pass.block_sum[pass.at(int(h), b)] = page == damaged ? std::nanf("") : sum;
+      cost[h][page] += double(sum) * std::exp(double(ref) - pass.head[h].m) * double(pass.nu[b]) /
+                       pass.head[h].l;
+    }
+  }
+  for (double share : {1e-5, 1e-3, 0.02}) {
+    SkipGuess guess;
+    const double spend[2] = {share * 10, share};
+    guess_skips(pass, blocks, spend, &guess);
+    ASSERT_EQ(guess.limits.size(), 2u);
+    double spent[2] = {}, cheapest = INFINITY;
+    for (size_t page = 0; page < kPages; ++page) {
+      if (page == original || page == damaged) continue;
+      bool skipped = true;
+      for (size_t h = 0; h < 2; ++h)
+        skipped = skipped && cost[h][page] * pass.head[h].l * std::exp(pass.head[h].m) <=
+                                 std::exp(guess.limits[h]);
+      const double most = std::max(cost[0][page] / spend[0], cost[1][page] / spend[1]);
+      if (!skipped) cheapest = std::min(cheapest, most);
+      for (size_t h = 0; h < 2 && skipped; ++h) spent[h] += cost[h][page];
+    }
+    EXPECT_LE(spent[0], spend[0] * (1 + 1e-5));  // sums of floats
+    EXPECT_LE(spent[1], spend[1] * (1 + 1e-5));
+    // All runs of the cheapest's bin, a quarter wide, would have cost more than was left.
+    double with_bin[2] = {spent[0], spent[1]};
+    for (size_t page = 0; page < kPages; ++page) {
+      if (page == original || page == damaged) continue;
+      const double most = std::max(cost[0][page] / spend[0], cost[1][page] / spend[1]);
+      if (most >= cheapest && most < 1.25 * cheapest)
+        for (size_t h = 0; h < 2; ++h) with_bin[h] += cost[h][page];
+    }
+    EXPECT_TRUE(with_bin[0] > spend[0] || with_bin[1] > spend[1]) << share;
+    EXPECT_GT(spent[0] + spent[1], 0) << share;
+  }
+  // What may be spent is not a number: nothing is skipped.
+  SkipGuess guess;
+  const double nothing[2] = {std::nan(""), 1};
+  guess_skips(pass, blocks, nothing, &guess);
+  EXPECT_FALSE(0 <= std::exp(guess.limits[0]));
 }
 
 TEST(Skipping, IsOffByDefaultAndUnderOtherPolicies) {
@@ -73,17 +150,16 @@ TEST(Skipping, AWrongGuessCostsASecondPassAndNoCertificate) {
   for (int i = 0; i < 4; ++i) s.step();
   ASSERT_GT(s.report.skipped_blocks, 0u);
   // As if the last step had seen far more mass: everything would be skipped.
-  for (double& z : s.state.last_log_z) z += 30;
-  s.state.skip_boost = 0x1p20;
+  for (double& limit : s.state.skip.limits) limit += 30;
   s.step();
   EXPECT_EQ(s.report.skipped_blocks, 0u);
   EXPECT_EQ(s.head().outcome, Outcome::Certified);
   EXPECT_EQ(s.head().rung, 0);
-  EXPECT_LT(s.state.skip_boost, 0x1p20);
+  EXPECT_EQ(s.state.skip.caution, 0.5);
   // NaN or infinity in what is remembered skips nothing, or everything and is judged.
   for (double bad : {std::nan(""), double(INFINITY), -double(INFINITY)}) {
     for (int i = 0; i < 2; ++i) s.step();
-    for (double& z : s.state.last_log_z) z = bad;
+    for (double& limit : s.state.skip.limits) limit = bad;
     s.step();
   }
 }
@@ -95,7 +171,7 @@ TEST(Skipping, AHeadThatClimbedReadsEverythingAtTheNextStep) {
     s.step();
     EXPECT_EQ(s.head().rung, 3);
     EXPECT_EQ(s.report.skipped_blocks, 0u);
-    EXPECT_TRUE(s.state.last_log_z.empty());
+    EXPECT_TRUE(s.state.skip.limits.empty());
   }
 }
 
