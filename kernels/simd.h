@@ -5,9 +5,12 @@
 // number of threads or the batch: that is what makes results repeatable.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+
+#include "kernels/base/dtype.h"
 
 // Function versions for AVX-512, AVX2 and plain x86-64. Sanitizers instrument the resolver, which runs
 // before they are ready: there only the plain version is built.
@@ -22,6 +25,8 @@ namespace certkv {
 using Float8 = float __attribute__((vector_size(32)));
 using Int8x32 = int32_t __attribute__((vector_size(32)));
 using Half8 = uint16_t __attribute__((vector_size(16)));
+using Byte16 = uint8_t __attribute__((vector_size(16)));
+using Double8 = double __attribute__((vector_size(64)));
 inline constexpr size_t kLanes = 8;
 
 #define CERTKV_SIMD inline __attribute__((always_inline))
@@ -41,6 +46,37 @@ CERTKV_SIMD Float8 splat8(float x) {
 // Fixed tree: ((0+4)+(2+6)) + ((1+5)+(3+7)).
 CERTKV_SIMD float sum8(const Float8& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+CERTKV_SIMD double sum8(const Double8& v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// Eight 16-bit floats as floats: what float_from_16 gives of each.
+template <DType dtype>
+CERTKV_SIMD Float8 widen8(const uint16_t* p) {
+  Half8 h;
+  std::memcpy(&h, p, sizeof h);
+  const Int8x32 bits = __builtin_convertvector(h, Int8x32);
+  if (dtype == DType::BF16) return std::bit_cast<Float8>(bits << 16);
+  const Int8x32 rest = bits & 0x7fff;
+  const Float8 finite = std::bit_cast<Float8>(rest << 13) * 0x1p112f;
+  const Int8x32 magnitude =
+      rest >= 0x7c00 ? rest << 13 | 0x7f800000 : std::bit_cast<Int8x32>(finite);
+  return std::bit_cast<Float8>(magnitude | (bits & 0x8000) << 16);
+}
+
+// Sixteen bytes as numbers. By way of 16 bits: compilers take vectors of eight bytes apart.
+CERTKV_SIMD void bytes16(const uint8_t* p, Double8* low, Double8* high) {
+  Byte16 b;
+  std::memcpy(&b, p, sizeof b);
+  const auto lower = __builtin_shufflevector(b, Byte16{}, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                             6, 22, 7, 23);
+  const auto upper = __builtin_shufflevector(b, Byte16{}, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+                                             29, 14, 30, 15, 31);
+  *low = __builtin_convertvector(
+      __builtin_convertvector(std::bit_cast<Half8>(lower), Int8x32), Double8);
+  *high = __builtin_convertvector(
+      __builtin_convertvector(std::bit_cast<Half8>(upper), Int8x32), Double8);
 }
 
 }  // namespace certkv

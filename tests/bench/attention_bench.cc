@@ -97,6 +97,17 @@ void block(State& state) {
 }
 BENCHMARK(block)->ArgNames({"keys", "values"})->ArgsProduct({{0, 1}, {0, 1}});
 
+// One block's served values against its originals.
+void errors_of_values(State& state) {
+  const Data data(layout_of(state.range(0)));
+  constexpr size_t kAt = 7;
+  const BlockRef& block = data.tier.blocks()[kAt];
+  for (auto _ : state)
+    benchmark::DoNotOptimize(
+        value_errors(*data.format, block.page, block.index, DType::F16, data.originals[kAt].v));
+}
+BENCHMARK(errors_of_values)->Apply(with_layouts);
+
 // Both sides of a block against each other.
 void canary_of_one_block(State& state) {
   const Data data("compact");

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string_view>
+#include <utility>
 
 #include "kernels/quantize.h"
 #include "tests/support/oracle.h"
@@ -21,7 +23,7 @@ struct Sealed {
   PageFormat format;
   oracle::Originals x;
   std::unique_ptr<std::byte, FreeBytes> page;
-  Sealed(const char* layout, int head_dim, int block, DType dtype)
+  Sealed(std::string_view layout, int head_dim, int block, DType dtype)
       : format(make_page_format(layout_by_name(layout), head_dim, block)),
         x{.dtype = dtype, .head_dim = head_dim, .k = {}, .v = {}},
         page(static_cast<std::byte*>(std::aligned_alloc(64, format.page_bytes))) {}
@@ -95,6 +97,90 @@ TEST(Seal, AnnotationsCoverWhatIsServedAndAreNotLoose) {
             EXPECT_LE(note.e, 1.001 * m.e);
           }
         }
+}
+
+struct MeasuredErrors {
+  double error = 0, norm = 0;
+};
+MeasuredErrors measured_errors(const Sealed& s, int block) {
+  const oracle::Measured m =
+      oracle::measure(s.format, oracle::decode_page(s.format, s.page.get()), s.x, block);
+  return {m.eta, m.nu};
+}
+
+TEST(ValueErrors, AreThoseOfTheValuesAsServed) {
+  for (const Layout& layout : layouts())
+    for (int d : {64, 96, 128, 256})
+      for (int block : {16, 32})
+        for (DType dtype : {DType::F16, DType::BF16}) {
+          SCOPED_TRACE(testing::Message() << layout.name << " d " << d << " block " << block);
+          Sealed s(layout.name, d, block, dtype);
+          s.fill_random(uint64_t(2 * d + block));
+          ASSERT_EQ(s.seal(), SealStatus::Sealed);
+          const size_t row = size_t(d), rows = size_t(block) * row;
+          for (int b = 0; b < s.format.blocks(); ++b) {
+            const MeasuredErrors m = measured_errors(s, b);
+            const uint16_t* v = s.x.v.data() + size_t(b) * rows;
+            const ValueErrors seen = value_errors(s.format, s.page.get(), b, dtype, v);
+            EXPECT_NEAR(seen.error, m.error, m.error * (kMeasured - 1));
+            EXPECT_NEAR(seen.norm, m.norm, m.norm * (kMeasured - 1));
+            EXPECT_LE(seen.error, page_annotations(s.format, s.page.get(), b).eta);
+            EXPECT_LE(seen.norm, page_annotations(s.format, s.page.get(), b).nu);
+          }
+          // Flipped code bits count, in their block and plane.
+          std::mt19937_64 random(uint64_t(d + block));
+          const int last = s.format.blocks() - 1;
+          for (int i = 0; i < 8; ++i) {
+            const bool second = s.format.layout.value.read_residual && i % 2 == 1;
+            const size_t plane = second ? s.format.value_residual : s.format.value_base;
+            const int bits = second || s.format.layout.value.base_bits() == 4 ? 4 : 8;
+            const size_t bytes = size_t(s.format.group_tokens) * row * size_t(bits) / 8;
+            std::byte& cell = s.page.get()[plane + random() % bytes];
+            const std::byte kept = cell;
+            cell ^= std::byte(1 << random() % 8);
+            for (int b = 0; b <= last; ++b) {
+              const MeasuredErrors m = measured_errors(s, b);
+              const uint16_t* v = s.x.v.data() + size_t(b) * rows;
+              const ValueErrors seen = value_errors(s.format, s.page.get(), b, dtype, v);
+              EXPECT_NEAR(seen.error, m.error, m.error * (kMeasured - 1));
+            }
+            cell = kept;
+          }
+          // A NaN offset of any token and group is never below an annotation.
+          for (int i = 0; i < 4; ++i) {
+            const size_t cells = size_t(s.format.group_tokens * s.format.value_groups);
+            const size_t at = random() % cells, t = at % size_t(s.format.group_tokens);
+            uint16_t* offsets = reinterpret_cast<uint16_t*>(s.page.get() + s.format.value_offset);
+            ASSERT_EQ(s.format.layout.value.metadata, DType::F16);
+            const uint16_t kept = std::exchange(offsets[at], uint16_t(0x7e00));
+            const int b = int(t) / block;
+            const ValueErrors seen =
+                value_errors(s.format, s.page.get(), b, dtype, s.x.v.data() + size_t(b) * rows);
+            EXPECT_FALSE(seen.error <= page_annotations(s.format, s.page.get(), b).eta);
+            EXPECT_TRUE(std::isnan(seen.error));
+            EXPECT_FALSE(std::isnan(seen.norm));
+            offsets[at] = kept;
+          }
+          // Nor is a damaged original: NaN, infinity, or a finite one of another size.
+          for (const double bad : {std::nan(""), double(INFINITY), 6e4}) {
+            std::vector<uint16_t> v(s.x.v.end() - int64_t(rows), s.x.v.end());
+            v[random() % rows] = oracle::encode(dtype, bad);
+            const ValueErrors seen = value_errors(s.format, s.page.get(), last, dtype, v.data());
+            EXPECT_FALSE(seen.error <= page_annotations(s.format, s.page.get(), last).eta);
+            EXPECT_FALSE(seen.norm <= page_annotations(s.format, s.page.get(), last).nu);
+          }
+        }
+}
+
+// The sum is a token's, the maximum over tokens; a NaN does not go under in a later maximum.
+TEST(ValueErrors, ANaNOfTheFirstTokenStays) {
+  Sealed s("compact", 64, 16, DType::F16);
+  s.fill_random(11);
+  ASSERT_EQ(s.seal(), SealStatus::Sealed);
+  s.x.v[0] = oracle::encode(DType::F16, std::nan(""));
+  const ValueErrors seen = value_errors(s.format, s.page.get(), 0, DType::F16, s.x.v.data());
+  EXPECT_TRUE(std::isnan(seen.error));
+  EXPECT_TRUE(std::isnan(seen.norm));
 }
 
 TEST(Seal, EveryOriginalLiesWithinItsCodesRange) {  // metadata is rounded outward
