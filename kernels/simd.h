@@ -25,6 +25,7 @@ namespace certkv {
 using Float8 = float __attribute__((vector_size(32)));
 using Int8x32 = int32_t __attribute__((vector_size(32)));
 using Half8 = uint16_t __attribute__((vector_size(16)));
+using Int8x64 = int64_t __attribute__((vector_size(64)));
 using Byte16 = uint8_t __attribute__((vector_size(16)));
 using Double8 = double __attribute__((vector_size(64)));
 inline constexpr size_t kLanes = 8;
@@ -38,6 +39,19 @@ CERTKV_SIMD Float8 load8(const float* p) {
 }
 CERTKV_SIMD void store8(float* p, const Float8& v) {
   std::memcpy(p, &v, sizeof v);
+}
+CERTKV_SIMD Double8 load8(const double* p) {
+  Double8 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+CERTKV_SIMD void store8(double* p, const Double8& v) {
+  std::memcpy(p, &v, sizeof v);
+}
+CERTKV_SIMD Half8 load_halves(const uint16_t* p) {
+  Half8 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
 CERTKV_SIMD Float8 splat8(float x) {
   return Float8{x, x, x, x, x, x, x, x};
@@ -53,9 +67,7 @@ CERTKV_SIMD double sum8(const Double8& v) {
 
 // Eight 16-bit floats as floats: what float_from_16 gives of each.
 template <DType dtype>
-CERTKV_SIMD Float8 widen8(const uint16_t* p) {
-  Half8 h;
-  std::memcpy(&h, p, sizeof h);
+CERTKV_SIMD Float8 widen8(const Half8& h) {
   const Int8x32 bits = __builtin_convertvector(h, Int8x32);
   if (dtype == DType::BF16) return std::bit_cast<Float8>(bits << 16);
   const Int8x32 rest = bits & 0x7fff;
@@ -63,6 +75,23 @@ CERTKV_SIMD Float8 widen8(const uint16_t* p) {
   const Int8x32 magnitude =
       rest >= 0x7c00 ? rest << 13 | 0x7f800000 : std::bit_cast<Int8x32>(finite);
   return std::bit_cast<Float8>(magnitude | (bits & 0x8000) << 16);
+}
+
+template <DType dtype>
+CERTKV_SIMD Float8 widen8(const uint16_t* p) {
+  return widen8<dtype>(load_halves(p));
+}
+
+// Column i of eight rows of eight halves becomes row i.
+CERTKV_SIMD void transpose8(Half8 (&x)[8]) {
+  for (int round = 0; round < 3; ++round) {  // a perfect shuffle of the rows, three times
+    Half8 y[8];
+    for (int i = 0; i < 4; ++i) {
+      y[2 * i] = __builtin_shufflevector(x[i], x[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; ++i) x[i] = y[i];
+  }
 }
 
 // Sixteen bytes as numbers. By way of 16 bits: compilers take vectors of eight bytes apart.
