@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""certkv bench decode and bench prefill: the figures add up. Speed is never judged."""
+"""certkv bench decode, prefill and classes: the figures add up. Speed is never judged."""
 
 import os
 import tempfile
@@ -53,6 +53,65 @@ class Bench(unittest.TestCase):
                 self.assertGreater(p[key], 0, key)
         peaks = [p["peak_rss_bytes"] for p in report["prefill"]]
         self.assertLessEqual(peaks[0], peaks[1])
+
+    def test_classes_counts_what_its_head_steps_read(self):
+        tokens, warmup, questions = 8, 4, 2
+        job, report = self.bench("classes", "--context", "700", "--tolerance", "0.05,0", "--layout",
+                                 "compact,classes", "--tokens", tokens, "--warmup", warmup,
+                                 "--questions", questions)
+        job.expect_text("context tolerance layout", "700 dense: 2 of 2 answers right")
+        self.assertEqual(report["model"], product.READER)
+        self.assertEqual(report["dense"], [{"context": 700, "right": 2, "questions": 2}])
+        self.assertEqual([(c["context"], c["layout"], c["tolerance"]) for c in report["cases"]],
+                         [(700, "compact", 0.05), (700, "compact", 0),
+                          (700, "classes", 0.05), (700, "classes", 0)])
+        # 5 layers of 8 query heads over 4 KV heads of 64
+        per_step, kv_heads = 5 * 8, 5 * 4
+        for c in report["cases"]:
+            self.assertEqual(c["head_steps"], questions * (warmup + tokens) * per_step)
+            self.assertEqual(c["certified"] + c["exact"], c["head_steps"])
+            self.assertEqual(set(c["rungs"]), set("01234"))
+            self.assertEqual(sum(c["rungs"].values()), questions * tokens * per_step)
+            self.assertEqual((c["right"], c["questions"]), (questions, questions))
+            self.assertGreaterEqual(c["promoted_per_head_step"], 0)
+            self.assertTrue(0 <= c["hit_rate"] <= 1, c)
+            # Keys and values of 64 elements of two bytes each
+            self.assertAlmostEqual(c["bytes_read_per_token"], 256 * c["bytes_read_share"])
+            self.assertEqual(set(c["classes"]), {"k8v4", "k8v8", "k12v8", "exact"})
+            self.assertEqual(sum(c["classes"].values()),
+                             questions * kv_heads if c["layout"] == "classes" else 0)
+            # A head that ends at rung 3 has read its codes and then its originals: at most twice.
+            self.assertGreater(c["bytes_read_share"], 0)
+            self.assertLessEqual(c["bytes_read_share"], 1.2 if c["tolerance"] > 0 else 2)
+            if c["tolerance"] == 0:  # no bound is 0
+                self.assertEqual(c["exact"], c["head_steps"])
+                self.assertEqual(c["rungs"]["3"], questions * tokens * per_step)
+                self.assertGreaterEqual(c["bytes_read_share"], 1)
+            else:
+                self.assertGreater(c["certified"], 0)
+        self.assertGreater(report["cases"][0]["rungs"]["0"], 0)
+        self.assertEqual(report["cases"][3]["classes"]["exact"], questions * kv_heads)
+
+    def test_classes_refuses_what_it_cannot_measure_by_name(self):
+        for arguments, message in (
+                (("--layout", "compct"), "layout is 'compct': known layouts are compact"),
+                (("--layout", "compact,"), "layout is 'compact,'"),
+                (("--tolerance", "0.05,x"), "tolerance is '0.05,x'"),
+                (("--tolerance", "-1"), "tolerance is '-1'"),
+                (("--context", "12x"), "context is '12x'"),
+                (("--context", "100"), "context is 100: more than the 129 decoded tokens"),
+                (("--context", "131073"), "at most the model's limit of 131072"),
+                (("--questions", "0"), "--questions: questions is '0'"),
+                (("--tokens", "0"), "--tokens: tokens is '0'"),
+                (("--warmup", "-1"), "--warmup: warmup is '-1'"),
+                (("--text", "/no/text"), "/no/text: no texts there"),
+                (("--parallel.tensor", "2"), "parallel.tensor and parallel.data must be 1"),
+                (("--tolerence", "1"), "unknown flag '--tolerence'; the nearest known flag is "
+                                       "'--tolerance'")):
+            with self.subTest(arguments):
+                product.certkv("bench", "classes", "--model", product.READER, "--json", self.json,
+                               *arguments).expect_exit(2).expect_text("certkv: error: ", message)
+                self.assertFalse(os.path.exists(self.json))
 
     def test_a_context_beyond_the_model_is_refused(self):
         product.certkv("bench", "decode", "--model", product.READER, "--context", 131072).expect_exit(
