@@ -37,13 +37,15 @@ struct BlockRef {
   float nu = 0, k_norm = 0;         // annotations that hold for originals
 };
 
-// Query heads that share a KV head, prepared once per step and layer.
+// Query heads that share a KV head, prepared once per step and layer. Scores, Delta_b and all log
+// masses that come of it are natural logarithms.
 struct QueryGroup {
   int heads = 0, head_dim = 0;
   std::vector<float> scaled;        // [heads, head_dim] q / sqrt(d)
   float norm[kMaxGroupHeads] = {};  // ||q|| / sqrt(d), rounded up; 0 beyond the heads
 };
-// q: [heads, head_dim]. Reuses `group`'s memory.
+// q: [heads, head_dim]. Reuses `group`'s memory. Throws InvalidArgument for more than
+// kMaxGroupHeads heads, or none.
 void make_query_group(int heads, int head_dim, const float* q, QueryGroup* group);
 QueryGroup make_query_group(int heads, int head_dim, const float* q);
 
@@ -137,10 +139,11 @@ struct BlockTerms {
   float s1[kMaxGroupHeads];
   float delta[kMaxGroupHeads];        // Delta_b of the sources used, of this block alone
   float score_bound[kMaxGroupHeads];  // D_b + g_b of the codes; 0 without a page
-  float score[kMaxGroupHeads][32];
+  float score[kMaxGroupHeads][32];       // q.k / sqrt(d) of each token
   float o[kMaxGroupHeads][kMaxHeadDim];  // sum p v^
 };
 // raise_ref: where a score exceeds the wished reference, that score becomes the reference.
+// SOURCE: method sections 5.3 and 7.
 void block_terms(const AttendContext& context, const QueryGroup& q, const BlockRef& block,
                  float unit, bool raise_ref, BlockTerms* out);
 

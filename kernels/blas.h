@@ -10,7 +10,7 @@ namespace certkv {
 void blas_product_nt(size_t m, size_t n, size_t k, const float* a, size_t a_stride, const float* b,
                      size_t b_stride, bool add, float* c, size_t c_stride);
 
-// c[m, n] (+)= a[m, k] b[k, n].
+// c[m, n] (+)= a[m, k] b[k, n]. Strides and errors as above.
 void blas_product_nn(size_t m, size_t n, size_t k, const float* a, size_t a_stride, const float* b,
                      size_t b_stride, bool add, float* c, size_t c_stride);
 

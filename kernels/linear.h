@@ -21,16 +21,17 @@ struct LinearWeight {
 
 // y[r, o] = bias[o] + sum_i x[r, i] weight[o, i] as one single-threaded sgemm (prefill).
 // x: [rows, in] with rows `x_stride` floats apart; y: [rows, out] with rows `y_stride` apart.
-// REQUIRES x and y do not overlap. THREADS: any number of callers at once.
+// REQUIRES x and y do not overlap. Throws InvalidArgument where blas_product_nt does.
+// THREADS: any number of callers at once.
 void linear_tile(const LinearWeight& w, const float* x, size_t x_stride, size_t rows, float* y,
                  size_t y_stride);
 
 // One product of a decode step: the same, for few rows.
 struct LinearRows {
   LinearWeight w;
-  const float* x = nullptr;
+  const float* x = nullptr;  // [rows, w.in], rows x_stride floats apart
   size_t x_stride = 0;
-  float* y = nullptr;
+  float* y = nullptr;  // [rows, w.out], rows y_stride floats apart
   size_t y_stride = 0;
 };
 
@@ -40,7 +41,7 @@ struct LinearRows {
 void linear_rows(std::span<const LinearRows> products, size_t rows, ThreadPool& pool);
 
 // The sum that linear_rows forms: 32 interleaved partial sums, joined in a fixed tree, then the
-// rest in order. Exposed for tests.
+// rest in order. a, b: [n]. Exposed for tests.
 float dot(const float* a, const float* b, size_t n);
 
 }  // namespace certkv

@@ -1,4 +1,5 @@
-// RMS normalisation of rows.
+// RMS normalisation of rows. SOURCE: Zhang and Sennrich, "Root Mean Square Layer Normalization",
+// 2019.
 #pragma once
 
 #include <cstddef>

@@ -1,9 +1,10 @@
 // Dense causal attention of many queries over one layer's 16-bit originals (prefill).
 //
-// Online softmax over tiles: scores of a query tile against a key tile by OpenBLAS, exponentials in
-// place, product with the value tile by OpenBLAS. Memory per thread does not depend on the length.
-// A key and value tile is converted to float once per query tile and shared by the query heads of
-// its KV head. Tiles that the causal mask hides entirely are not computed.
+// Online softmax (SOURCE: Milakov and Gimelshein, 2018) over tiles: scores of a query tile against
+// a key tile by OpenBLAS, exponentials in place, product with the value tile by OpenBLAS. Memory
+// per thread does not depend on the length. A key and value tile is converted to float once per
+// query tile and shared by the query heads of its KV head. Tiles that the causal mask hides
+// entirely are not computed.
 #pragma once
 
 #include <cstddef>
@@ -36,8 +37,8 @@ struct PrefillAttention {
   size_t kv_heads = 0, heads_per_group = 0, head_dim = 0;
 };
 
-// Queries per tile: depends on the model alone, so that tiles lie at the same positions for every
-// number of ranks and threads.
+// Queries per tile. UNITS: tokens. It depends on the model alone, so that tiles lie at the same
+// positions for every number of ranks and threads.
 size_t prefill_query_tile(size_t heads_per_group);
 
 // out = softmax(q k^T / sqrt(head_dim)) v over positions 0 .. own.
@@ -45,7 +46,8 @@ size_t prefill_query_tile(size_t heads_per_group);
 // ENSURES each out depends only on its tile of queries and on the keys and values up to the tile's
 // end: bitwise the same for every number of threads. A NaN, and an infinity but for a score of
 // -infinity (weight 0), makes the outputs of the queries that see it, and may make others of the
-// same tile, not finite. REQUIRES first a multiple of prefill_query_tile(heads_per_group).
+// same tile, not finite. Throws InvalidArgument where first is no multiple of
+// prefill_query_tile(heads_per_group), or dtype neither BF16 nor F16.
 void prefill_attention(const PrefillAttention& a, ThreadPool& pool,
                        const std::function<void()>& tick = {});
 

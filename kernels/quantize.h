@@ -18,16 +18,18 @@ enum class SealStatus : uint8_t {
   NonFinite,      // an original is NaN or infinite: the request must fail
 };
 
-// k, v: [group_tokens][head_dim] in `dtype` (F16 or BF16). page: page_bytes, 64-byte aligned; padding
-// is zeroed. On anything but Sealed the page's contents are meaningless.
+// k, v: [group_tokens][head_dim] in `dtype` (F16 or BF16). page: page_bytes, 64-byte aligned;
+// padding is zeroed. On anything but Sealed the page's contents are meaningless. Throws nothing.
+// ENSURES the same bytes on every machine.
 SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, const uint16_t* v,
                      std::byte* page);
 
-// The annotations that hold for originals alone (nu, k_norm), of `tokens` rows; for the open block.
-// eta, kappa and e are 0. Returns NonFinite or Sealed.
+// The annotations that hold for originals alone, of `tokens` >= 1 rows; for the open block. k, v:
+// [tokens][head_dim]. eta, kappa and e are 0, vbar is nu. Returns NonFinite or Sealed.
 SealStatus annotate_originals(const PageFormat& format, DType dtype, const uint16_t* k,
                               const uint16_t* v, int tokens, BlockAnnotations* out);
 
+// Of a sealed page; block: within the page.
 inline const BlockAnnotations& page_annotations(const PageFormat& format, const std::byte* page,
                                                 int block) {
   return reinterpret_cast<const BlockAnnotations*>(page + format.annotations)[block];
@@ -37,16 +39,16 @@ inline const PageNotes& page_notes(const PageFormat& format, const std::byte* pa
 }
 
 // Scale and offset of one channel as the kernels serve it, planes that are read considered:
-// k^ = code * step + base, code in [0, max_code].
+// k^ = code * step + base, code in [0, max_code]. channel: in [0, head_dim).
 struct ServedAffine {
   float step, base;
   int max_code;
 };
 ServedAffine served_key_affine(const PageFormat& format, const std::byte* page, int channel);
 
-// How far one block's served values lie from given originals [block_tokens, head_dim], and how large
-// the originals are: max_t ||v^_t - v_t||, max_t ||v_t||, as computed in double (not rounded up). For
-// the canary.
+// How far one block's served values lie from given originals [block_tokens, head_dim], and how
+// large the originals are: max_t ||v^_t - v_t||, max_t ||v_t||, as computed in double (not rounded
+// up). For the canary. NaN where one of its terms is. SOURCE: method section 7.
 struct ValueErrors {
   double error, norm;
 };
@@ -54,7 +56,7 @@ ValueErrors value_errors(const PageFormat& format, const std::byte* page, int bl
                          const uint16_t* v);
 
 // The served values as real numbers, exact in double for every layout.
-// out: [group_tokens][head_dim]. For audits and tests.
+// k_out, v_out: [group_tokens][head_dim]. For audits and tests.
 void decode_page(const PageFormat& format, const std::byte* page, double* k_out, double* v_out);
 
 }  // namespace certkv

@@ -19,8 +19,8 @@ struct SampleOptions {
 // pseudorandom number generators", 2014.
 double uniform_at(uint64_t seed, uint64_t request, uint64_t position);
 
-// The token id with the largest logit, the lowest id among equals.
-// Throws NonFinite if a logit is NaN or +infinity, or if all are -infinity.
+// The token id with the largest logit, the lowest id among equals. logits: [vocabulary].
+// Throws NonFinite if a logit is NaN or +infinity, or if all are -infinity; InvalidArgument for none.
 int32_t sample_greedy(std::span<const float> logits);
 
 // temperature 0: sample_greedy. Otherwise, in this order: logits / temperature; the top_k largest

@@ -12,7 +12,7 @@ namespace certkv {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // REQUIRES threads >= 1
+  explicit ThreadPool(int threads);  // throws InvalidArgument below 1
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;

@@ -15,7 +15,10 @@ struct CanaryResult {
   std::string what;  // when not ok: which promise was broken, with the figures
 };
 
-// before, after: the block's terms under `was` and `now`, for the same queries.
+// before, after: the block's terms under `was` and `now`, for the same `heads` queries. What `now`
+// reads from originals and `was` from codes is compared: scores with the two Delta_b (natural
+// logarithms), values with eta_b, their norms with nu_b (units of the values). NaN is not ok.
+// Throws nothing of its own.
 CanaryResult canary(const AttendContext& context, int heads, const BlockTerms& before,
                     const BlockTerms& after, const BlockRef& was, const BlockRef& now);
 

@@ -1,5 +1,8 @@
 // The certificate of one head at one step: the closing arithmetic over a pass, and its corrections.
 //
+// UNITS: bounds, errors and norms are L2 norms of vectors of values; `relative` and the masses have
+// none. Nothing here throws: what is not known is NaN or infinite, or false.
+//
 // Everything here runs in double precision and is written so that NaN never certifies.
 // SOURCE: method sections 4 and 4b; tags beside the formulas in certificate.cc.
 #pragma once
@@ -56,7 +59,7 @@ bool within_tolerance(const Certificate& c, bool relative, double tolerance);
 // Replaces a block's contribution to the heads in `mask` (bit h) by one computed from `now`.
 // Returns false if the state cannot be corrected (what would be removed is not bitwise what was
 // added, or the new scores are out of reach): then the pass must be run again.
-// `terms_old` and `terms_new` are left holding both sides, for the canary.
+// logs: [heads]. `terms_old` and `terms_new` are left holding both sides, for the canary.
 bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b, const BlockRef& was,
                    const BlockRef& now, uint32_t mask, PassState* state,
                    std::span<CorrectionLog> logs, BlockTerms* terms_old, BlockTerms* terms_new);

@@ -1,7 +1,8 @@
 // Measuring the classes of a KV head, and re-encoding it into another one.
 //
-// Pages are always made from verified originals, never from codes. THREADS: one at a time for a
-// head, different heads at the same time.
+// SOURCE: method section 5b. Pages are always made from verified originals, never from codes.
+// Originals that are not to be had are a result, not an error.
+// THREADS: one at a time for a head, different heads at the same time.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +15,8 @@
 namespace certkv {
 
 // Measures state->precision.ratios on some of the head's pages. queries: that the score bounds are
-// taken for; none: for one of equal channels. False where originals are not to be had (`error` says
-// which). REQUIRES a tier that has a page.
+// taken for, of the head's group; none: for one of equal channels. False where originals are not to
+// be had (`error` says which). REQUIRES a tier that has a page.
 bool measure_classes(std::span<const QueryGroup> queries, HeadState* state,
                      HeadOriginals& originals, std::string* error);
 

@@ -23,6 +23,7 @@ struct StepRules;
 struct StepWhere;
 
 using ClassFormats = std::array<std::shared_ptr<const PageFormat>, kExactClass>;
+// InvalidArgument as make_page_format().
 ClassFormats make_class_formats(int head_dim, int block_tokens);
 inline constexpr const char* kClassesLayout = "classes";  // cache.layout
 // The format of a cache, of the dearest class where its layout is `classes`. InvalidArgument as
@@ -43,6 +44,7 @@ class ClassForecast {
   explicit ClassForecast(const HeadState& state);
   // Adds one query of all heads of the group: a pass under class `now`, before its ladder, with its
   // certificates. What several queries promote is united, as a learned F unites it.
+  // blocks: [blocks], certificates: [heads], both of `pass`.
   void add(const StepRules& rules, const ClassRatios& ratios, int now,
            std::span<const BlockRef> blocks, const PassState& pass,
            std::span<const Certificate> certificates);

@@ -25,7 +25,8 @@ struct AuditCapture;  // runtime/audit/capture.h
 class HeadOriginals {
  public:
   virtual ~HeadOriginals() = default;
-  // results[i] for blocks[i]; nothing is Ok before its digest was verified on this side.
+  // results[i] for blocks[i], into destinations[i], [block_tokens, head_dim] of 16 bits; nothing is
+  // Ok before its digest was verified on this side.
   // THREADS: views (Destination::view) may be asked for by several threads at once.
   virtual void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
                     std::vector<BlockResult>* results) = 0;
@@ -49,7 +50,7 @@ struct HeadState {
 
   DeviceTier tier;
   ScratchCache keys, values;
-  size_t key_quota, value_quota;
+  size_t key_quota, value_quota;  // UNITS: blocks
   std::vector<uint32_t> dropped;  // memory of learn()
 
   SkipGuess skip;                 // for the next step
@@ -72,7 +73,7 @@ struct GroupReport {
   uint64_t skipped_blocks = 0;          // whose values the pass that counted did not read
   // What the step read of keys and values, codes by the layout's payload: by the pass, by the
   // corrections (both sides of each), by passes repeated and by rungs 3 and 4. Paging in is
-  // paged_bytes.
+  // paged_bytes. UNITS: bytes, tokens
   uint64_t read_bytes = 0;
   uint64_t attended_tokens = 0;
   int precision = -1;                // class at this step; -1 where the layout has none
@@ -103,7 +104,8 @@ class HeadStep {
 
   // q, out: [heads, head_dim]. block_log_mass: nullptr or [heads, blocks], of the candidate. All
   // arguments must live until finish() has returned. The current token has been appended to
-  // state.tier already. REQUIRES at least one token.
+  // state.tier already. REQUIRES at least one token. Throws InvalidArgument for more than
+  // kMaxGroupHeads heads.
   void begin(const StepRules& rules, const StepWhere& where, int heads, const float* q,
              HeadState* state, HeadOriginals& originals, float* out, float* block_log_mass,
              GroupReport* report);

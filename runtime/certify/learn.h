@@ -10,17 +10,18 @@
 namespace certkv {
 
 // Scores every resident block by what it would have contributed to the bound had its codes been
-// used, as a share of what each head may spend (`allowed`), lets the others age out, and unpins
-// all. by_mass (policy paper): resident blocks only serve as a cache, so they are kept by recency
-// alone and the next pass starts from codes again.
+// used, as a share of what each head may spend (`allowed`: [heads], numerators of E4), lets the
+// others age out, and unpins all. by_mass (policy paper): resident blocks only serve as a cache, so
+// they are kept by recency alone and the next pass starts from codes again.
 void learn(const AttendContext& context, const PassState& pass, std::span<const BlockRef> blocks,
            std::span<const double> allowed, bool by_mass, HeadState* state);
 
 // Uniform in [0, 1) from a counter: the same on every machine and for every number of ranks.
+// SOURCE: SplitMix64's finaliser, Steele, Lea, Flood 2014.
 double counter_uniform(uint64_t seed, const StepWhere& where, uint32_t block);
 
 // The r heaviest blocks whose keys are original have the same order under their codes (method 6).
-// scored: log masses of the scoring phase.
+// scored: [blocks] log masses of the scoring phase.
 bool same_order_under_codes(const PassState& pass, int head, std::span<const double> scored, int r);
 
 }  // namespace certkv

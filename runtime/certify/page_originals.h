@@ -1,4 +1,5 @@
 // The originals of one page as one stretch, verified: to seal it anew from them.
+// SOURCE: method sections 5b and 7.
 #pragma once
 
 #include <string>
@@ -10,7 +11,8 @@ namespace certkv {
 
 struct PageOriginals {
   std::vector<uint16_t> k, v;  // [group_tokens, head_dim]
-  // Reads them. False where a block's are not to be had; `error` then says which.
+  // Reads those of page `page`, counted from the sequence's first. False where a block's are not to
+  // be had; `error` then says which.
   bool read(const PageFormat& format, size_t page, HeadOriginals& originals);
   std::string error;
 

@@ -1,4 +1,5 @@
 // What attention reads of keys and values, codes by the layout's payload.
+// SOURCE: method section 11.
 #pragma once
 
 #include "kvstore/device_tier.h"
@@ -16,7 +17,7 @@ inline double pass_read_bytes(const DeviceTier& tier, size_t keys, size_t values
          block * double(values) * (originals - f.value_bytes());
 }
 
-// Of one block, from the sources named.
+// Of one block, from the sources named. UNITS: bytes
 inline double block_read_bytes(const PageFormat& f, const BlockRef& b) {
   const double originals = 2.0 * f.head_dim;
   const double notes = b.page != nullptr ? f.note_bytes() + f.key_metadata_bytes() : 0;

@@ -59,7 +59,8 @@ struct PageRepair {
 };
 
 // Rebuilds what the finding names: a page from its originals, the table from the page, a resident
-// original by dropping it (the codes stand in for it until it is promoted again).
+// original by dropping it (the codes stand in for it until it is promoted again). Originals that
+// are not to be had are a result, not an error.
 PageRepair repair_page(const PageFinding& finding, HeadState* state, HeadOriginals& originals);
 
 }  // namespace certkv

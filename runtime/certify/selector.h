@@ -1,4 +1,5 @@
-// Which blocks to promote. Pure functions over a pass and its certificate.
+// Which blocks to promote. Pure functions over a pass and its certificate, without errors of their
+// own: a NaN counts as the heaviest. Spans of blocks are the pass's.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +10,10 @@
 
 namespace certkv {
 
-// Mass of each block under the pass: rho'_b. out: [blocks]
+// Mass of each block under the pass: rho'_b of method section 4. out: [blocks]
 void block_masses(const PassState& state, int head, std::vector<double>* out);
 
-// Natural log of a block's unnormalised mass: ref + log(sum).
+// l_b: natural log of a block's unnormalised mass, ref + log(sum). SOURCE: method section 5.1.
 double block_log_mass(const PassState& state, int head, size_t block);
 
 struct Promotions {

@@ -17,7 +17,8 @@ class SplitList {
   // The next task has `splits` splits; 0: it takes no part.
   void add(size_t splits) { first_.push_back(first_.back() + splits); }
 
-  // body(task, first, last) for splits [first, last) of a task. THREADS: at the same time.
+  // body(task, first, last) for splits [first, last) of a task. THREADS: at the same time. Rethrows
+  // the first exception of a body.
   template <typename Body>
   void run(ThreadPool& pool, const Body& body) const {
     const size_t all = first_.back();
