@@ -25,9 +25,8 @@ namespace certkv {
 using Float8 = float __attribute__((vector_size(32)));
 using Int8x32 = int32_t __attribute__((vector_size(32)));
 using Half8 = uint16_t __attribute__((vector_size(16)));
-using Int8x64 = int64_t __attribute__((vector_size(64)));
 using Byte16 = uint8_t __attribute__((vector_size(16)));
-using Double8 = double __attribute__((vector_size(64)));
+using Double4 = double __attribute__((vector_size(32)));
 inline constexpr size_t kLanes = 8;
 
 #define CERTKV_SIMD inline __attribute__((always_inline))
@@ -38,14 +37,6 @@ CERTKV_SIMD Float8 load8(const float* p) {
   return v;
 }
 CERTKV_SIMD void store8(float* p, const Float8& v) {
-  std::memcpy(p, &v, sizeof v);
-}
-CERTKV_SIMD Double8 load8(const double* p) {
-  Double8 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-CERTKV_SIMD void store8(double* p, const Double8& v) {
   std::memcpy(p, &v, sizeof v);
 }
 CERTKV_SIMD Half8 load_halves(const uint16_t* p) {
@@ -61,9 +52,6 @@ CERTKV_SIMD Float8 splat8(float x) {
 CERTKV_SIMD float sum8(const Float8& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
-CERTKV_SIMD double sum8(const Double8& v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
 
 // Eight 16-bit floats as floats: what float_from_16 gives of each.
 template <DType dtype>
@@ -72,9 +60,10 @@ CERTKV_SIMD Float8 widen8(const Half8& h) {
   if (dtype == DType::BF16) return std::bit_cast<Float8>(bits << 16);
   const Int8x32 rest = bits & 0x7fff;
   const Float8 finite = std::bit_cast<Float8>(rest << 13) * 0x1p112f;
-  const Int8x32 magnitude =
-      rest >= 0x7c00 ? rest << 13 | 0x7f800000 : std::bit_cast<Int8x32>(finite);
-  return std::bit_cast<Float8>(magnitude | (bits & 0x8000) << 16);
+  // Infinity and NaN: the exponent's last 112 steps, where it was all ones. No comparison, which
+  // compilers take apart where vectors are shorter.
+  const Int8x32 beyond = -((rest + 0x400) >> 15) & 112 << 23;
+  return std::bit_cast<Float8>((std::bit_cast<Int8x32>(finite) + beyond) | (bits & 0x8000) << 16);
 }
 
 template <DType dtype>
@@ -94,6 +83,55 @@ CERTKV_SIMD void transpose8(Half8 (&x)[8]) {
   }
 }
 
+// Eight doubles, as halves: compilers take comparisons and shuffles of vectors apart, element by
+// element, where the machine's are shorter.
+struct Double8 {
+  Double4 low{}, high{};
+
+  CERTKV_SIMD Double8& operator+=(const Double8& b) {
+    low += b.low;
+    high += b.high;
+    return *this;
+  }
+};
+CERTKV_SIMD Double8 splat8(double x) {
+  return {Double4{} + x, Double4{} + x};
+}
+CERTKV_SIMD Double8 operator+(const Double8& a, const Double8& b) {
+  return {a.low + b.low, a.high + b.high};
+}
+CERTKV_SIMD Double8 operator-(const Double8& a, const Double8& b) {
+  return {a.low - b.low, a.high - b.high};
+}
+CERTKV_SIMD Double8 operator*(const Double8& a, const Double8& b) {
+  return {a.low * b.low, a.high * b.high};
+}
+CERTKV_SIMD Double8 operator/(const Double8& a, const Double8& b) {
+  return {a.low / b.low, a.high / b.high};
+}
+CERTKV_SIMD Double8 load8(const double* p) {
+  Double8 v;
+  std::memcpy(&v.low, p, sizeof v.low);
+  std::memcpy(&v.high, p + 4, sizeof v.high);
+  return v;
+}
+CERTKV_SIMD void store8(double* p, const Double8& v) {
+  std::memcpy(p, &v.low, sizeof v.low);
+  std::memcpy(p + 4, &v.high, sizeof v.high);
+}
+CERTKV_SIMD double sum8(const Double8& v) {  // the same tree
+  const Double4 s = v.low + v.high;
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+CERTKV_SIMD Double8 to_double(const Float8& x) {
+  return {__builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3), Double4),
+          __builtin_convertvector(__builtin_shufflevector(x, x, 4, 5, 6, 7), Double4)};
+}
+CERTKV_SIMD Double8 to_double(const Int8x32& x) {
+  return {__builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3), Double4),
+          __builtin_convertvector(__builtin_shufflevector(x, x, 4, 5, 6, 7), Double4)};
+}
+
 // Sixteen bytes as numbers. By way of 16 bits: compilers take vectors of eight bytes apart.
 CERTKV_SIMD void bytes16(const uint8_t* p, Double8* low, Double8* high) {
   Byte16 b;
@@ -102,10 +140,8 @@ CERTKV_SIMD void bytes16(const uint8_t* p, Double8* low, Double8* high) {
                                              6, 22, 7, 23);
   const auto upper = __builtin_shufflevector(b, Byte16{}, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
                                              29, 14, 30, 15, 31);
-  *low = __builtin_convertvector(
-      __builtin_convertvector(std::bit_cast<Half8>(lower), Int8x32), Double8);
-  *high = __builtin_convertvector(
-      __builtin_convertvector(std::bit_cast<Half8>(upper), Int8x32), Double8);
+  *low = to_double(__builtin_convertvector(std::bit_cast<Half8>(lower), Int8x32));
+  *high = to_double(__builtin_convertvector(std::bit_cast<Half8>(upper), Int8x32));
 }
 
 }  // namespace certkv

@@ -69,15 +69,15 @@ CERTKV_SIMD Squares block_squares(const PageFormat& format, const std::byte* pag
   for (size_t t = 0; t < size_t(format.block_tokens); ++t) {
     uint8_t codes[kMaxHeadDim];
     unpack_value_codes(format, page, first + t, codes);
-    Double8 error2[2]{}, norm2[2]{};
+    Double8 error2[2], norm2[2];
     for (size_t g = 0; g < groups; ++g) {
-      const double step = affine.step[g][t], base = affine.base[g][t];
+      const Double8 step = splat8(double(affine.step[g][t])),
+                    base = splat8(double(affine.base[g][t]));
       for (size_t c = g * group; c < (g + 1) * group; c += 2 * kLanes) {
         Double8 code[2];
         bytes16(codes + c, &code[0], &code[1]);
         for (size_t i = 0; i < 2; ++i) {
-          const Float8 original = widen8<dtype>(v + t * d + c + i * kLanes);
-          const Double8 x = __builtin_convertvector(original, Double8);
+          const Double8 x = to_double(widen8<dtype>(v + t * d + c + i * kLanes));
           const Double8 e = x - (code[i] * step + base);
           error2[i] += e * e;
           norm2[i] += x * x;

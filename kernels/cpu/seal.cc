@@ -22,19 +22,35 @@ float annotation(double x) {
   return float_up(x * kInflate);
 }
 
-CERTKV_SIMD Double8 to_double(const Float8& x) {
-  return __builtin_convertvector(x, Double8);
-}
-CERTKV_SIMD Double8 larger(const Double8& a, const Double8& b) {
+using Int4x64 = int64_t __attribute__((vector_size(32)));
+using Float4 = float __attribute__((vector_size(16)));
+using Int4x32 = int32_t __attribute__((vector_size(16)));
+
+CERTKV_SIMD Double4 larger(const Double4& a, const Double4& b) {
   return b > a ? b : a;
 }
+CERTKV_SIMD Double8 larger(const Double8& a, const Double8& b) {
+  return {larger(a.low, b.low), larger(a.high, b.high)};
+}
+CERTKV_SIMD Double4 magnitude(const Double4& x) {
+  return std::bit_cast<Double4>(std::bit_cast<Int4x64>(x) & std::numeric_limits<int64_t>::max());
+}
 CERTKV_SIMD Double8 magnitude(const Double8& x) {
-  return std::bit_cast<Double8>(std::bit_cast<Int8x64>(x) & std::numeric_limits<int64_t>::max());
+  return {magnitude(x.low), magnitude(x.high)};
 }
 CERTKV_SIMD double largest8(const Double8& v) {
-  double most = v[0];
-  for (int i = 1; i < 8; ++i) most = std::max(most, double(v[i]));
-  return most;
+  const Double4 m = larger(v.low, v.high);
+  return std::max(std::max(double(m[0]), double(m[1])), std::max(double(m[2]), double(m[3])));
+}
+CERTKV_SIMD Int8x32 concat(const Int4x32& low, const Int4x32& high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+CERTKV_SIMD Int8x32 to_int(const Double8& x) {
+  return concat(__builtin_convertvector(x.low, Int4x32), __builtin_convertvector(x.high, Int4x32));
+}
+CERTKV_SIMD Int8x32 less8(const Double8& a, const Double8& b) {  // -1 where a < b
+  return concat(__builtin_convertvector(a.low < b.low, Int4x32),
+                __builtin_convertvector(a.high < b.high, Int4x32));
 }
 template <typename Mask>
 CERTKV_SIMD bool any(const Mask& m) {
@@ -54,9 +70,10 @@ CERTKV_SIMD void load_columns(const uint16_t* const (&rows)[8], size_t c, Half8 
 
 // REQUIRES x >= 0
 CERTKV_SIMD Float8 float_up8(const Double8& x) {
-  const Float8 near = __builtin_convertvector(x, Float8);
-  const Int8x32 below = __builtin_convertvector(to_double(near) < x, Int8x32);
-  return std::bit_cast<Float8>(std::bit_cast<Int8x32>(near) - below);  // a comparison gives -1
+  const auto low = __builtin_convertvector(x.low, Float4);
+  const auto high = __builtin_convertvector(x.high, Float4);
+  const Float8 near = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+  return std::bit_cast<Float8>(std::bit_cast<Int8x32>(near) - less8(to_double(near), x));
 }
 
 // The nearest halves not below x (inf on overflow), as floats. REQUIRES x finite
@@ -94,14 +111,14 @@ CERTKV_SIMD bool fit_affine(const Float8& lo, const Float8& hi, int levels, DTyp
   const bool f16 = type == DType::F16;
   const Float8 offset = f16 ? half_down8(lo) : lo;
   const Double8 width = to_double(hi) - to_double(offset);
-  const Float8 up = float_up8(width / double(levels));
+  const Float8 up = float_up8(width / splat8(double(levels)));
   const Float8 scale = f16 ? half_up8(up) : up;
   // A subnormal FP32 scale could be flushed by hardware; a half is never subnormal as a float. An
   // infinite offset makes the width and the scale infinite. Width 0: constant and exactly
   // representable, scale 0 reconstructs exactly.
   const Int8x32 usable =
       (scale >= std::numeric_limits<float>::min() && scale <= std::numeric_limits<float>::max()) ||
-      __builtin_convertvector(width == 0, Int8x32);
+      ~less8(Double8{}, width);
   *out = {scale, offset};
   return !any(!usable);
 }
@@ -120,22 +137,20 @@ CERTKV_SIMD void store_metadata8(DType type, std::byte* section, size_t index, c
   std::memcpy(section + index * 2, &stored, sizeof stored);
 }
 
-// code = clamp(rint((x - offset) / scale), 0, levels). Codes stay below 2^51, so adding 1.5 2^52
-// rounds them to integers. divisor: scale, or 1 where it is 0 and x = offset.
-CERTKV_SIMD Double8 encode(const Double8& x, const Double8& offset, const Double8& divisor,
-                           double levels) {
-  constexpr double kMagic = 0x1.8p52;
-  const Double8 code = ((x - offset) / divisor + kMagic) - kMagic;
-  const Double8 least = code > 0 ? code : Double8{};
-  return least < levels ? least : Double8{} + levels;
+// code = clamp(rint((x - offset) / scale), 0, levels), where there is nothing to clamp: offset <=
+// x, and levels scale falls short of x - offset by 2^-52 of it at most. Codes stay below 2^51, so
+// adding 1.5 2^52 rounds them to integers. divisor: scale, or 1 where it is 0 and x = offset.
+CERTKV_SIMD Double8 encode(const Double8& x, const Double8& offset, const Double8& divisor) {
+  const Double8 magic = splat8(0x1.8p52);
+  return ((x - offset) / divisor + magic) - magic;
 }
 CERTKV_SIMD Double8 divisor_of(const Double8& scale) {
-  return scale == 0 ? Double8{} + 1 : scale;
+  const Double4 zero{}, one = zero + 1;
+  return {scale.low == zero ? one : scale.low, scale.high == zero ? one : scale.high};
 }
 // What the planes that are read keep of codes.
 CERTKV_SIMD Double8 kept_code(const Double8& code, int shift) {
-  if (shift == 0) return code;
-  return __builtin_convertvector(__builtin_convertvector(code, Int8x32) >> shift, Double8);
+  return shift == 0 ? code : to_double(to_int(code) >> shift);
 }
 
 // ---- annotations of originals -------------------------------------------------------------------
@@ -143,11 +158,11 @@ CERTKV_SIMD Double8 kept_code(const Double8& code, int shift) {
 // Largest squared norm of the rows; NaN or infinite where one element is.
 template <DType dtype>
 CERTKV_SIMD double largest_norm2(size_t d, const uint16_t* x, size_t tokens) {
-  Double8 most{}, rest{};
+  Double8 most, rest;
   for (size_t first = 0; first < tokens; first += kLanes) {
     const uint16_t* rows[8];
     for (size_t i = 0; i < kLanes; ++i) rows[i] = x + std::min(first + i, tokens - 1) * d;
-    Double8 norm2{};
+    Double8 norm2;
     for (size_t c = 0; c < d; c += 8) {
       Half8 column[8];
       load_columns(rows, c, column);
@@ -201,30 +216,40 @@ CERTKV_SIMD bool fit_keys(const PageFormat& format, const uint16_t* k, std::byte
 }
 
 // The largest lane of each of eight vectors.
+CERTKV_SIMD Double4 largest_lanes(const Double4 (&x)[4]) {
+  const Double4 a = larger(__builtin_shufflevector(x[0], x[1], 0, 4, 2, 6),
+                           __builtin_shufflevector(x[0], x[1], 1, 5, 3, 7));
+  const Double4 b = larger(__builtin_shufflevector(x[2], x[3], 0, 4, 2, 6),
+                           __builtin_shufflevector(x[2], x[3], 1, 5, 3, 7));
+  return larger(__builtin_shufflevector(a, b, 0, 1, 4, 5),
+                __builtin_shufflevector(a, b, 2, 3, 6, 7));
+}
 CERTKV_SIMD Double8 largest_lanes(const Double8 (&x)[8]) {
-  Double8 two[4], four[2];
-  for (int i = 0; i < 4; ++i)
-    two[i] = larger(__builtin_shufflevector(x[2 * i], x[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14),
-                    __builtin_shufflevector(x[2 * i], x[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15));
-  for (int i = 0; i < 2; ++i)
-    four[i] =
-        larger(__builtin_shufflevector(two[2 * i], two[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13),
-               __builtin_shufflevector(two[2 * i], two[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15));
-  return larger(__builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11),
-                __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15));
+  Double4 low[4], high[4];
+  for (int i = 0; i < 4; ++i) {
+    low[i] = larger(x[i].low, x[i].high);
+    high[i] = larger(x[i + 4].low, x[i + 4].high);
+  }
+  return {largest_lanes(low), largest_lanes(high)};
 }
 
-// error2: [group_tokens] squared norms of the errors. kappa: [group_tokens / 8], of eight tokens.
+// Squared norms, [group_tokens] each, of the originals and of the errors; kappa of eight tokens
+// each.
+struct KeySquares {
+  double original[kMostGroupTokens], error[kMostGroupTokens];
+  double kappa[kMostGroupTokens / kLanes];
+};
+
 template <DType dtype>
 CERTKV_SIMD void encode_keys(const PageFormat& format, const uint16_t* k, const KeyAffine& a,
-                             std::byte* page, double* error2, double* kappa) {
+                             std::byte* page, KeySquares* out) {
   const TensorPlanes& kp = format.layout.key;
   const int shift = ServedPlanes(kp).shift, residual_bits = kp.residual_bits;
   const size_t d = size_t(format.head_dim), n = size_t(format.group_tokens);
   for (size_t t = 0; t < n; t += kLanes) {
     const uint16_t* rows[8];
     for (size_t i = 0; i < kLanes; ++i) rows[i] = k + (t + i) * d;
-    Double8 sum{}, worst{};
+    Double8 norm2, error2, worst;
     for (size_t c = 0; c < d; c += kLanes) {
       Half8 column[8];
       load_columns(rows, c, column);
@@ -233,11 +258,12 @@ CERTKV_SIMD void encode_keys(const PageFormat& format, const uint16_t* k, const 
       for (size_t i = 0; i < 8; ++i) {
         const size_t at = c + i;
         const Double8 x = to_double(widen8<dtype>(column[i]));
-        const Double8 whole =
-            encode(x, Double8{} + a.offset[at], Double8{} + a.divisor[at], kp.levels());
-        code[i] = __builtin_convertvector(whole, Int8x32);
-        error[i] = magnitude(x - (kept_code(whole, shift) * a.step[at] + a.base[at]));
-        sum += error[i] * error[i];
+        const Double8 whole = encode(x, splat8(a.offset[at]), splat8(a.divisor[at]));
+        code[i] = to_int(whole);
+        error[i] =
+            magnitude(x - (kept_code(whole, shift) * splat8(a.step[at]) + splat8(a.base[at])));
+        norm2 += x * x;
+        error2 += error[i] * error[i];
       }
       // Four channels of a token lie beside each other, then the next token's.
       for (size_t i = 0; i < 8; i += 4) {
@@ -256,31 +282,31 @@ CERTKV_SIMD void encode_keys(const PageFormat& format, const uint16_t* k, const 
       // the scale is 0, so is the error.
       worst = larger(worst, largest_lanes(error) / divisor_of(load8(a.step + c)));
     }
-    store8(error2 + t, sum);
-    kappa[t / kLanes] = largest8(worst);
+    store8(out->original + t, norm2);
+    store8(out->error + t, error2);
+    out->kappa[t / kLanes] = largest8(worst);
   }
 }
 
 CERTKV_CPU_VERSIONS bool seal_keys(const PageFormat& format, DType dtype, const uint16_t* k,
-                                   std::byte* page, KeyAffine* a, double* error2, double* kappa) {
+                                   std::byte* page, KeyAffine* a, KeySquares* out) {
   const bool bf16 = dtype == DType::BF16;
-  if (!(bf16 ? fit_keys<DType::BF16>(format, k, page, a)
-             : fit_keys<DType::F16>(format, k, page, a)))
-    return false;
+  const bool ok =
+      bf16 ? fit_keys<DType::BF16>(format, k, page, a) : fit_keys<DType::F16>(format, k, page, a);
   if (bf16)
-    encode_keys<DType::BF16>(format, k, *a, page, error2, kappa);
+    encode_keys<DType::BF16>(format, k, *a, page, out);
   else
-    encode_keys<DType::F16>(format, k, *a, page, error2, kappa);
-  return true;
+    encode_keys<DType::F16>(format, k, *a, page, out);
+  return ok;
 }
 
-// ---- values: one affine per group of elements within a token
-// -------------------------------------
+// ---- values: one affine per group of elements of a token ----------------------------------------
 
-// Squared norms, [group_tokens] each: of the errors, of the served values, and of |base| + code
-// step.
+// Squared norms, [group_tokens] each: of the originals, of the errors, of the served values, and of
+// |base| + code step.
 struct ValueSquares {
-  double error[kMostGroupTokens], norm[kMostGroupTokens], bar[kMostGroupTokens];
+  double original[kMostGroupTokens], error[kMostGroupTokens], served[kMostGroupTokens],
+      bar[kMostGroupTokens];
 };
 
 template <DType dtype>
@@ -295,7 +321,7 @@ CERTKV_SIMD bool seal_values(const PageFormat& format, const uint16_t* v, std::b
     const uint16_t* rows[8];
     for (size_t i = 0; i < kLanes; ++i) rows[i] = v + (t + i) * d;
     uint8_t codes[8][kMaxHeadDim];
-    Double8 error2{}, norm2{}, bar2{};
+    Double8 norm2, error2, served2, bar2;
     for (size_t g = 0; g * group < d; ++g) {
       Float8 x[kMaxHeadDim];
       Float8 lo = splat8(INFINITY), hi = -lo;
@@ -319,12 +345,13 @@ CERTKV_SIMD bool seal_values(const PageFormat& format, const uint16_t* v, std::b
         Int8x32 bytes{};
         for (size_t j = 0; j < 4; ++j) {
           const Double8 original = to_double(x[i + j]);
-          const Double8 whole = encode(original, offset, divisor, vp.levels());
-          bytes |= __builtin_convertvector(whole, Int8x32) << int(8 * j);
+          const Double8 whole = encode(original, offset, divisor);
+          bytes |= to_int(whole) << int(8 * j);
           const Double8 product = kept_code(whole, served.shift) * step;
           const Double8 value = product + base, error = original - value, bar = size + product;
+          norm2 += original * original;
           error2 += error * error;
-          norm2 += value * value;
+          served2 += value * value;
           bar2 += bar * bar;
         }
         for (int lane = 0; lane < 8; ++lane) {
@@ -334,8 +361,9 @@ CERTKV_SIMD bool seal_values(const PageFormat& format, const uint16_t* v, std::b
       }
     }
     for (size_t i = 0; i < kLanes; ++i) pack_value_codes(format, page, t + i, codes[i]);
+    store8(out->original + t, norm2);
     store8(out->error + t, error2);
-    store8(out->norm + t, norm2);
+    store8(out->served + t, served2);
     store8(out->bar + t, bar2);
   }
   return ok;
@@ -359,10 +387,6 @@ float store_norms(const double* norm2, size_t tokens, std::byte* section) {
   return step;
 }
 
-double most_of(const double* x, size_t first, size_t count) {
-  return *std::max_element(x + first, x + first + count);
-}
-
 }  // namespace
 
 SealStatus annotate_originals(const PageFormat& format, DType dtype, const uint16_t* k,
@@ -381,38 +405,42 @@ SealStatus seal_page(const PageFormat& format, DType dtype, const uint16_t* k, c
   const size_t d = size_t(format.head_dim), n = size_t(format.group_tokens);
   const size_t blocks = size_t(format.blocks()), block = size_t(format.block_tokens);
   std::memset(page, 0, format.page_bytes);
-  auto* notes = reinterpret_cast<BlockAnnotations*>(page + format.annotations);
-  for (size_t b = 0; b < blocks; ++b)
-    if (annotate_originals(format, dtype, k + b * block * d, v + b * block * d, int(block),
-                           &notes[b]) != SealStatus::Sealed)
-      return SealStatus::NonFinite;
-
-  KeyAffine keys;
-  double k_error2[kMostGroupTokens], kappa[kMostGroupTokens / kLanes];
+  KeyAffine affine;
+  KeySquares keys;
   ValueSquares values;
-  if (!seal_keys(format, dtype, k, page, &keys, k_error2, kappa) ||
-      !seal_values(format, dtype, v, page, &values))
-    return SealStatus::Unquantisable;
+  const bool keys_fit = seal_keys(format, dtype, k, page, &affine, &keys);
+  const bool values_fit = seal_values(format, dtype, v, page, &values);
+  for (size_t t = 0; t < n; ++t)
+    if (!std::isfinite(keys.original[t]) || !std::isfinite(values.original[t]))
+      return SealStatus::NonFinite;
+  if (!keys_fit || !values_fit) return SealStatus::Unquantisable;
 
   PageNotes of_page{};
   for (size_t b = 0; b < blocks; ++b) {
     const size_t first = b * block;
-    BlockAnnotations& note = notes[b];
-    note.eta = annotation(std::sqrt(most_of(values.error, first, block)));
-    note.kappa = annotation(most_of(kappa, first / kLanes, block / kLanes));
-    note.e = annotation(std::sqrt(most_of(k_error2, first, block)));
-    note.vbar = annotation(std::sqrt(most_of(values.bar, first, block)));
+    const auto norm = [&](const double* norm2) {  // the block's largest
+      return annotation(std::sqrt(*std::max_element(norm2 + first, norm2 + first + block)));
+    };
+    const double* kappa = keys.kappa + first / kLanes;
+    const BlockAnnotations note{
+        .eta = norm(values.error),
+        .nu = norm(values.original),
+        .kappa = annotation(*std::max_element(kappa, kappa + block / kLanes)),
+        .e = norm(keys.error),
+        .k_norm = norm(keys.original),
+        .vbar = norm(values.bar)};
+    std::memcpy(page + format.annotations + b * sizeof note, &note, sizeof note);
     of_page.kappa = std::max(of_page.kappa, note.kappa);
     of_page.e = std::max(of_page.e, note.e);
   }
   const double most = format.layout.key.levels() >> ServedPlanes(format.layout.key).shift;
   double kbar2 = 0;
   for (size_t c = 0; c < d; ++c) {
-    const double kbar = std::abs(keys.base[c]) + most * keys.step[c];
+    const double kbar = std::abs(affine.base[c]) + most * affine.step[c];
     kbar2 += kbar * kbar;
   }
   of_page.kbar_norm = annotation(std::sqrt(kbar2));
-  of_page.norm_step = store_norms(values.norm, n, page + format.value_norms);
+  of_page.norm_step = store_norms(values.served, n, page + format.value_norms);
   std::memcpy(page + format.notes, &of_page, sizeof of_page);
   return SealStatus::Sealed;
 }

@@ -48,6 +48,9 @@ struct Sealed {
 
 // Measured in double from values exact in double: sums of at most 256 squares.
 constexpr double kMeasured = 1 + 1e-12;
+// An annotation exceeds what was measured by the step to the next float, 2^-23 at most, and by
+// 2^-40.
+constexpr double kRoundedUp = (1 + 0x1p-23) * (1 + 0x1p-39);
 
 TEST(Seal, AnnotationsCoverWhatIsServedAndAreNotLoose) {
   for (const char* layout : {"compact", "balanced", "paper", "k12v8", "k12v8split"})
@@ -181,6 +184,47 @@ TEST(ValueErrors, ANaNOfTheFirstTokenStays) {
   const ValueErrors seen = value_errors(s.format, s.page.get(), 0, DType::F16, s.x.v.data());
   EXPECT_TRUE(std::isnan(seen.error));
   EXPECT_TRUE(std::isnan(seen.norm));
+}
+
+TEST(AnnotateOriginals, CoversTheLargestNormsOfAnyNumberOfRows) {
+  for (int d : {64, 96, 128, 256})
+    for (DType dtype : {DType::F16, DType::BF16}) {
+      Sealed s("compact", d, 16, dtype);
+      s.fill_random(uint64_t(d));
+      for (size_t tokens = 1; tokens <= 32; ++tokens) {
+        SCOPED_TRACE(testing::Message() << "d " << d << ", " << tokens << " rows");
+        // Another row is the longest each time.
+        const size_t row = size_t(d), longest = tokens * 5 / 8, from = longest * row;
+        std::vector<uint16_t> k = s.x.k, v = s.x.v;
+        k[from] = v[from] = oracle::encode(dtype, 300);
+        double k_norm = 0, v_norm = 0;
+        for (size_t t = 0; t < tokens; ++t) {
+          double kk = 0, vv = 0;
+          for (size_t i = t * row; i < (t + 1) * row; ++i) {
+            kk += std::pow(oracle::decode(dtype, k[i]), 2);
+            vv += std::pow(oracle::decode(dtype, v[i]), 2);
+          }
+          k_norm = std::max(k_norm, std::sqrt(kk));
+          v_norm = std::max(v_norm, std::sqrt(vv));
+        }
+        BlockAnnotations note;
+        ASSERT_EQ(annotate_originals(s.format, dtype, k.data(), v.data(), int(tokens), &note),
+                  SealStatus::Sealed);
+        EXPECT_GE(note.k_norm * kMeasured, k_norm);
+        EXPECT_LE(note.k_norm, k_norm * kRoundedUp);
+        EXPECT_GE(note.nu * kMeasured, v_norm);
+        EXPECT_LE(note.nu, v_norm * kRoundedUp);
+        EXPECT_EQ(note.vbar, note.nu);
+        EXPECT_EQ(note.eta + note.kappa + note.e, 0);
+        for (std::vector<uint16_t>* x : {&k, &v})
+          for (const double bad : {std::nan(""), double(INFINITY), -double(INFINITY)}) {
+            const uint16_t kept = std::exchange((*x)[from + row / 2], oracle::encode(dtype, bad));
+            ASSERT_EQ(annotate_originals(s.format, dtype, k.data(), v.data(), int(tokens), &note),
+                      SealStatus::NonFinite);
+            (*x)[from + row / 2] = kept;
+          }
+      }
+    }
 }
 
 TEST(Seal, EveryOriginalLiesWithinItsCodesRange) {  // metadata is rounded outward
