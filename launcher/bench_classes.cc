@@ -128,7 +128,7 @@ int bench_classes_command(const std::vector<std::string>& values) {
   std::string contexts = "4096,16384,32768", tolerances = "0.05,0.02,0.01", json,
               layouts = "compact,balanced,paper,k12v8,classes", source = kDemoTextFolder;
   int64_t steps = 64, warmup = 64, questions = 2;
-  OptionTable table(job, {"model", "ladder", "scratch", "store", "parallel"});
+  OptionTable table(job, {"model", "ladder", "skip", "scratch", "store", "parallel"});
   table.add("context", &contexts,
             {.meaning = "tokens of prompt and answer, with commas between", .unit = "tokens"});
   table.add("tolerance", &tolerances, {.meaning = "relative tolerances, with commas between"});

@@ -310,21 +310,26 @@ bool HeadStep::Impl::settle_skipping() {
   for (int h = 0; h < q.heads; ++h)
     fit = fit && fits(report().heads[size_t(h)].returned) &&
           ranking_unresolved(context, q, pass, h, blocks(), rules().ranking()).empty();
-  learn_caution(!fit, &state().skip);
+  learn_pause(!fit, &state().skip);
   if (!fit) return false;
   for (size_t b = 0; b < pass.blocks; ++b)
     report().skipped_blocks += (pass.used[pass.at(0, b)] & kSkippedValue) != 0;
   return true;
 }
 
-// What the next step may skip: of each head its share of the tolerance, and no more than most of
-// what its bound leaves of it. Heads that climbed are not to be made to climb higher: the next step
-// reads everything.
+// What the next step may skip: of each head its share of the tolerance, and no more than a part of
+// what its bound leaves of it: bounds differ from step to step, and a wrong guess costs a pass.
+// Heads that climbed are not to be made to climb higher: the next step reads everything.
 void HeadStep::Impl::remember_for_skipping() {
   constexpr double kAim = 0.75;  // the next step's masses are a little different
+  constexpr double kOfWhatIsLeft = 0.25;
   SkipGuess& guess = state().skip;
   guess.limits.clear();
   if (!skipping()) return;
+  if (guess.pause > 0) {
+    --guess.pause;
+    return;
+  }
   for (const HeadReport& r : report().heads)
     if (r.rung != 0 || r.outcome != Outcome::Certified) return;
   double spend[kMaxGroupHeads];
@@ -333,7 +338,7 @@ void HeadStep::Impl::remember_for_skipping() {
     // What skipping has cost stands in the bound over den.
     const double left = (allowed(c) - c.bound) * c.den + skipped_cost(pass, h);
     const double share = rules().skip.share * allowed(c);
-    spend[h] = kAim * (left < share ? std::max(left, 0.0) : share);
+    spend[h] = std::max(0.0, std::min(kAim * share, kOfWhatIsLeft * left));
   }
   guess_skips(pass, blocks(), {spend, size_t(q.heads)}, &guess);
 }

@@ -41,7 +41,7 @@ void guess_skips(const PassState& pass, std::span<const BlockRef> blocks,
   double share[kMaxGroupHeads], factor[kMaxGroupHeads], run[kMaxGroupHeads];
   float ref[kMaxGroupHeads];
   for (size_t h = 0; h < heads; ++h) {
-    share[h] = 1 / (pass.head[h].l * spend[h] * guess->caution);
+    share[h] = 1 / (pass.head[h].l * spend[h]);
     ref[h] = std::nanf("");
   }
   for (size_t b = 0; b < blocks.size();) {
@@ -91,9 +91,12 @@ void guess_skips(const PassState& pass, std::span<const BlockRef> blocks,
     guess->limits[h] = pass.head[h].m + std::log(largest / share[h]);
 }
 
-void learn_caution(bool wrong, SkipGuess* guess) {
-  guess->caution =
-      wrong ? std::max(guess->caution / 2, 0x1p-10) : std::min(guess->caution * 1.25, 1.0);
+void learn_pause(bool wrong, SkipGuess* guess) {
+  constexpr int kLeast = 4, kMost = 256;
+  if (wrong) guess->pause = guess->next_pause;
+  // Twice as long each time; what a long stretch of right guesses has earned is forgotten slowly.
+  guess->next_pause =
+      wrong ? std::min(guess->next_pause * 2, kMost) : std::max(guess->next_pause - 1, kLeast);
 }
 
 }  // namespace certkv

@@ -12,8 +12,10 @@ namespace certkv {
 
 struct SkipGuess {
   std::vector<double> limits;  // [heads] as PassOptions::skip takes them; empty: nothing is skipped
-  double caution = 1;          // share of what may be spent that the next guess spends
-  std::vector<double> cost;    // memory of guess_skips
+  // A wrong guess costs a pass, and a head whose attention jumps once will do so again: steps that
+  // are still to read everything, and how many the next wrong guess will cost.
+  int pause = 0, next_pause = 4;
+  std::vector<double> cost;  // memory of guess_skips
 };
 
 // What the values that a pass did not read may amount to in a head's output, as an L2 norm: their
@@ -27,6 +29,6 @@ void guess_skips(const PassState& pass, std::span<const BlockRef> blocks,
                  std::span<const double> spend, SkipGuess* guess);
 
 // After a guess was used. Wrong: the pass had to be run again with every value.
-void learn_caution(bool wrong, SkipGuess* guess);
+void learn_pause(bool wrong, SkipGuess* guess);
 
 }  // namespace certkv

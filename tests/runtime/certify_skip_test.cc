@@ -155,7 +155,15 @@ TEST(Skipping, AWrongGuessCostsASecondPassAndNoCertificate) {
   EXPECT_EQ(s.report.skipped_blocks, 0u);
   EXPECT_EQ(s.head().outcome, Outcome::Certified);
   EXPECT_EQ(s.head().rung, 0);
-  EXPECT_EQ(s.state.skip.caution, 0.5);
+  for (int paused = 4; paused > 1; --paused) {  // the step itself has counted as one
+    EXPECT_EQ(s.state.skip.pause, paused - 1);
+    s.step();
+    EXPECT_EQ(s.report.skipped_blocks, 0u);
+  }
+  s.step();
+  EXPECT_EQ(s.report.skipped_blocks, 0u);  // nothing is remembered of the paused steps
+  s.step();
+  EXPECT_GT(s.report.skipped_blocks, 0u);
   // NaN or infinity in what is remembered skips nothing, or everything and is judged.
   for (double bad : {std::nan(""), double(INFINITY), -double(INFINITY)}) {
     for (int i = 0; i < 2; ++i) s.step();
