@@ -307,6 +307,20 @@ bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b, 
   return true;
 }
 
+void take_over(const PassState& fresh, int head, PassState* state) {
+  const size_t first = state->at(head, 0), end = first + state->blocks;
+  for (size_t i = first; i < end; ++i) {
+    state->block_sum[i] = fresh.block_sum[i];
+    state->block_ref[i] = fresh.block_ref[i];
+    state->delta[i] = fresh.delta[i];
+    state->c[i] = fresh.c[i];
+    state->keep[i] = fresh.keep[i];
+    state->score_bound[i] = fresh.score_bound[i];
+    state->used[i] = fresh.used[i];
+  }
+  state->head[size_t(head)] = fresh.head[size_t(head)];
+}
+
 bool must_rerun(const PassState& state, int head, const CorrectionLog& log) {
   if (log.count == 0) return false;
   const HeadSums& s = state.head[size_t(head)];

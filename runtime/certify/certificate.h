@@ -64,6 +64,9 @@ bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b, 
                    const BlockRef& now, uint32_t mask, PassState* state,
                    std::span<CorrectionLog> logs, BlockTerms* terms_old, BlockTerms* terms_new);
 
+// Everything of one head from another pass over the same blocks, whose corrections begin anew.
+void take_over(const PassState& fresh, int head, PassState* state);
+
 // The rerun rule after corrections (method 4b): true if cancellation has eaten the state.
 bool must_rerun(const PassState& state, int head, const CorrectionLog& log);
 

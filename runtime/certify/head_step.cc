@@ -216,17 +216,7 @@ bool HeadStep::Impl::promote(std::span<const uint32_t> keys, std::span<const uin
         uint64_t(pass_read_bytes(state().tier, state().keys.resident(), state().values.resident()));
     for (int h = 0; h < q.heads; ++h) {
       if ((mask >> h & 1) == 0) continue;
-      for (size_t b = 0; b < pass.blocks; ++b) {
-        const size_t i = pass.at(h, b);
-        pass.block_sum[i] = fresh.block_sum[i];
-        pass.block_ref[i] = fresh.block_ref[i];
-        pass.delta[i] = fresh.delta[i];
-        pass.c[i] = fresh.c[i];
-        pass.keep[i] = fresh.keep[i];
-        pass.score_bound[i] = fresh.score_bound[i];
-        pass.used[i] = fresh.used[i];
-      }
-      pass.head[size_t(h)] = fresh.head[size_t(h)];
+      take_over(fresh, h, &pass);
       logs[size_t(h)] = {};
     }
   }

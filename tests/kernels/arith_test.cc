@@ -89,6 +89,12 @@ TEST(Rounding, HalvesAreRoundedOutward) {
   }
 }
 
+TEST(Rounding, TheHalfAboveEitherZeroIsTheSmallest) {
+  EXPECT_EQ(f16_next_up(0x0000), 0x0001);
+  EXPECT_EQ(f16_next_up(0x8000), 0x0001);
+  EXPECT_EQ(f16_next_up(0x8001), 0x8000);
+}
+
 TEST(Rounding, GammaCoversChainsOfItsLength) {
   // (1 + u)^n - 1 and 1 - (1 - u)^n are both below n u / (1 - n u).
   for (double n : {1.0, 16.0, 128.0, 4096.0, 1e6}) {

@@ -9,6 +9,7 @@
 #include "kernels/base/log.h"
 #include "kernels/quantize.h"
 #include "tests/support/attention_cases.h"
+#include "tests/support/sealed_head.h"
 
 namespace certkv {
 namespace {
@@ -158,6 +159,28 @@ TEST(Killers, AGiantWithoutWeightBesideExactCodes) {
   }
 }
 
+// Values of +-1 whose squares are nothing beside a giant of 2^90 without weight: the sums of E2 say
+// that R is 0, while errors of the keys move the output by almost half of S.
+TEST(Killers, SquaresThatVanishBesideAGiant) {
+  constexpr int d = 64;
+  constexpr double kStep = 0x1p-4, kOff = 0.45;
+  SealedHead head("compact", DType::BF16, d);
+  head.add(64, [&](size_t t, size_t c) {
+    const double towards = (c % 2 == 0 ? 1 : -1) * (t % 2 == 0 ? kOff : -kOff);
+    const double code = t == 0 ? 0 : t == 1 ? 255 : 8 + towards;
+    return std::pair{code * kStep, t % 2 == 0 ? 1.0 : -1.0};
+  });
+  head.add(1, [&](size_t, size_t c) { return std::pair{c % 2 == 0 ? -5.0 : 5.0, 0x1p90}; });
+  head.seal();
+  std::vector<float> q;
+  for (int c = 0; c < d; ++c) q.push_back(c % 2 == 0 ? 2 : -2);
+  const JudgedPass judged(head, head.blocks, 1, q.data());
+  ASSERT_EQ(judged.pass.head[0].m2, 0);
+  const double error = distance(oracle::attention(head.x, 65, q.data()).out, judged.out[0]);
+  EXPECT_GT(error, 0.3 * std::sqrt(d));
+  EXPECT_LE(error, judged.certificate[0].bound);
+}
+
 TEST(Killers, AKeyOfMinusZeroDoesNotOutrankNaN) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
@@ -173,7 +196,7 @@ TEST(Killers, AKeyOfMinusZeroDoesNotOutrankNaN) {
 
 // One head on fresh originals; whatever happens must not be called certified or exact.
 struct Plain {
-  AttentionCase c = base_case(Shape::Random);
+  AttentionCase c;
   oracle::Originals x{.dtype = DType::BF16, .head_dim = 128, .k = {}, .v = {}};
   std::shared_ptr<const PageFormat> format =
       std::make_shared<const PageFormat>(make_page_format(layout_by_name("compact"), 128, 16));
@@ -181,7 +204,8 @@ struct Plain {
   MemoryOriginals originals{x, 16};
   std::vector<float> q, out = std::vector<float>(4 * 128);
   GroupReport report;
-  Plain() {
+  explicit Plain(Shape shape = Shape::Random, size_t tokens = 300) : c(base_case(shape)) {
+    c.tokens = tokens;
     log_set_level(LogLevel::Error);
     RowMaker rows(c);
     rows.append(c.tokens, &x);
@@ -191,7 +215,9 @@ struct Plain {
   void step(const StepRules& rules) {
     head_step(rules, {}, 4, q.data(), &state, originals, out.data(), nullptr, &report);
   }
-  void dense() { dense_step({}, 4, 15, 4, q.data(), &state, originals, out.data(), nullptr, &report); }
+  void dense() {
+    dense_step({}, 4, 15, 4, q.data(), &state, originals, out.data(), nullptr, &report);
+  }
   void expect_all(Outcome outcome) {
     for (const HeadReport& r : report.heads) EXPECT_EQ(r.outcome, outcome);
   }
@@ -245,6 +271,21 @@ TEST(Faults, OriginalsThatCannotBeHadBreakTheStepAndThenFailIt) {
     EXPECT_GT(p.report.digest, 0u);
     p.expect_all(Outcome::Failed);
     for (float x : p.out) EXPECT_EQ(x, 0);
+  }
+}
+
+// By their status alone: what a failed read left in the buffer is not looked at.
+TEST(Faults, OriginalsThatThePromotionOfABlockDoesNotGetBreakTheStep) {
+  for (BlockStatus status : {BlockStatus::Absent, BlockStatus::Corrupt, BlockStatus::Lost}) {
+    Plain p(Shape::Sink, 600);
+    p.originals.fail_all(status);
+    StepRules rules;
+    rules.tolerance = {true, 0.02};
+    rules.ladder.max_share = 1;
+    p.step(rules);
+    EXPECT_TRUE(p.report.broken);
+    EXPECT_GT(p.report.digest, 0u);
+    EXPECT_EQ(p.report.canary, 0u);
   }
 }
 

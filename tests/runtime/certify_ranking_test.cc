@@ -100,6 +100,24 @@ TEST(Ranking, ABlockOfFWhoseWeightsWereFlushedOutranksNothing) {
   EXPECT_EQ(x.unresolved(1), Blocks{1});
 }
 
+// And one outside F counts as if it were at the flush.
+TEST(Ranking, AFlushedBlockOutsideMayBeHeavierThanAFaintOneOfF) {
+  Ranked x;
+  x.add(-95, 0, true);
+  x.add(0, 0.1, false);  // ln(16 * 2^-125) = -83.9
+  x.pass.block_sum[1] = 0;
+  EXPECT_EQ(x.unresolved(1), Blocks{1});
+}
+
+TEST(Ranking, TooSmallAnFAsksForWhatIsUnknownFirst) {
+  Ranked x;
+  x.add(10, 0, true);
+  x.add(5, 0.1, false);
+  x.add(std::nan(""), 0.1, false);
+  x.add(4, 0.1, false);
+  EXPECT_EQ(x.unresolved(2), Blocks{2});
+}
+
 TEST(Ranking, TooSmallAnFAsksForTheHeaviestOutside) {
   Ranked x;
   x.add(10, 0, true);

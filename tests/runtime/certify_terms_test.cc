@@ -507,6 +507,69 @@ TEST(Correcting, WhatIsNotBitwiseWhatWasAddedIsRefusedAndLeavesAllAsItWas) {
   EXPECT_EQ(good.logs[0].count, 1);
 }
 
+// A run is charged the largest Delta of its blocks, so that is what its sums were built with and
+// what a promoted block takes away, however exact it was: what is left are the sums of the other
+// three.
+TEST(Correcting, ABlockLeavesWithTheDeltaOfItsRun) {
+  constexpr double kStep = 0x1p-4, kOff = 0.45;
+  SealedHead head("compact", DType::F16, kDim);
+  std::mt19937_64 random(5);
+  std::normal_distribution<double> normal;
+  head.add(64, [&](size_t t, size_t c) {
+    const double off = t < 16 ? (c % 2 == 0 ? kOff : -kOff) : 0;
+    const double code = t == 0 ? 0 : t == 1 ? 255 : 8 + off;
+    return std::pair{code * kStep, normal(random)};
+  });
+  head.seal();
+  Floats q;
+  for (int c = 0; c < kDim; ++c) q.push_back(c % 2 == 0 ? 2 : -2);
+  JudgedPass j(head, head.blocks, 1, q.data());
+  const float c_run = j.pass.c[0];
+  ASSERT_EQ(c_run, j.pass.c[1]);
+  std::vector<CorrectionLog> logs{1};
+  BlockTerms before, after;
+  ASSERT_TRUE(correct_block(head.context(), j.q, 1, head.blocks[1], head.promoted(1, true, false),
+                            1, &j.pass, logs, &before, &after));
+  ASSERT_LT(double(before.delta[0]), 0.1 * double(c_run));
+  const oracle::Served served = head.served(0);
+  double m2 = 0;
+  for (size_t t = 0; t < 64; ++t) {
+    if (t / 16 == 1) continue;
+    double score = 0, v2 = 0;
+    for (size_t c = 0; c < kDim; ++c) {
+      score += double(q[c]) * served.k[t * kDim + c] / std::sqrt(double(kDim));
+      v2 += served.v[t * kDim + c] * served.v[t * kDim + c];
+    }
+    m2 += double(c_run) * std::exp(score - j.pass.head[0].m) * v2;
+  }
+  EXPECT_NEAR(j.pass.head[0].m2, m2, (kSums + kNorms) * m2);
+}
+
+TEST(Correcting, APassThatTakesOverLeavesNothingOfTheOneBefore) {
+  Mixed x("compact");
+  Floats two = x.q;
+  for (float c : x.q) two.push_back(-c);
+  JudgedPass old(x.head, x.head.blocks, 2, two.data());
+  const PassState before = old.pass;
+  x.promote_some();
+  const JudgedPass fresh(x.head, x.head.blocks, 2, two.data());
+  take_over(fresh.pass, 1, &old.pass);
+  const auto expect_row = [&](auto member) {
+    const auto &now = old.pass.*member, &then = before.*member, &other = fresh.pass.*member;
+    const auto blocks = std::ptrdiff_t(before.blocks);
+    EXPECT_TRUE(std::equal(now.begin(), now.begin() + blocks, then.begin()));
+    EXPECT_TRUE(std::equal(now.begin() + blocks, now.end(), other.begin() + blocks));
+    EXPECT_NE(then, other);
+  };
+  for (auto member : {&PassState::block_sum, &PassState::block_ref, &PassState::delta,
+                      &PassState::c, &PassState::keep})
+    expect_row(member);
+  expect_row(&PassState::used);
+  EXPECT_EQ(old.pass.head[1].o, fresh.pass.head[1].o);
+  EXPECT_EQ(old.pass.head[1].m2, fresh.pass.head[1].m2);
+  EXPECT_EQ(old.pass.head[0].o, before.head[0].o);
+}
+
 TEST(Correcting, HeadsOutsideTheMaskKeepTheirSums) {
   Mixed x("compact");
   Floats two = x.q;
