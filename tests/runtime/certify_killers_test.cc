@@ -328,6 +328,33 @@ TEST(Faults, ANegativeAnnotationCannotLowerABoundBelowZero) {
   p.expect_sound(rules);
 }
 
+// Brought near the compute by exploration and of little use: after every step the next one's pass
+// reads originals where they are, and codes elsewhere.
+TEST(Learning, WhatLeavesTheScratchIsReadAsCodesAgain) {
+  for (double tolerance : {20.0, 100.0}) {
+    Plain p;
+    StepRules rules;
+    rules.tolerance = {true, tolerance};
+    rules.ladder.exploration = 0.5;
+    uint64_t left = 0;
+    for (int i = 0; i < 30; ++i) {
+      const size_t before = p.state.keys.resident() + p.state.values.resident();
+      p.step(rules);
+      ASSERT_FALSE(p.report.broken);
+      left +=
+          before + p.report.scratch_misses - p.state.keys.resident() - p.state.values.resident();
+      const std::span<const BlockRef> blocks = p.state.tier.blocks();
+      for (uint32_t b = 0; b < blocks.size(); ++b) {
+        if (blocks[b].page == nullptr) continue;
+        EXPECT_EQ(blocks[b].k, p.state.keys.find(b)) << b;
+        EXPECT_EQ(blocks[b].v, p.state.values.find(b)) << b;
+      }
+      if (i == 3) rules.ladder.exploration = 0;
+    }
+    EXPECT_GT(left, 0u);
+  }
+}
+
 TEST(Learning, TheSecondStepFindsWhatTheFirstPromoted) {
   AttentionCase c = base_case(Shape::Sink);
   c.tokens = 600;
