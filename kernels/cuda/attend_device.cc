@@ -1,0 +1,47 @@
+#include "kernels/cuda/attend_device.h"
+
+#include "kernels/base/error.h"
+#include "kernels/cuda/attend_kernels.h"
+
+namespace certkv::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  CERTKV_EXPECT(error == cudaSuccess, DeviceError, "{}: {}", what, cudaGetErrorString(error));
+}
+KernelShape kernel_shape(const PassShape& s) {
+  return {s.head_dim, s.heads, s.groups(), s.items, s.splits, s.certificate};
+}
+uint32_t shared_bytes(const PassShape& s) {
+  return shared_layout(s.head_dim, s.groups()).bytes;
+}
+
+}  // namespace
+
+DeviceShape device_shape() {
+  int device = 0, processors = 0, block = 0, processor = 0;
+  check(cudaGetDevice(&device), "no CUDA device can be used");
+  const auto ask = [&](cudaDeviceAttr what, int* value) {
+    check(cudaDeviceGetAttribute(value, what, device),
+          "the CUDA device's properties cannot be read");
+  };
+  ask(cudaDevAttrMultiProcessorCount, &processors);
+  ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &block);
+  ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &processor);
+  return {processors, size_t(block), size_t(processor)};
+}
+
+void prepare_attend(const PassShape& shape) {
+  check(allow_shared_memory(kernel_shape(shape), shared_bytes(shape)),
+        "the device refuses the shared memory that the certified pass needs");
+}
+
+void attend(const PassArgs& args, const PassShape& shape, cudaStream_t stream) {
+  check_shape(args, shape);
+  check(launch_attend(args, kernel_shape(shape), shared_bytes(shape), stream),
+        "the certified pass cannot be launched");
+  check(launch_merge(args, kernel_shape(shape), stream),
+        "the merge of the certified pass cannot be launched");
+}
+
+}  // namespace certkv::cuda

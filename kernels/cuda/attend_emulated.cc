@@ -1,0 +1,54 @@
+#include <boost/align/aligned_allocator.hpp>
+#include <cstring>
+#include <vector>
+
+#include "kernels/base/error.h"
+#include "kernels/cuda/pass.h"
+#include "kernels/cuda/pass_body.h"
+
+namespace certkv::cuda {
+namespace {
+
+template <int kDim, int kGroups, bool kCertificate>
+void run(const PassArgs& args, const PassShape& shape) {
+  using Block = emulated::Pass<kDim, kGroups, kCertificate>;
+  const uint32_t bytes = shared_layout(kDim, kGroups).bytes;
+  for (int i = 0; i < shape.items; ++i) {
+    const PassItem& item = args.items[i];
+    for (int split = 0; split < shape.splits; ++split) {
+      if (split * args.pages_per_split >= item.page_count) continue;
+      // Of its own for each block, and poison: what a block reads it must have written.
+      std::vector<std::byte, boost::alignment::aligned_allocator<std::byte, 128>> shared(
+          bytes, std::byte(0xff));
+      for (int warp = 0; warp < kWarps; ++warp)
+        Block{args, item, shared.data(), split, warp}.begin();
+      for (int warp = 0; warp < kWarps; ++warp)
+        Block{args, item, shared.data(), split, warp}.walk();
+      for (int warp = 0; warp < kWarps; ++warp)
+        Block{args, item, shared.data(), split, warp}.combine();
+    }
+    for (int head = 0; head < item.heads; ++head)
+      for (int element = 0; element < kDim; element += 32)
+        emulated::merge_splits(item, kDim, args.pages_per_split, head, element);
+  }
+}
+
+template <int kDim, int kGroups>
+void run(const PassArgs& args, const PassShape& shape) {
+  if (shape.certificate)
+    run<kDim, kGroups, true>(args, shape);
+  else
+    run<kDim, kGroups, false>(args, shape);
+}
+
+}  // namespace
+
+void attend_emulated(const PassArgs& args, const PassShape& shape) {
+  check_shape(args, shape);
+  if (shape.head_dim == 64)
+    shape.groups() == 1 ? run<64, 1>(args, shape) : run<64, 2>(args, shape);
+  else
+    shape.groups() == 1 ? run<128, 1>(args, shape) : run<128, 2>(args, shape);
+}
+
+}  // namespace certkv::cuda

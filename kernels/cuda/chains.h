@@ -1,0 +1,33 @@
+// Rounding of the device's pass, in place of kernels/arith/chains.h where the GPU adds up otherwise.
+// SOURCE: method sections 3 and 4b; kernels/METHOD.md, "The GPU's arithmetic".
+#pragma once
+
+#include "kernels/arith/chains.h"
+#include "kernels/cuda/page.h"
+
+namespace certkv::cuda {
+
+// Error of one m16n8k16 of halves, in u of the sum of magnitudes (the sum before it included):
+// products are exact, addends are cut at 2^-24 (sm_80: twice 8 products) or 2^-25 (sm_90) of the
+// largest, the result at 2^-23: 2 (9 + 2) u and (17 / 2 + 2) u. gpu_check looks for more.
+inline constexpr int kMatrixUnits = 24;
+
+inline constexpr int kWarps = 8;              // of a block; each walks pages of its own
+inline constexpr int kMaxPagesPerWarp = 32;   // by plan
+// Rescales a weight can meet: one to its warp's reference, one for each rise of that, two merges.
+inline constexpr int kRescales = kMaxPagesPerWarp + 3;
+inline constexpr double kEpsWDevice =
+    (kRescales + 1) * (double(kExpError) + 2 * kUnit) + 3 * kUnit * 104;
+
+// Of the value sums: two matrix instructions in a row and what is added to them (16 tokens of
+// originals and four such are fewer), the weight's two halves (2^-22), a fused operation a page and
+// one for each rise, the merge of warps.
+inline constexpr int kChainDevice = 2 * kMatrixUnits + 5 + 4 + 2 * kMaxPagesPerWarp + kWarps + 4;
+static_assert(kChainDevice <= kChainOutput, "runtime/certify charges kChainOutput");
+
+// Originals: two tokens a lane, eight sums each. As chain_originals.
+CERTKV_INLINE double chain_originals_device(int head_dim) {
+  return head_dim / 8.0 + 3 + 8;
+}
+
+}  // namespace certkv::cuda

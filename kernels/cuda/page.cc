@@ -1,0 +1,206 @@
+#include "kernels/cuda/page.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels/arith/rounding.h"
+#include "kernels/base/error.h"
+#include "kernels/cuda/lanes_emulated.h"
+#include "kernels/quantize.h"
+
+namespace certkv::cuda {
+namespace {
+
+constexpr double kInflate = 1 + 0x1p-40;  // sums of a few hundred doubles
+
+// ---- the CPU page, through its public meaning where it has one -----------------------------------
+
+struct ValueAffine {
+  double step, base;
+};
+ValueAffine value_affine(const PageFormat& f, const std::byte* page, int token, int group) {
+  const size_t at = (size_t(group) * size_t(f.group_tokens) + size_t(token)) * 2;
+  uint16_t step, base;
+  std::memcpy(&step, page + f.value_scale + at, 2);
+  std::memcpy(&base, page + f.value_offset + at, 2);
+  return {f16_to_float(step), f16_to_float(base)};
+}
+
+int code_of(double value, double step, double base) {
+  return step == 0 ? 0 : int(std::nearbyint((value - base) / step));
+}
+
+// ---- where things lie ----------------------------------------------------------------------------
+
+size_t key_code_at(int d, int t, int c) {
+  const int row = t % 16, k = c % 32;
+  const int lane = row % 8 * 4 + k % 16 / 4, reg = row / 8 + k / 16 * 2;
+  return size_t((((t / 16) * (d / 32) + c / 32) * 32 + lane) * 16 + reg * 4 + k % 4);
+}
+size_t key_affine_at(const PageLayoutDevice& p, int c) {  // of the scale; the offset is 8 behind
+  const int k = c % 32;
+  return p.key_affine + size_t(((c / 32 * 2 + k / 16) * 4 + k % 16 / 4) * 16 + k % 4 * 2);
+}
+struct Nibble {
+  size_t byte;
+  bool high;
+};
+Nibble value_code_at(int d, int t, int c) {
+  const int group = c / 16, row = c % 16 / 2, k = t % 16;
+  const int lane = row * 4 + k % 8 / 2;
+  // In each half of the word: bits 0 and 4 for the even element, 8 and 12 for the odd one.
+  const int bit = k % 2 * 16 + c % 2 * 8 + k / 8 * 4;
+  const size_t word = size_t((((t / 16) * (d / 64) + group / 4) * 32 + lane) * 4 + group % 4);
+  return {word * 4 + size_t(bit / 8), bit % 8 == 4};
+}
+size_t value_affine_at(const PageLayoutDevice& p, int t, int group) {  // of the step; base: + 4
+  const int k = t % 16;
+  return p.value_affine + size_t((((t / 16) * (p.head_dim / 16) + group) * 4 + k % 8 / 2) * 16 +
+                                 k / 8 * 8 + k % 2 * 2);
+}
+size_t norm_at(const PageLayoutDevice& p, int t) {
+  return p.norms + size_t(t % 8 * 16 + t / 16 * 4 + t % 16 / 8 * 2);
+}
+
+void put_half(std::byte* at, uint16_t bits) {
+  std::memcpy(at, &bits, 2);
+}
+uint16_t half_at(const std::byte* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return bits;
+}
+int code_at(const std::byte* values, int d, int t, int c) {
+  const Nibble n = value_code_at(d, t, c);
+  const int byte = std::to_integer<int>(values[n.byte]);
+  return n.high ? byte >> 4 : byte & 15;
+}
+
+// What the decoding instruction yields, before 2^exponent.
+double served_half(int code, int token, uint16_t step, uint16_t base) {
+  const auto word = uint16_t(token % 16 >= 8 ? code << 4 : code);
+  return f16_to_float(emulated::fma_half(word, step, base));
+}
+
+// 2^-exponent brings the largest step to what a code word of 2^-24 needs and the largest base to
+// at most 16: then products and sums are exact in double and nothing overflows.
+int value_exponent(double largest_step, double largest_base) {
+  constexpr double kMaxStep = 65504 * 0x1p-24, kMaxBase = 16;
+  int exponent = -100;
+  if (largest_step > 0) exponent = std::ilogb(largest_step / kMaxStep) + 1;
+  if (largest_base > 0) exponent = std::max(exponent, std::ilogb(largest_base / kMaxBase) + 1);
+  return exponent == -100 ? 0 : exponent;
+}
+
+}  // namespace
+
+void check_device_format(const PageFormat& f) {
+  const TensorPlanes &k = f.layout.key, &v = f.layout.value;
+  CERTKV_EXPECT(k.code_bits == 8 && k.residual_bits == 0 && k.metadata == DType::F16 &&
+                    v.code_bits == 4 && v.residual_bits == 0 && v.metadata == DType::F16 &&
+                    f.value_group == 16 && f.group_tokens == kPageTokens,
+                InvalidArgument,
+                "layout {} is not served on the device: it takes 8-bit keys and 4-bit values in "
+                "groups of 64 tokens and 16 elements with F16 metadata (compact, k8v4)",
+                f.layout.name);
+  CERTKV_EXPECT(f.block_tokens == 16, InvalidArgument,
+                "cache.block_tokens is {}: the device serves blocks of 16 tokens", f.block_tokens);
+  CERTKV_EXPECT(f.head_dim == 64 || f.head_dim == 128, InvalidArgument,
+                "head_dim is {}: the device serves 64 and 128", f.head_dim);
+}
+
+void convert_page(const PageFormat& f, const std::byte* page, std::byte* out) {
+  check_device_format(f);
+  const int d = f.head_dim, groups = d / 16;
+  const PageLayoutDevice p = page_layout(d);
+  std::byte* const values = out + p.key_bytes;
+  std::memset(out, 0, p.page_bytes());
+  std::vector<double> k(size_t(kPageTokens * d)), v(k.size());
+  decode_page(f, page, k.data(), v.data());
+
+  for (int c = 0; c < d; ++c) {
+    const ServedAffine a = served_key_affine(f, page, c);
+    put_half(out + key_affine_at(p, c), float_to_f16(a.step));
+    put_half(out + key_affine_at(p, c) + 8, float_to_f16(a.base));
+    for (int t = 0; t < kPageTokens; ++t)
+      out[key_code_at(d, t, c)] = std::byte(code_of(k[size_t(t * d + c)], a.step, a.base));
+  }
+
+  double largest_step = 0, largest_base = 0;
+  for (int t = 0; t < kPageTokens; ++t)
+    for (int g = 0; g < groups; ++g) {
+      const ValueAffine a = value_affine(f, page, t, g);
+      largest_step = std::max(largest_step, a.step);
+      largest_base = std::max(largest_base, std::abs(a.base));
+    }
+  const int exponent = value_exponent(largest_step, largest_base);
+  double norm[kPageTokens], moved[kPageTiles] = {}, vbar[kPageTiles] = {}, largest = 0;
+  for (int t = 0; t < kPageTokens; ++t) {
+    double norm2 = 0, moved2 = 0;
+    for (int g = 0; g < groups; ++g) {
+      const ValueAffine a = value_affine(f, page, t, g);
+      // Steps and bases far below the page's largest may lose bits here: it is measured below.
+      const int shift = (t % 16 >= 8 ? 20 : 24) - exponent;
+      const uint16_t step = float_to_f16(float(std::ldexp(a.step, shift)));
+      const uint16_t base = float_to_f16(float(std::ldexp(a.base, -exponent)));
+      std::byte* at = values + value_affine_at(p, t, g);
+      put_half(at, step);
+      put_half(at + 4, base);
+      for (int c = g * 16; c < g * 16 + 16; ++c) {
+        const double wanted = v[size_t(t * d + c)];
+        const int code = code_of(wanted, a.step, a.base);
+        const Nibble n = value_code_at(d, t, c);
+        values[n.byte] |= std::byte(n.high ? code << 4 : code);
+        const double served = std::ldexp(served_half(code, t, step, base), exponent);
+        norm2 += served * served;
+        moved2 += (served - wanted) * (served - wanted);
+      }
+    }
+    norm[t] = std::sqrt(norm2) * kInflate;
+    moved[t / 16] = std::max(moved[t / 16], std::sqrt(moved2));
+    vbar[t / 16] = std::max(vbar[t / 16], norm[t]);
+    largest = std::max(largest, norm[t]);
+  }
+
+  const double lost = kLostWeight * largest;
+  PageNotesDevice notes{};
+  const PageNotes& of_page = page_notes(f, page);
+  notes.kbar_norm = of_page.kbar_norm;
+  notes.kappa = of_page.kappa;
+  notes.e = of_page.e;
+  notes.value_factor = float(std::ldexp(1.0, exponent));
+  notes.norm_step = float_up(largest / 65535 * kInflate);
+  for (int t = 0; t < kPageTokens; ++t) {
+    const double below = (norm[t] * (2 - kInflate * kInflate) - lost) / notes.norm_step;
+    put_half(values + norm_at(p, t), below > 0 ? uint16_t(below) : uint16_t(0));
+  }
+  for (int b = 0; b < kPageTiles; ++b) {
+    const BlockAnnotations& note = page_annotations(f, page, b);
+    notes.block[b] = {float_up((note.eta + moved[b] + lost) * kInflate),
+                      note.nu,
+                      note.kappa,
+                      note.e,
+                      note.k_norm,
+                      float_up((vbar[b] + lost) * kInflate)};
+  }
+  std::memcpy(out + p.notes, &notes, sizeof notes);
+}
+
+void decode_device_page(int d, const std::byte* page, double* k_out, double* v_out) {
+  const PageLayoutDevice p = page_layout(d);
+  const std::byte* const values = page + p.key_bytes;
+  const double factor = device_notes(d, page).value_factor;
+  for (int t = 0; t < kPageTokens; ++t)
+    for (int c = 0; c < d; ++c) {
+      const double step = f16_to_float(half_at(page + key_affine_at(p, c)));
+      const double base = f16_to_float(half_at(page + key_affine_at(p, c) + 8));
+      k_out[t * d + c] = std::to_integer<int>(page[key_code_at(d, t, c)]) * step + base;
+      const std::byte* at = values + value_affine_at(p, t, c / 16);
+      v_out[t * d + c] =
+          served_half(code_at(values, d, t, c), t, half_at(at), half_at(at + 4)) * factor;
+    }
+}
+
+}  // namespace certkv::cuda

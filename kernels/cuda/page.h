@@ -1,0 +1,91 @@
+// How a sealed page lies in the device's memory, and how one is made from a page of the CPU backend.
+//
+// One scale group of 64 tokens, in the order in which a warp needs it: each of its loads takes 16
+// bytes a lane, in the fragments of the matrix instructions. Two parts, each copied as a whole:
+//
+//   keys    codes    [tile 4][step d/32][lane 32][16 B]: fragment A of m16n8k32, row = token,
+//                    k = channel
+//           affine   [step d/32][half 2][class 4][4 scales, 4 offsets, f16]: channel
+//                    32 step + 16 half + 4 class + i
+//           notes    PageNotesDevice
+//   values  codes    [tile 4][cell d/64][lane 32][word 4]: fragment A of m16n8k16, k = token, for
+//                    elements 16 (4 cell + word) + 2 (lane / 4) + {0, 1}; see kNibbles below
+//           affine   [tile 4][group d/16][class 4][step t0 t1, base t0 t1, step t8 t9, base t8 t9,
+//                    f16]: t = 2 class
+//           norms    [lane / 4: 8][tile 4][2] u16, of tokens lane / 4 and lane / 4 + 8
+//
+// A served value is 2^exponent fma(code word, step, base), rounded to a half by the one instruction
+// that decodes it: that number is what the annotations are about. A code word is the code's bits as
+// a subnormal half, at bits 0 (tokens 0 to 7 of a tile) or 4 (8 to 15, whose step is a 16th): a mask
+// is all that unpacking takes. SOURCE: method section 2.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/layout.h"
+
+namespace certkv::cuda {
+
+inline constexpr int kPageTokens = 64;
+inline constexpr int kPageTiles = kPageTokens / 16;  // a tile is a block: 16 tokens
+
+struct BlockNotesDevice {
+  float eta, nu, kappa, e, k_norm, vbar;  // as BlockAnnotations, of what the device serves
+};
+struct PageNotesDevice {
+  float kbar_norm, kappa, e;  // as PageNotes
+  float norm_step;            // norm_step code <= ||v^_t|| <= norm_step (code + kNormMargin)
+  float value_factor;         // 2^exponent
+  float unused[3];
+  BlockNotesDevice block[kPageTiles];
+};
+static_assert(sizeof(PageNotesDevice) == 128);
+
+// Above a norm's code by this: its own last place, and what weights lose as halves (kLostWeight).
+inline constexpr float kNormMargin = 1 + 0x1p-10f;
+
+// A weight is two halves whose sum is within max(2^-22 p, 2^-40) of p <= 1. The second part, over a
+// page's 64 tokens, moves the value of its heaviest token (p = 1) by at most this share of the
+// page's largest norm: it is part of eta, vbar and the norms.
+inline constexpr double kLostWeight = 0x1p-34;
+
+// UNITS: bytes; offsets from the start of a part. One KV head.
+struct PageLayoutDevice {
+  int head_dim = 0;
+  uint32_t key_affine = 0, notes = 0, key_bytes = 0;
+  uint32_t value_affine = 0, norms = 0, value_bytes = 0;
+  CERTKV_INLINE constexpr uint32_t page_bytes() const { return key_bytes + value_bytes; }
+};
+
+// REQUIRES head_dim in {64, 128}.
+CERTKV_HD constexpr PageLayoutDevice page_layout(int head_dim) {
+  const uint32_t d = uint32_t(head_dim);
+  PageLayoutDevice p;
+  p.head_dim = head_dim;
+  p.key_affine = kPageTokens * d;
+  p.notes = p.key_affine + 4 * d;
+  p.key_bytes = p.notes + uint32_t(sizeof(PageNotesDevice));
+  p.value_affine = kPageTokens * d / 2;
+  p.norms = p.value_affine + kPageTokens * d / 16 * 4;
+  p.value_bytes = p.norms + kPageTokens * 2;
+  return p;
+}
+
+// Whether pages of this format can be served by the device: throws InvalidArgument if not, saying
+// what it takes (8-bit keys without a residual plane, 4-bit values in groups of 16, metadata F16,
+// blocks of 16 tokens, head_dim 64 or 128).
+void check_device_format(const PageFormat& format);
+
+// page: as seal_page wrote it. out: page_layout(head_dim).page_bytes(), 16-byte aligned.
+void convert_page(const PageFormat& format, const std::byte* page, std::byte* out);
+
+// The numbers that the device serves, exact in double: [64, head_dim] each. Read from the device's
+// bytes alone. For tests and audits.
+void decode_device_page(int head_dim, const std::byte* page, double* k_out, double* v_out);
+
+inline const PageNotesDevice& device_notes(int head_dim, const std::byte* page) {
+  return *reinterpret_cast<const PageNotesDevice*>(page + page_layout(head_dim).notes);
+}
+
+}  // namespace certkv::cuda

@@ -1,0 +1,48 @@
+// Running the device's pass, on the device or in emulation, and reading what it left.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/attend.h"
+#include "kernels/cuda/pass_args.h"
+#include "kernels/cuda/plan.h"
+
+namespace certkv::cuda {
+
+struct PassShape {
+  int head_dim = 0;
+  int heads = 0;   // most query heads of any item; 1 to 8
+  int items = 0;
+  int splits = 0;  // of the longest item
+  bool certificate = true;
+  int groups() const { return (heads + 3) / 4; }
+};
+
+// Throws InvalidArgument for a shape that is not supported.
+void check_shape(const PassArgs& args, const PassShape& shape);
+
+// The pass and its merge on the CPU, lane by lane. args.items and all it points to: host memory.
+// Throws std::logic_error where a kernel breaks a rule of the device (an access not aligned, a copy
+// not waited for).
+void attend_emulated(const PassArgs& args, const PassShape& shape);
+
+// What one item of a pass has left, in host memory, and the notes of its blocks as the device serves
+// them.
+struct PassOutput {
+  int heads = 0, head_dim = 0, groups = 1;
+  size_t blocks = 0, tokens = 0;
+  bool certificate = true;
+  float unit = 1;
+  std::span<const float> records;     // [pages, groups, kRecordFloats]
+  std::span<const uint32_t> used;     // [pages]
+  std::span<const double> merged;     // [heads, sums_floats(head_dim)]
+  std::span<const uint8_t> coded;     // [blocks] 1: of a page with codes
+  std::span<const float> nu, eta, vbar;  // [blocks]; without codes: nu, 0, nu
+};
+
+// The same as a pass of the CPU backend leaves, so that certificates are closed and judged by the
+// same code.
+void read_state(const PassOutput& output, PassState* state);
+
+}  // namespace certkv::cuda

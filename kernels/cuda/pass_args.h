@@ -1,0 +1,65 @@
+// What the device's pass reads and writes. Pointers are the device's (in emulation: the host's).
+// Plain data, the same for both compilers. See DESIGN.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/base/dtype.h"
+#include "kernels/cuda/page.h"
+
+namespace certkv::cuda {
+
+// One page of a sequence: 64 tokens, or the last, open ones.
+struct PageEntry {
+  const std::byte* page = nullptr;  // see page.h; nullptr: originals only
+  uint32_t wants = 0;  // bit t: original keys of tile t, bit 4 + t: values, where they are resident
+  int32_t tokens = 0;  // 64, fewer in the last page only
+};
+static_assert(sizeof(PageEntry) == 16);
+
+inline constexpr uint32_t kFlagMissing = 1;  // originals were wanted that no slot holds
+
+// Cells that a pass writes for a page and four heads: [48] floats, head = index % 4.
+//   0 sum of exp(s - reference) [tile 4][head 4]
+//   16 reference [4]   20 D_b + g_b of the codes [4]   24 c_b of the codes [4]
+//   32 Delta_b charged [tile 4][head 4]
+inline constexpr int kRecordFloats = 48;
+inline constexpr int kRecordRef = 16, kRecordBound = 20, kRecordC = 24, kRecordDelta = 32;
+
+// Sums of a split about its own reference: a header, then o and a, [head_dim] each. In the merged
+// state the same in double. Values are multiplied by the item's unit in splits alone.
+inline constexpr int kSumsHeader = 8;
+enum SumsHeader { kSumRef, kSumL, kSumM2, kSumS1, kSumCTokens, kSumScoreMax };
+CERTKV_HD constexpr int sums_floats(int head_dim) {
+  return kSumsHeader + 2 * head_dim;
+}
+
+// One KV head of one sequence.
+struct PassItem {
+  const PageEntry* pages = nullptr;
+  int32_t page_count = 0;
+  int32_t heads = 0;               // query heads of the KV head
+  const float* scaled = nullptr;   // [heads, head_dim] q / sqrt(d)
+  const float* norm = nullptr;     // [heads] its norm, rounded up
+  const int32_t* key_slot = nullptr;    // [4 page_count] slot of a block's keys; -1: not resident
+  const int32_t* value_slot = nullptr;  // the same of its values
+  const float* k_norm = nullptr;   // [4 page_count] of original keys, as annotated
+  float unit = 1;                  // power of two that brings the largest norm near 1
+  float* records = nullptr;        // out [page_count, groups, kRecordFloats]
+  uint32_t* used = nullptr;        // out [page_count] originals really used, bits as in wants
+  float* splits = nullptr;         // out [splits, heads, sums_floats(head_dim)]
+  double* merged = nullptr;        // out [heads, sums_floats(head_dim)]
+  float* out = nullptr;            // out [heads, head_dim] o / l
+  uint32_t* flags = nullptr;       // out: or-ed into
+};
+
+struct PassArgs {
+  const PassItem* items = nullptr;  // [grid.y]
+  int32_t pages_per_split = 0;
+  DType dtype = DType::BF16;            // of originals
+  const std::byte* slots = nullptr;     // [slot_count][16, head_dim] rows of one block's tensor
+  int32_t slot_count = 0;
+};
+
+}  // namespace certkv::cuda

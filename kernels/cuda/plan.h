@@ -1,0 +1,56 @@
+// How a pass is laid over the device: a pure function of shapes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/chains.h"
+#include "kernels/cuda/page.h"
+
+namespace certkv::cuda {
+
+inline constexpr int kKeySlots = 2, kValueSlots = 1;  // of each warp, in shared memory
+inline constexpr int kCopyStateBytes = 48;
+
+// Offsets in a block's shared memory. UNITS: bytes.
+struct SharedLayout {
+  uint32_t warp_bytes = 0;  // of each warp: its slots; once it has walked, its sums
+  uint32_t values = 0;      // of the value slots within a warp's part
+  uint32_t states = 0, entries = 0, query = 0, norm = 0, bytes = 0;
+};
+CERTKV_HD constexpr SharedLayout shared_layout(int head_dim, int groups) {
+  const PageLayoutDevice page = page_layout(head_dim);
+  SharedLayout s;
+  s.values = kKeySlots * page.key_bytes;
+  s.warp_bytes = s.values + kValueSlots * page.value_bytes;
+  s.states = kWarps * s.warp_bytes;
+  s.entries = s.states + kWarps * (kKeySlots + kValueSlots) * kCopyStateBytes;
+  s.query = s.entries + kWarps * kMaxPagesPerWarp * 16;
+  s.norm = s.query + uint32_t(4 * groups * head_dim) * 4;
+  s.bytes = s.norm + uint32_t(4 * groups) * 4;
+  return s;
+}
+
+struct DeviceShape {
+  int multiprocessors = 0;
+  size_t shared_per_block = 0, shared_per_multiprocessor = 0;  // bytes, opted in
+};
+
+// A head's sums are cut into splits; a split is one block's work.
+struct SplitPlan {
+  int pages_per_split = 1;
+  int splits = 1;
+};
+// max_pages: of the longest sequence; items: KV heads of all sequences. The same arguments give the
+// same plan: who needs a head's bits not to depend on its neighbours or on the number of ranks names
+// the same `items` everywhere. A split has at most kWarps * kMaxPagesPerWarp pages, what the
+// rounding analysis allows. Throws InvalidArgument where a block's shared memory does not suffice.
+SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int max_pages,
+                      int items);
+
+// Bytes that a pass reads of one page, codes and notes; what benches divide by time.
+inline double bytes_per_token(int head_dim) {
+  return double(page_layout(head_dim).page_bytes()) / kPageTokens;
+}
+
+}  // namespace certkv::cuda

@@ -1,0 +1,78 @@
+// The emulation of kernels/cuda/lanes.h against a device.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "kernels/cuda/chains.h"
+#include "tests/gpu/lanes_probe.h"
+
+namespace certkv {
+
+void probe_lanes_emulated(const uint32_t* in, int warps, uint32_t* exact, float* sums) {
+  for (int w = 0; w < warps; ++w)
+    emulated::probe_lanes(in + w * kProbeWords * 32, exact + w * kProbeExact * 32,
+                          sums + w * kProbeSums * 32);
+}
+
+namespace {
+
+constexpr int kWarps = 4000;
+
+// Halves of one fragment word whose magnitudes add up: for the bound of a sum of products.
+double half(uint32_t word, int high) {
+  return f16_to_float(uint16_t((word & 0xcbffcbffu) >> 16 * high));
+}
+
+struct Probe {
+  std::vector<uint32_t> in, exact;
+  std::vector<float> sums;
+  explicit Probe(int words)
+      : in(size_t(words) * kProbeWords * 32),
+        exact(size_t(words) * kProbeExact * 32),
+        sums(size_t(words) * kProbeSums * 32) {}
+};
+
+TEST(LanesOnDevice, AreWhatTheEmulationSays) {
+  Probe got(kWarps);
+  std::mt19937 random(3);
+  for (uint32_t& w : got.in) w = uint32_t(random());
+  Probe want = got;
+  if (!probe_lanes_on_device(got.in.data(), kWarps, got.exact.data(), got.sums.data()))
+    GTEST_SKIP() << "no device answers";
+  probe_lanes_emulated(want.in.data(), kWarps, want.exact.data(), want.sums.data());
+  int different[kProbeExact] = {};
+  for (size_t i = 0; i < got.exact.size(); ++i)
+    different[i / 32 % kProbeExact] += got.exact[i] != want.exact[i];
+  for (int i = 0; i < kProbeExact; ++i) EXPECT_EQ(different[i], 0) << "operation " << i;
+
+  // Sums of halves: both are within kMatrixUnits u of the sum of magnitudes.
+  double worst = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    const uint32_t* in = want.in.data() + size_t(w) * kProbeWords * 32;
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+        double size = 0;
+        for (int k = 0; k < 16; ++k) {
+          const uint32_t a = in[(row / 8 + k / 8 * 2) * 32 + row % 8 * 4 + k % 8 / 2];
+          const uint32_t b = in[(6 + k / 8) * 32 + n * 4 + k % 8 / 2];
+          size += std::fabs(half(a, k % 2) * half(b, k % 2));
+        }
+        const size_t at = size_t(w * kProbeSums + i) * 32 + size_t(lane);
+        const double x = (in[3 * 32 + lane] & 0xffffu) * 0x1p-12,
+                     y = (in[4 * 32 + lane] >> 16) * 0x1p-30;
+        size += i == 1 ? y : i == 3 ? 0 : x;
+        // The emulation itself is off by at most 2 u.
+        const double off = std::fabs(double(got.sums[at]) - want.sums[at]);
+        EXPECT_LE(off, (cuda::kMatrixUnits + 2) * kUnit * size);
+        if (size > 0) worst = std::max(worst, off / (kUnit * size));
+      }
+  }
+  std::printf("m16n8k16: at most %.2f u of the sum of magnitudes, %d charged\n", worst,
+              cuda::kMatrixUnits);
+}
+
+}  // namespace
+}  // namespace certkv

@@ -1,0 +1,316 @@
+// The device's pass against float64: what it returns, what it says of every block, and what its
+// state certifies. In emulation where there is no GPU; tests/gpu runs the same on one.
+#include <fmt/core.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "tests/support/certificate_terms.h"
+#include "tests/support/device_pass.h"
+#include "tests/support/sealed_head.h"
+
+namespace certkv {
+namespace {
+
+using Floats = std::vector<float>;
+
+struct Drawn {
+  SealedHead head;
+  Floats q;
+  int heads;
+  Drawn(int d, int n_heads, size_t tokens, uint64_t seed, DType dtype = DType::BF16,
+        double q_scale = 1, double v_scale = 1)
+      : head("compact", dtype, d), heads(n_heads) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal;
+    head.add(tokens, [&](size_t, size_t c) {
+      const double k = normal(random) * (c % 13 == 3 ? 8 : 1);
+      return std::pair{k, v_scale * normal(random)};
+    });
+    head.seal();
+    for (int i = 0; i < n_heads * d; ++i) q.push_back(float(q_scale * normal(random)));
+  }
+  QueryGroup group() const { return make_query_group(heads, head.x.head_dim, q.data()); }
+  const float* query(int h) const { return q.data() + h * head.x.head_dim; }
+};
+
+// Attention over what the device serves, in float64: which rows, the block table says.
+struct Served {
+  std::vector<double> score, norm;  // [tokens]
+  std::vector<double> out, mass;    // [d]; [blocks] about m
+  double m = -INFINITY, z = 0, s = 0, size = 0;  // size: sum w max(||v||, vbar)
+};
+Served attend_served(const SealedHead& head, std::span<const BlockRef> blocks, const float* q) {
+  const size_t d = head.dim();
+  const std::vector<double>& decoded = oracle::decoded(head.x.dtype);
+  std::vector<std::byte> page(cuda::page_layout(int(d)).page_bytes());
+  std::vector<double> pk(64 * d), pv(64 * d);
+  Served x;
+  std::vector<std::vector<double>> v;
+  std::vector<double> bar;
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    const BlockRef& block = blocks[b];
+    if (block.page != nullptr) {
+      cuda::convert_page(*head.format, block.page, page.data());
+      cuda::decode_device_page(int(d), page.data(), pk.data(), pv.data());
+    }
+    for (int t = 0; t < block.tokens; ++t) {
+      const size_t row = size_t(block.index * 16 + t) * d, own = size_t(t) * d;
+      double score = 0, norm = 0;
+      std::vector<double> value(d);
+      for (size_t c = 0; c < d; ++c) {
+        score += q[c] * (block.k != nullptr ? decoded[block.k[own + c]] : pk[row + c]);
+        value[c] = block.v != nullptr ? decoded[block.v[own + c]] : pv[row + c];
+        norm += value[c] * value[c];
+      }
+      x.score.push_back(score / std::sqrt(double(d)));
+      x.m = std::max(x.m, x.score.back());
+      x.norm.push_back(std::sqrt(norm));
+      v.push_back(value);
+      bar.push_back(block.v == nullptr
+                        ? cuda::device_notes(int(d), page.data()).block[block.index].vbar
+                        : block.nu);
+    }
+  }
+  x.out.assign(d, 0.0);
+  for (size_t t = 0; t < x.score.size(); ++t) {
+    const double w = std::exp(x.score[t] - x.m);
+    if (t % 16 == 0) x.mass.push_back(0);
+    x.mass.back() += w;
+    x.z += w;
+    x.s += w * x.norm[t];
+    x.size += w * bar[t];
+    for (size_t c = 0; c < d; ++c) x.out[c] += w * v[t][c];
+  }
+  for (double& o : x.out) o /= x.z;
+  x.s /= x.z;
+  x.size /= x.z;
+  return x;
+}
+
+double norm_of(std::span<const float> x) {
+  double sum = 0;
+  for (float v : x) sum += double(v) * v;
+  return std::sqrt(sum);
+}
+
+// What rounding of the sums may cost, as E_acc charges it. SOURCE: method 4b.
+double sum_slack(const Served& x, double out_norm) {
+  return oracle::gamma(kChainOutput + 3) * (x.size + out_norm) + 4 * kUnit * out_norm;
+}
+
+// The sharpest part of g_b that the oracle can state: rounding of the query to 16 bits, and sums.
+double score_slack(const Drawn& x, const BlockRef& block, size_t b, int h) {
+  const oracle::ScoreError e = oracle::score_error(x.head, block, b, x.query(h));
+  return e.query * (1 + 1e-3) + oracle::gamma(double(x.head.dim())) * e.most;
+}
+
+void expect_as_served(const Drawn& x, std::span<const BlockRef> blocks, const DevicePass& pass) {
+  const size_t d = x.head.dim();
+  for (int h = 0; h < x.heads; ++h) {
+    const Served served = attend_served(x.head, blocks, x.query(h));
+    const HeadSums& sums = pass.state.head[size_t(h)];
+    double most_off = 0;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      const size_t i = pass.state.at(h, b);
+      const double got = pass.state.block_sum[i] *
+                         std::exp(double(pass.state.block_ref[i]) - served.m);
+      const double off = score_slack(x, blocks[b], b, h) + cuda::kEpsWDevice;
+      most_off = std::max(most_off, off);
+      EXPECT_NEAR(got, served.mass[b], std::expm1(off) * served.mass[b] + 16 * 0x1p-125)
+          << "head " << h << " block " << b;
+    }
+    EXPECT_NEAR(sums.l * std::exp(sums.m - served.m), served.z, std::expm1(most_off) * served.z);
+    std::span<const float> out(pass.out.data() + size_t(h) * d, d);
+    // Weights off by expm1(most_off) each move the mean by at most twice that, of what they weigh.
+    const double slack = sum_slack(served, norm_of(out)) +
+                         2.1 * std::expm1(most_off) * (served.s + norm_of(out));
+    EXPECT_LE(distance(served.out, out), slack) << "head " << h;
+    const double s = sums.s1 / sums.l;
+    EXPECT_LE(s, served.s * (1 + 2 * std::expm1(most_off) + oracle::gamma(160)));
+    // Norms lie in the page as 16 bits of its largest: below by 2^-15 of that at most.
+    EXPECT_GE(s, served.s * (1 - 2 * std::expm1(most_off) - oracle::gamma(160)) -
+                     0x1p-15 * pass.state.vbar_max);
+  }
+}
+
+void expect_certificates_hold(const Drawn& x, const DevicePass& pass) {
+  const std::vector<Certificate> judged = pass.judge();
+  const size_t d = x.head.dim();
+  for (int h = 0; h < x.heads; ++h) {
+    const Certificate& c = judged[size_t(h)];
+    ASSERT_TRUE(std::isfinite(c.bound)) << "head " << h;
+    const oracle::Exact exact = oracle::attention(x.head.x, x.head.x.tokens(), x.query(h));
+    EXPECT_LE(distance(exact.out, {pass.out.data() + size_t(h) * d, d}), c.bound) << "head " << h;
+  }
+}
+
+// Blocks as sealed, some of them from originals.
+std::vector<BlockRef> mixed(const Drawn& x, uint64_t seed, int one_in) {
+  std::vector<BlockRef> blocks = x.head.blocks;
+  std::mt19937_64 random(seed);
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    if (blocks[b].page == nullptr) continue;
+    const bool key = random() % uint64_t(one_in) == 0, value = random() % uint64_t(one_in) == 0;
+    if (key || value) blocks[b] = x.head.promoted(b, key, value);
+  }
+  return blocks;
+}
+
+TEST_F(OnDevice, ReturnsAttentionOverWhatItServes) {
+  for (int d : {64, 128})
+    for (int heads : {1, 3, 4, 5, 8}) {
+      const Drawn x(d, heads, 64 * 9 + 21, uint64_t(d + heads));
+      expect_as_served(x, x.head.blocks, DevicePass(x.head.context(), x.group(), x.head.blocks));
+    }
+}
+
+TEST_F(OnDevice, TakesOriginalsInPlaceOfCodes) {
+  for (int d : {64, 128})
+    for (DType dtype : {DType::F16, DType::BF16})
+      for (int one_in : {1, 2, 5}) {
+        const Drawn x(d, d == 64 ? 8 : 4, 64 * 4 + 33, uint64_t(7 * d + one_in), dtype);
+        const std::vector<BlockRef> blocks = mixed(x, 5, one_in);
+        const DevicePass pass(x.head.context(), x.group(), blocks);
+        EXPECT_EQ(pass.flags, 0u);
+        expect_as_served(x, blocks, pass);
+        for (size_t b = 0; b < blocks.size(); ++b)
+          for (int h = 0; h < x.heads; ++h)
+            EXPECT_EQ(pass.state.used[pass.state.at(h, b)],
+                      (blocks[b].k != nullptr ? kUsedKey : 0) |
+                          (blocks[b].v != nullptr ? kUsedValue : 0));
+        expect_certificates_hold(x, pass);
+      }
+}
+
+TEST_F(OnDevice, HoldsAtTheEdgesOfBlocksPagesAndSplits) {
+  for (size_t tokens : {1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025,
+                        1100}) {
+    const Drawn x(64, 2, tokens, tokens);
+    for (int pages_per_split : {1, 3, 8, 16}) {
+      if (pages_per_split == 1 && tokens > 600) continue;
+      const DevicePass pass(x.head.context(), x.group(), x.head.blocks,
+                            {.pages_per_split = pages_per_split});
+      expect_as_served(x, x.head.blocks, pass);
+      expect_certificates_hold(x, pass);
+      ASSERT_FALSE(testing::Test::HasFailure()) << tokens << " tokens, " << pages_per_split;
+    }
+  }
+}
+
+// D_b, and what the rounding may add to it, stated by the oracle.
+TEST_F(OnDevice, ChargesEveryBlockItsScoreError) {
+  for (int d : {64, 128}) {
+    const Drawn x(d, 4, 64 * 3 + 10, uint64_t(d), DType::F16);
+    const std::vector<BlockRef> blocks = mixed(x, 3, 4);
+    const DevicePass pass(x.head.context(), x.group(), blocks);
+    for (size_t b = 0; b < blocks.size(); ++b)
+      for (int h = 0; h < x.heads; ++h) {
+        const size_t i = pass.state.at(h, b);
+        const oracle::ScoreError e = oracle::score_error(x.head, blocks[b], b, x.query(h));
+        EXPECT_GE(pass.state.delta[i], e.d + e.least * oracle::gamma(8) + oracle::kLeastEpsW);
+        if (blocks[b].page == nullptr || blocks[b].k != nullptr) {
+          EXPECT_LE(pass.state.delta[i], e.most * oracle::gamma(64) + 2 * cuda::kEpsWDevice);
+        } else {
+          // The page is charged the largest of its blocks; those of one page are much alike.
+          EXPECT_LE(pass.state.delta[i],
+                    1.3 * e.d + e.query + e.most * oracle::gamma(64) + 2 * cuda::kEpsWDevice);
+          EXPECT_EQ(pass.state.c[i], c_of_delta(pass.state.delta[i]));
+        }
+      }
+  }
+}
+
+// E1, E2 and E5 from the state against the same sums token by token in float64.
+TEST_F(OnDevice, StatesTheCertificatesTerms) {
+  const Drawn x(128, 4, 64 * 5, 99);
+  const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+  const std::vector<Certificate> judged = pass.judge();
+  for (int h = 0; h < x.heads; ++h) {
+    const Certificate& c = judged[size_t(h)];
+    const size_t d = x.head.dim();
+    const Floats delta(pass.state.delta.begin() + long(pass.state.at(h, 0)),
+                       pass.state.delta.begin() + long(pass.state.at(h, 0) + pass.state.blocks));
+    const oracle::Terms t = oracle::terms(x.head, x.head.blocks, x.query(h), delta,
+                                          {pass.out.data() + size_t(h) * d, d});
+    // The device's values are the page's, each rounded to 11 bits once more; its weights are within
+    // the score slack of the page's (about 1e-3 here); r_fp is charged on top of R.
+    constexpr double kClose = 0.02;
+    EXPECT_NEAR(c.s_term, t.s, kClose * t.s);
+    EXPECT_NEAR(c.r_term, t.r, kClose * t.r);
+    EXPECT_NEAR(c.h_term, t.h, kClose * t.h);
+    EXPECT_NEAR(c.e_val * c.den, t.e_val, kClose * t.e_val);
+    EXPECT_NEAR(c.den, t.den, kClose * t.den);
+    EXPECT_NEAR(c.s, t.big_s, kClose * t.big_s);
+    EXPECT_GE(c.r_term, t.r * (1 - 1e-3));
+  }
+}
+
+TEST_F(OnDevice, WithoutTheCertificateReturnsTheSameOutput) {
+  const Drawn x(128, 5, 64 * 9 + 40, 4);
+  const std::vector<BlockRef> blocks = mixed(x, 6, 6);
+  const DevicePass with(x.head.context(), x.group(), blocks);
+  const DevicePass without(x.head.context(), x.group(), blocks, {.certificate = false});
+  EXPECT_EQ(with.out, without.out);
+}
+
+TEST_F(OnDevice, AMissingSlotRaisesTheFlagAndIsNeverReadAsAnother) {
+  const Drawn x(64, 4, 64 * 2 + 20, 11);
+  std::vector<BlockRef> blocks = x.head.blocks;
+  for (size_t b : {1, 5}) blocks[b] = x.head.promoted(b, true, true);
+  const DevicePass pass(x.head.context(), x.group(), blocks, {.missing_slot = 5});
+  EXPECT_EQ(pass.flags, cuda::kFlagMissing);
+  // The codes stood in, and are charged as what they are.
+  blocks[5] = x.head.blocks[5];
+  EXPECT_EQ(pass.state.used[pass.state.at(0, 5)], 0);
+  EXPECT_EQ(pass.state.used[pass.state.at(0, 1)], kUsedKey | kUsedValue);
+  expect_as_served(x, blocks, pass);
+  expect_certificates_hold(x, pass);
+  // Where there are no codes either, nothing is known.
+  const DevicePass open(x.head.context(), x.group(), x.head.blocks, {.missing_slot = 8});
+  EXPECT_EQ(open.flags, cuda::kFlagMissing);
+  for (const Certificate& c : open.judge()) EXPECT_TRUE(std::isnan(c.bound));
+}
+
+TEST_F(OnDevice, CertifiesNothingOnANonFiniteQuery) {
+  for (float bad : {std::nanf(""), float(INFINITY), -float(INFINITY), 3e38f})
+    for (bool originals : {false, true}) {
+      Drawn x(64, 4, 64 * 2 + 5, 12);
+      x.q[64 + 9] = bad;
+      const std::vector<BlockRef> blocks = originals ? x.head.originals() : x.head.blocks;
+      const DevicePass pass(x.head.context(), x.group(), blocks);
+      const std::vector<Certificate> judged = pass.judge();
+      EXPECT_FALSE(within_tolerance(judged[1], true, 1e6)) << bad;
+      EXPECT_FALSE(within_tolerance(judged[1], false, 1e30)) << bad;
+      EXPECT_TRUE(within_tolerance(judged[0], true, 1)) << "its neighbour is sound";
+    }
+}
+
+TEST_F(OnDevice, CertifiesNothingOnDamagedNotes) {
+  const Drawn x(64, 2, 64 * 3, 13);
+  using Notes = cuda::PageNotesDevice;
+  const std::vector<std::function<void(Notes&, float)>> places = {
+      [](Notes& n, float v) { n.kbar_norm = v; },     [](Notes& n, float v) { n.kappa = v; },
+      [](Notes& n, float v) { n.e = v; },             [](Notes& n, float v) { n.norm_step = v; },
+      [](Notes& n, float v) { n.value_factor = v; },  [](Notes& n, float v) { n.block[2].eta = v; },
+      [](Notes& n, float v) { n.block[1].vbar = v; }, [](Notes& n, float v) { n.block[3].nu = v; }};
+  for (size_t i = 0; i < places.size(); ++i)
+    for (float bad : {std::nanf(""), -1.0f, -float(INFINITY)}) {
+      const DevicePass pass(
+          x.head.context(), x.group(), x.head.blocks, {.damage = [&](std::byte* page) {
+            const size_t at = cuda::page_layout(64).notes;
+            Notes notes;
+            std::memcpy(&notes, page + at, sizeof notes);
+            places[i](notes, bad);
+            std::memcpy(page + at, &notes, sizeof notes);
+          }});
+      for (const Certificate& c : pass.judge()) {
+        EXPECT_FALSE(within_tolerance(c, true, 1e6)) << i << " " << bad;
+        EXPECT_FALSE(within_tolerance(c, false, 1e30)) << i << " " << bad;
+      }
+    }
+}
+
+}  // namespace
+}  // namespace certkv

@@ -1,0 +1,149 @@
+#include "tests/support/device_pass.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace certkv {
+namespace {
+
+using cuda::kPageTiles;
+
+float unit_for(std::span<const BlockRef> blocks) {
+  float largest = 0;
+  for (const BlockRef& b : blocks) largest = std::max(largest, b.nu);
+  if (!(largest > 0) || !std::isfinite(largest)) return 1;
+  return std::ldexp(1.0f, std::clamp(-(std::ilogb(largest) + 1), -120, 120));
+}
+
+template <typename T>
+T* put(PassBackend& backend, const std::vector<T>& v) {
+  return reinterpret_cast<T*>(backend.put(v.data(), v.size() * sizeof(T)));
+}
+template <typename T>
+void get(PassBackend& backend, const T* at, std::vector<T>* v) {
+  backend.get(reinterpret_cast<const std::byte*>(at), v->data(), v->size() * sizeof(T));
+}
+
+}  // namespace
+
+DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
+                       std::span<const BlockRef> blocks, const DevicePassOptions& options) {
+  const PageFormat& f = *context.format;
+  cuda::check_device_format(f);
+  const auto backend = make_pass_backend();
+  const int d = f.head_dim;
+  const size_t n = blocks.size(), pages = (n + kPageTiles - 1) / kPageTiles;
+  const size_t page_bytes = cuda::page_layout(d).page_bytes(), row_bytes = size_t(d) * 2;
+  std::vector<cuda::PageEntry> entries(pages);
+  std::vector<int32_t> key_slot(pages * kPageTiles, -1), value_slot(key_slot);
+  std::vector<float> k_norm(pages * kPageTiles, 0.0f), nu, eta, vbar;
+  std::vector<uint8_t> coded;
+  std::vector<std::byte> slots, page(page_bytes);
+  size_t tokens = 0;
+  int32_t slot_count = 0;
+  const auto slot = [&](const uint16_t* rows, int valid) {
+    const size_t at = slots.size();
+    slots.resize(at + 16 * row_bytes, std::byte(0xff));  // NaN beyond the last token
+    std::memcpy(slots.data() + at, rows, size_t(valid) * row_bytes);
+    return slot_count++;
+  };
+  for (size_t p = 0; p < pages; ++p) {
+    const BlockRef& first = blocks[p * kPageTiles];
+    const cuda::PageNotesDevice* notes = nullptr;
+    if (first.page != nullptr) {
+      cuda::convert_page(f, first.page, page.data());
+      if (options.damage) options.damage(page.data());
+      entries[p].page = backend->put(page.data(), page_bytes);
+      notes = &cuda::device_notes(d, page.data());
+    }
+    for (size_t t = 0; t < size_t(kPageTiles) && p * kPageTiles + t < n; ++t) {
+      const size_t b = p * kPageTiles + t;
+      const BlockRef& block = blocks[b];
+      entries[p].tokens += block.tokens;
+      tokens += size_t(block.tokens);
+      k_norm[b] = block.k_norm;
+      if (block.k != nullptr) entries[p].wants |= 1u << t;
+      if (block.v != nullptr) entries[p].wants |= 16u << t;
+      if (options.missing_slot != int(b)) {
+        if (block.k != nullptr) key_slot[b] = slot(block.k, block.tokens);
+        if (block.v != nullptr) value_slot[b] = slot(block.v, block.tokens);
+      }
+      coded.push_back(notes != nullptr);
+      nu.push_back(notes != nullptr ? notes->block[t].nu : block.nu);
+      eta.push_back(notes != nullptr ? notes->block[t].eta : 0);
+      vbar.push_back(notes != nullptr ? notes->block[t].vbar : block.nu);
+    }
+  }
+
+  const cuda::PassShape shape{.head_dim = d,
+                              .heads = q.heads,
+                              .items = 1,
+                              .splits = int((pages + size_t(options.pages_per_split) - 1) /
+                                            size_t(options.pages_per_split)),
+                              .certificate = options.certificate};
+  const size_t sums = size_t(cuda::sums_floats(d)), heads = size_t(q.heads);
+  // Poison where the pass must write.
+  std::vector<float> records(pages * size_t(shape.groups()) * cuda::kRecordFloats, NAN);
+  std::vector<float> splits(size_t(shape.splits) * heads * sums, NAN);
+  std::vector<double> merged(heads * sums, NAN);
+  std::vector<uint32_t> used(pages, 0xffffffffu), flag(1, 0);
+  out.assign(heads * size_t(d), NAN);
+  const std::vector<float> norm(q.norm, q.norm + heads);
+
+  cuda::PassItem item;
+  item.pages = put(*backend, entries);
+  item.page_count = int32_t(pages);
+  item.heads = q.heads;
+  item.scaled = put(*backend, q.scaled);
+  item.norm = put(*backend, norm);
+  item.key_slot = put(*backend, key_slot);
+  item.value_slot = put(*backend, value_slot);
+  item.k_norm = put(*backend, k_norm);
+  item.unit = unit_for(blocks);
+  item.records = put(*backend, records);
+  item.used = put(*backend, used);
+  item.splits = put(*backend, splits);
+  item.merged = put(*backend, merged);
+  item.out = put(*backend, out);
+  item.flags = put(*backend, flag);
+  const std::vector<cuda::PassItem> items{item};
+  cuda::PassArgs args;
+  args.items = put(*backend, items);
+  args.pages_per_split = options.pages_per_split;
+  args.dtype = context.dtype;
+  args.slots = slots.empty() ? nullptr : put(*backend, slots);
+  args.slot_count = slot_count;
+  backend->run(args, shape);
+
+  get(*backend, item.records, &records);
+  get(*backend, item.used, &used);
+  get(*backend, item.merged, &merged);
+  get(*backend, item.out, &out);
+  get(*backend, item.flags, &flag);
+  flags = flag[0];
+  cuda::read_state({.heads = q.heads,
+                    .head_dim = d,
+                    .groups = shape.groups(),
+                    .blocks = n,
+                    .tokens = tokens,
+                    .certificate = options.certificate,
+                    .unit = item.unit,
+                    .records = records,
+                    .used = used,
+                    .merged = merged,
+                    .coded = coded,
+                    .nu = nu,
+                    .eta = eta,
+                    .vbar = vbar},
+                   &state);
+}
+
+std::vector<Certificate> DevicePass::judge() const {
+  std::vector<Certificate> judged;
+  for (int h = 0; h < state.heads; ++h)
+    judged.push_back(
+        certify(state, h, {}, out.data() + size_t(h) * size_t(state.head_dim)));
+  return judged;
+}
+
+}  // namespace certkv

@@ -1,0 +1,58 @@
+// One pass of the device over the blocks of a sealed head: everything it reads laid out, the pass
+// run by a backend (the emulation, or a GPU), and its state read back.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/cuda/pass.h"
+#include "runtime/certify/certificate.h"
+
+namespace certkv {
+
+// Where a pass runs. Memory is given back when the backend goes.
+class PassBackend {
+ public:
+  virtual ~PassBackend() = default;
+  virtual std::byte* put(const void* from, size_t bytes) = 0;  // a copy, 16-byte aligned
+  virtual void get(const std::byte* at, void* to, size_t bytes) = 0;
+  virtual void run(const cuda::PassArgs& args, const cuda::PassShape& shape) = 0;
+};
+// Of the program's kind: tests/kernels/emulated_backend.cc or tests/gpu/gpu_backend.cu.
+std::unique_ptr<PassBackend> make_pass_backend();
+bool pass_backend_answers();
+
+// For tests that run on a backend.
+class OnDevice : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!pass_backend_answers()) GTEST_SKIP() << "no device answers";
+  }
+};
+
+struct DevicePassOptions {
+  int pages_per_split = 8;
+  bool certificate = true;
+  std::function<void(std::byte* page)> damage = nullptr;  // every converted page, before it is handed over
+  int missing_slot = -1;  // block whose wanted originals no slot holds
+};
+
+class DevicePass {
+ public:
+  DevicePass(const AttendContext& context, const QueryGroup& q, std::span<const BlockRef> blocks,
+             const DevicePassOptions& options = {});
+
+  PassState state;
+  uint32_t flags = 0;
+  std::vector<float> out;  // [heads, head_dim]
+
+  // Certificates of its outputs.
+  std::vector<Certificate> judge() const;
+};
+
+}  // namespace certkv
