@@ -19,15 +19,16 @@ inline constexpr int kRescales = kMaxPagesPerWarp + 3;
 inline constexpr double kEpsWDevice =
     (kRescales + 1) * (double(kExpError) + 2 * kUnit) + 3 * kUnit * 104;
 
-// Of the value sums: two matrix instructions in a row and what is added to them (16 tokens of
-// originals and four such are fewer), the weight's two halves (2^-22), a fused operation a page and
+// Of the value sums: two matrix instructions in a row and what is added to them (one of
+// originals for each of four tiles is as many), the weight's two halves (2^-22), a fused operation a page and
 // one for each rise, the merge of warps.
 inline constexpr int kChainDevice = 2 * kMatrixUnits + 5 + 4 + 2 * kMaxPagesPerWarp + kWarps + 4;
 static_assert(kChainDevice <= kChainOutput, "runtime/certify charges kChainOutput");
 
-// Originals: two tokens a lane, eight sums each. As chain_originals.
+// Scores of originals: half of the products in a row, the halves and terms of the query added up (6),
+// what its terms as halves lose (2^-22 and a little), and as chain_originals.
 CERTKV_INLINE double chain_originals_device(int head_dim) {
-  return head_dim / 8.0 + 3 + 8;
+  return kMatrixUnits * (head_dim / 32) + 6 + 5 + 8;
 }
 
 }  // namespace certkv::cuda

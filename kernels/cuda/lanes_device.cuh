@@ -143,6 +143,15 @@ CERTKV_LANE void mma_halves(F (&sum)[4], const U (&a)[4], U b0, U b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same of bfloat16.
+CERTKV_LANE void mma_brains(F (&sum)[4], const U (&a)[4], U b0, U b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Memory: `base` is the warp's, `at` each lane's, in bytes.
 CERTKV_LANE void load4(const std::byte* base, I at, U (&out)[4]) {  // 16-byte aligned
   const uint4 x = *reinterpret_cast<const uint4*>(base + at);
@@ -150,6 +159,11 @@ CERTKV_LANE void load4(const std::byte* base, I at, U (&out)[4]) {  // 16-byte a
   out[1] = x.y;
   out[2] = x.z;
   out[3] = x.w;
+}
+CERTKV_LANE void load2(const std::byte* base, I at, U (&out)[2]) {  // 8-byte aligned
+  const uint2 x = *reinterpret_cast<const uint2*>(base + at);
+  out[0] = x.x;
+  out[1] = x.y;
 }
 CERTKV_LANE U load1(const std::byte* base, I at) {
   return *reinterpret_cast<const U*>(base + at);

@@ -184,25 +184,40 @@ inline void mma_bytes(I (&sum)[4], const U (&a)[4], U b0, U b1) {
     return before;
   });
 }
-inline void mma_halves(F (&sum)[4], const U (&a)[4], U b0, U b1) {
+// convert: of one 16-bit element.
+template <typename Convert>
+inline void mma_16(F (&sum)[4], const U (&a)[4], U b0, U b1, Convert convert) {
   each_sum(sum, [&](int row, int n, float before) {
     double exact = before;
     for (int k = 0; k < 16; ++k)
-      exact += double(f16_to_float(uint16_t(element_a<16>(a, row, k)))) *
-               f16_to_float(uint16_t(element_b<16>(b0, b1, k, n)));
-    const float f = float(exact);
-    return std::fabs(double(f)) > std::fabs(exact) ? std::nextafter(f, 0.0f) : f;
+      exact += double(convert(uint16_t(element_a<16>(a, row, k)))) *
+               convert(uint16_t(element_b<16>(b0, b1, k, n)));
+    const float f = float(exact);  // towards zero
+    return std::isfinite(f) && std::fabs(double(f)) > std::fabs(exact) ? std::nextafter(f, 0.0f) : f;
   });
 }
+inline void mma_halves(F (&sum)[4], const U (&a)[4], U b0, U b1) {
+  mma_16(sum, a, b0, b1, f16_to_float);
+}
+inline void mma_brains(F (&sum)[4], const U (&a)[4], U b0, U b1) {
+  mma_16(sum, a, b0, b1, bf16_to_float);
+}
 
-inline void load4(const std::byte* base, I at, U (&out)[4]) {
+template <int kWords>
+inline void load_words(const std::byte* base, I at, U (&out)[kWords]) {
   for (int lane = 0; lane < kLaneCount; ++lane) {
-    uint32_t words[4];
-    if (reinterpret_cast<uintptr_t>(base + at[lane]) % 16 != 0)
-      throw std::logic_error("a lane loads 16 bytes from an address that is not a multiple of 16");
+    uint32_t words[kWords];
+    if (reinterpret_cast<uintptr_t>(base + at[lane]) % sizeof words != 0)
+      throw std::logic_error("a lane loads from an address that is not a multiple of the size");
     std::memcpy(words, base + at[lane], sizeof words);
-    for (int i = 0; i < 4; ++i) out[i][lane] = words[i];
+    for (int i = 0; i < kWords; ++i) out[i][lane] = words[i];
   }
+}
+inline void load4(const std::byte* base, I at, U (&out)[4]) {
+  load_words(base, at, out);
+}
+inline void load2(const std::byte* base, I at, U (&out)[2]) {
+  load_words(base, at, out);
 }
 inline U load1(const std::byte* base, I at) {
   return each_lane<U>([&](int i) {

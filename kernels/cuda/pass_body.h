@@ -83,6 +83,9 @@ struct Pass {
   }
   CERTKV_FN float* query() const { return reinterpret_cast<float*>(shared + kShared.query); }
   CERTKV_FN float* norms() const { return reinterpret_cast<float*>(shared + kShared.norm); }
+  // Terms of the queries for original keys, see split_query; and 1 over their scales.
+  CERTKV_FN std::byte* terms() const { return shared + kShared.terms; }
+  CERTKV_FN float* scales() const { return reinterpret_cast<float*>(shared + kShared.scale); }
   CERTKV_FN float* sums(int w) const {
     return reinterpret_cast<float*>(shared + w * int(kShared.warp_bytes));
   }
@@ -108,6 +111,67 @@ struct Pass {
           reinterpret_cast<float*>(entries()));
     fetch(item.scaled, item.heads * kDim, kHeads * kDim, query());
     fetch(item.norm, item.heads, kHeads, norms());
+    if (warp < kHeads) split_query(warp);
+  }
+
+  // One head's query as sums of 16-bit floats of the originals' type, times a power of two that
+  // brings its largest element to [1, 2) (halves: [2^14, 2^15)). Three bfloat16 hold it exactly, two
+  // halves but for 2^-22 of each element and 2^-40 of the largest. Fragments B of m16n8k16:
+  // [step d/16][term 3][head][class 4][2 words]; k 2 c, 2 c + 1 of step 2 i + z is channel
+  // 32 i + 8 c + 4 z + {0, 1}, k 2 c + 8, 2 c + 9 the next two.
+  CERTKV_FN void split_query(int head) const {
+    constexpr int kPairs = kDim / 64;
+    const I lane = lane_index();
+    F x[kPairs][2];
+    F most = splat(0);
+    CERTKV_UNROLL
+    for (int i = 0; i < kPairs; ++i)
+      CERTKV_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float* from = head < item.heads ? item.scaled + head * kDim : item.scaled;
+        x[i][e] = load_float(from, lane * 2 + (64 * i + e));
+        if (head >= item.heads) x[i][e] = splat(0);
+        most = larger(most, magnitude(x[i][e]));
+      }
+    CERTKV_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) most = larger(most, shuffle_xor(most, mask));
+    // Within 2^-100 to 2^100, so that its inverse is one too; NaN and infinity stay what they are.
+    const bool halves = args.dtype == DType::F16;
+    U exponent = bits_of(most) >> 23;
+    exponent = select(exponent < 27u, splat_u(27), select(exponent > 227u, splat_u(227), exponent));
+    const F scale = float_of_bits((254u - exponent) << 23) * (halves ? 0x1p14f : 1.0f);
+    const F inverse = float_of_bits(exponent << 23) * (halves ? 0x1p-14f : 1.0f);
+    store_where(lane < 1, scales(), splat_i(head), inverse);
+    CERTKV_UNROLL
+    for (int i = 0; i < kPairs; ++i) {
+      const F a = x[i][0] * scale, b = x[i][1] * scale;
+      U term[3];
+      if (halves) {
+        term[0] = pack_halves(a, b);
+        term[1] = pack_halves(a - low_half(term[0]), b - high_half(term[0]));
+        term[2] = splat_u(0);
+      } else {
+        split_brains(a, b, term);
+      }
+      // Pair p of channels 2 p: span p / 16, class p % 16 / 4, step p % 4 / 2, word p % 2.
+      const I p = lane + 32 * i;
+      const I step = (p >> 4) * 2 + ((p & 3) >> 1);
+      for (int n = 0; n < 3; ++n)
+        store(reinterpret_cast<float*>(terms()),
+              ((step * 3 + n) * kHeads + head) * 8 + ((p & 15) >> 2) * 2 + (p & 1),
+              float_of_bits(term[n]));
+    }
+  }
+
+  // a and b as three bfloat16 each, exactly; a in the lower halves.
+  CERTKV_FN static void split_brains(F a, F b, U (&term)[3]) {
+    CERTKV_UNROLL
+    for (int n = 0; n < 3; ++n) {
+      const U high_a = bits_of(a) & 0xffff0000u, high_b = bits_of(b) & 0xffff0000u;
+      term[n] = high_a >> 16 | high_b;
+      a = a - float_of_bits(high_a);
+      b = b - float_of_bits(high_b);
+    }
   }
 
   // ---- a head's state in registers, C fragment ---------------------------------------------------
@@ -218,82 +282,125 @@ struct Pass {
     return args.slots + size_t(slot) * size_t(16 * kDim * 2);
   }
 
+  CERTKV_FN void mma_original(F (&sum)[4], const U (&a)[4], U b0, U b1) const {
+    if (args.dtype == DType::BF16)
+      mma_brains(sum, a, b0, b1);
+    else
+      mma_halves(sum, a, b0, b1);
+  }
+  // Row of token r + 8 half, of a valid token: beyond the last a weight is 0, a NaN would not be.
+  CERTKV_FN static I row_of(int half, int tokens) {
+    const I wanted = (lane_index() >> 2) + 8 * half;
+    return select(wanted < tokens, wanted, splat_i(tokens - 1));
+  }
+
   // Scores of tokens r and r + 8 of a block of original keys.
-  CERTKV_FN void score_rows(const std::byte* keys, int tokens, int group, F (&s)[2]) const {
+  CERTKV_FN void score_rows(const std::byte* keys, int tokens, F (&s)[kGroups][kPageTiles][2],
+                            int tile) const {
     const I lane = lane_index();
+    U k[2][kSteps][4];
     CERTKV_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const I wanted = (lane >> 2) + 8 * half;
-      const I row = select(wanted < tokens, wanted, splat_i(tokens - 1));
-      F part[8];
+    for (int half = 0; half < 2; ++half)
       CERTKV_UNROLL
-      for (int e = 0; e < 8; ++e) part[e] = splat(0);
-      for (int c = 0; c < kDim; c += 8) {
-        U k[4], q0[4], q1[4];
-        load4(keys + c * 2, row * (kDim * 2), k);
-        const std::byte* q = reinterpret_cast<const std::byte*>(query() + group * 4 * kDim + c);
-        load4(q, (lane & 3) * (kDim * 4), q0);
-        load4(q + 16, (lane & 3) * (kDim * 4), q1);
-        CERTKV_UNROLL
-        for (int e = 0; e < 8; ++e)
-          part[e] = fma(float_of_bits(e < 4 ? q0[e % 4] : q1[e % 4]),
-                        original(k[e / 2], e % 2 == 1), part[e]);
+      for (int i = 0; i < kSteps; ++i)
+        load4(keys + i * 64, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 16, k[half][i]);
+    CERTKV_UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      F sum[2][4], last[4];  // of the first two terms, half of the steps each; of the third
+      CERTKV_UNROLL
+      for (int i = 0; i < 4; ++i) sum[0][i] = sum[1][i] = last[i] = splat(0);
+      const I term = (lane >> 2) & 1, head = (lane >> 3) + 4 * g;
+      CERTKV_UNROLL
+      for (int step = 0; step < 2 * kSteps; ++step) {
+        const int i = step / 2, z = step % 2 * 2;
+        const U a[4] = {k[0][i][z], k[1][i][z], k[0][i][z + 1], k[1][i][z + 1]};
+        const std::byte* from = terms() + step * (3 * kHeads * 32);
+        U b[2];
+        load2(from, (term * kHeads + head) * 32 + (lane & 3) * 8, b);
+        mma_original(sum[step / kSteps], a, b[0], b[1]);
+        if (args.dtype == DType::BF16) {
+          load2(from + 2 * kHeads * 32, head * 32 + (lane & 3) * 8, b);
+          mma_brains(last, a, b[0], b[1]);
+        }
       }
-      s[half] = ((part[0] + part[4]) + (part[2] + part[6])) +
-                ((part[1] + part[5]) + (part[3] + part[7]));
+      // `last` has the third term in both columns of a head: one is taken.
+      const F scale = load_float(scales(), (lane & 3) + 4 * g);
+      CERTKV_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int n = 2 * half;
+        const F small = last[n] + (sum[0][n + 1] + sum[1][n + 1]);
+        s[g][tile][half] = ((sum[0][n] + sum[1][n]) + small) * scale;
+      }
     }
   }
 
-  // sum p v of some blocks of original values, tile by tile, and what their norms add to s1 and m2.
+  // sum p v of a block of original values is added to v_sum, in units; what its norms add to s1 and
+  // m2, to theirs.
   CERTKV_FN void weigh_rows(const std::byte* values, int tokens, int tile,
-                            const F (&p)[kGroups][kPageTiles][2], F (&v_sum)[kGroups][kCells][2],
+                            const F (&p)[kGroups][kPageTiles][2],
+                            const U (&w)[kGroups][kPageTiles][2], F (&v_sum)[kGroups][kCells][2],
                             F (&s1)[kGroups], F (&squares)[kGroups]) const {
     const I lane = lane_index();
-    F part[kGroups][kCells][2];
+    const bool halves = args.dtype == DType::F16;
+    U v[2][kCells][2];
+    CERTKV_UNROLL
+    for (int half = 0; half < 2; ++half)
+      CERTKV_UNROLL
+      for (int c = 0; c < kCells; ++c)
+        load2(values + c * 32, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 8, v[half][c]);
+    if (kCertificate) {
+      // Roundings of squares and sums, half of them after the root, and the root's own.
+      constexpr float kSlack = float((kDim / 4 + 8) * 0x1p-24) + 0x1p-20f;
+      CERTKV_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        F n2 = splat(0);
+        CERTKV_UNROLL
+        for (int c = 0; c < kCells; ++c)
+          CERTKV_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const F x = original(v[half][c][e / 2], e % 2 == 1) * item.unit;
+            n2 = fma(x, x, n2);
+          }
+        n2 = n2 + shuffle_xor(n2, 1);
+        const F norm = root(n2 + shuffle_xor(n2, 2));
+        const F below = norm * (1 - kSlack), above = norm * (1 + kSlack);
+        CERTKV_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+          s1[g] = fma(p[g][tile][half], below, s1[g]);
+          squares[g] = fma(p[g][tile][half], above * above, squares[g]);
+        }
+      }
+    }
+    U b[kGroups][2][2];  // of bfloat16: first two terms of a weight, and the third
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g)
       CERTKV_UNROLL
-      for (int c = 0; c < kCells; ++c) part[g][c][0] = part[g][c][1] = splat(0);
-    for (int t = 0; t < tokens; ++t) {
-      F v[kCells][2];
-      F n2 = splat(0);
-      CERTKV_UNROLL
-      for (int c = 0; c < kCells; ++c) {
-        const U pair = load1(values + t * (kDim * 2) + c * 32, (lane >> 2) * 4);
-        v[c][0] = original(pair, false) * item.unit;
-        v[c][1] = original(pair, true) * item.unit;
-        n2 = fma(v[c][0], v[c][0], n2);
-        n2 = fma(v[c][1], v[c][1], n2);
+      for (int half = 0; half < 2; ++half) {
+        U term[3];
+        split_brains(p[g][tile][half], splat(0), term);
+        b[g][0][half] = halves ? w[g][tile][half] : transpose_8x8(term[0] | term[1] << 16);
+        b[g][1][half] = halves ? splat_u(0) : transpose_8x8(term[2]);
       }
-      const I from = (lane & 3) + t % 8 * 4;
-      F below = splat(0), above = splat(0);
-      if (kCertificate) {
-        // Roundings of squares and sums, half of them after the root, and the root's own.
-        constexpr float kSlack = float((kDim / 8 + 8) * 0x1p-24) + 0x1p-20f;
-        const F norm = root(sum_rows(n2));
-        // One row of lanes counts for all.
-        below = select(lane < 4, norm * (1 - kSlack), splat(0));
-        above = select(lane < 4, norm * (1 + kSlack), splat(0));
+    const float scale = halves ? item.unit / kWeightScale : item.unit;
+    CERTKV_UNROLL
+    for (int c = 0; c < kCells; ++c) {
+      U a[4];
+      CERTKV_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        a[2 * half] = transpose_8x8(pick_bytes(v[half][c][0], v[half][c][1], 0x5410));
+        a[2 * half + 1] = transpose_8x8(pick_bytes(v[half][c][0], v[half][c][1], 0x7632));
       }
       CERTKV_UNROLL
       for (int g = 0; g < kGroups; ++g) {
-        const F w = shuffle(t < 8 ? p[g][tile][0] : p[g][tile][1], from);
+        F sum[4], last[4];
         CERTKV_UNROLL
-        for (int c = 0; c < kCells; ++c) {
-          part[g][c][0] = fma(w, v[c][0], part[g][c][0]);
-          part[g][c][1] = fma(w, v[c][1], part[g][c][1]);
-        }
-        s1[g] = fma(w, below, s1[g]);
-        squares[g] = fma(w, above * above, squares[g]);
+        for (int i = 0; i < 4; ++i) sum[i] = last[i] = splat(0);
+        mma_original(sum, a, b[g][0][0], b[g][0][1]);
+        if (!halves) mma_brains(last, a, b[g][1][0], b[g][1][1]);
+        v_sum[g][c][0] = fma(sum[0] + (sum[1] + last[0]), splat(scale), v_sum[g][c][0]);
+        v_sum[g][c][1] = fma(sum[2] + (sum[3] + last[2]), splat(scale), v_sum[g][c][1]);
       }
     }
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g)
-      CERTKV_UNROLL
-      for (int c = 0; c < kCells; ++c) {
-        v_sum[g][c][0] = v_sum[g][c][0] + part[g][c][0];
-        v_sum[g][c][1] = v_sum[g][c][1] + part[g][c][1];
-      }
   }
 
   // ---- values as codes ---------------------------------------------------------------------------
@@ -461,10 +568,7 @@ struct Pass {
       CERTKV_UNROLL
       for (int t = 0; t < kPageTiles; ++t) {
         const int tokens = entry.tokens - 16 * t < 16 ? entry.tokens - 16 * t : 16;
-        if ((from.keys >> t & 1) != 0) {
-          CERTKV_UNROLL
-          for (int g = 0; g < kGroups; ++g) score_rows(from.key_rows[t], tokens, g, s[g][t]);
-        }
+        if ((from.keys >> t & 1) != 0) score_rows(from.key_rows[t], tokens, s, t);
         CERTKV_UNROLL
         for (int g = 0; g < kGroups; ++g)
           CERTKV_UNROLL
@@ -562,7 +666,7 @@ struct Pass {
           const bool here = (quantised >> t & 1) == (other == 0 ? 1u : 0u);
           const int tokens = entry.tokens - 16 * t < 16 ? entry.tokens - 16 * t : 16;
           if ((from.values >> t & 1) != 0 && here)
-            weigh_rows(from.value_rows[t], tokens, t, p, v_sum[other], s1, squares);
+            weigh_rows(from.value_rows[t], tokens, t, p, w, v_sum[other], s1, squares);
         }
         if (kCertificate) {
           CERTKV_UNROLL

@@ -23,8 +23,6 @@ SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int m
   // As many splits as fill the device once, but a page a warp at least.
   const int wanted = std::clamp(blocks / items, 1, (max_pages + kWarps - 1) / kWarps);
   int pages = (max_pages + wanted - 1) / wanted;
-  // Whole rounds of the warps: a last round with one page would cost as much as a full one.
-  pages = (pages + kWarps - 1) / kWarps * kWarps;
   pages = std::min(pages, kWarps * kMaxPagesPerWarp);
   return {pages, (max_pages + pages - 1) / pages};
 }

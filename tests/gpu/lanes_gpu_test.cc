@@ -20,9 +20,12 @@ namespace {
 
 constexpr int kWarps = 4000;
 
-// Halves of one fragment word whose magnitudes add up: for the bound of a sum of products.
+// Elements of a fragment word as the probe takes them.
 double half(uint32_t word, int high) {
   return f16_to_float(uint16_t((word & 0xcbffcbffu) >> 16 * high));
+}
+double brain(uint32_t word, int high) {
+  return bf16_to_float(uint16_t(((word & 0x81ff81ffu) | 0x3e003e00u) >> 16 * high));
 }
 
 struct Probe {
@@ -47,31 +50,33 @@ TEST(LanesOnDevice, AreWhatTheEmulationSays) {
     different[i / 32 % kProbeExact] += got.exact[i] != want.exact[i];
   for (int i = 0; i < kProbeExact; ++i) EXPECT_EQ(different[i], 0) << "operation " << i;
 
-  // Sums of halves: both are within kMatrixUnits u of the sum of magnitudes.
-  double worst = 0;
+  // Sums of products: the device is within kMatrixUnits u of the sum of magnitudes, the emulation
+  // within 2 u.
+  double worst[2] = {0, 0};
   for (int w = 0; w < kWarps; ++w) {
     const uint32_t* in = want.in.data() + size_t(w) * kProbeWords * 32;
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+      for (int i = 0; i < kProbeSums; ++i) {
+        const int row = lane / 4 + i % 4 / 2 * 8, n = lane % 4 * 2 + i % 2;
         double size = 0;
         for (int k = 0; k < 16; ++k) {
           const uint32_t a = in[(row / 8 + k / 8 * 2) * 32 + row % 8 * 4 + k % 8 / 2];
           const uint32_t b = in[(6 + k / 8) * 32 + n * 4 + k % 8 / 2];
-          size += std::fabs(half(a, k % 2) * half(b, k % 2));
+          size += std::fabs(i < 4 ? half(a, k % 2) * half(b, k % 2)
+                                  : brain(a, k % 2) * brain(b, k % 2));
         }
         const size_t at = size_t(w * kProbeSums + i) * 32 + size_t(lane);
         const double x = (in[3 * 32 + lane] & 0xffffu) * 0x1p-12,
                      y = (in[4 * 32 + lane] >> 16) * 0x1p-30;
-        size += i == 1 ? y : i == 3 ? 0 : x;
-        // The emulation itself is off by at most 2 u.
+        const double before[kProbeSums] = {x, y, x, 0, 0, x, y, x};
+        size += before[i];
         const double off = std::fabs(double(got.sums[at]) - want.sums[at]);
         EXPECT_LE(off, (cuda::kMatrixUnits + 2) * kUnit * size);
-        if (size > 0) worst = std::max(worst, off / (kUnit * size));
+        if (size > 0) worst[i / 4] = std::max(worst[i / 4], off / (kUnit * size));
       }
   }
-  std::printf("m16n8k16: at most %.2f u of the sum of magnitudes, %d charged\n", worst,
-              cuda::kMatrixUnits);
+  std::printf("m16n8k16: halves %.2f, bfloat16 %.2f u of the sum of magnitudes at most, %d charged\n",
+              worst[0], worst[1], cuda::kMatrixUnits);
 }
 
 }  // namespace

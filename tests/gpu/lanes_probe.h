@@ -10,7 +10,7 @@ namespace certkv {
 
 inline constexpr int kProbeWords = 8;      // of each lane, in
 inline constexpr int kProbeExact = 12;     // words of each lane, out: the same bits
-inline constexpr int kProbeSums = 4;       // floats of each lane, out: within kMatrixUnits
+inline constexpr int kProbeSums = 8;       // floats of each lane, out: within kMatrixUnits
 
 // in: [warps, kProbeWords, 32]; exact: [warps, kProbeExact, 32]; sums: [warps, kProbeSums, 32].
 void probe_lanes_emulated(const uint32_t* in, int warps, uint32_t* exact, float* sums);
@@ -18,6 +18,10 @@ void probe_lanes_emulated(const uint32_t* in, int warps, uint32_t* exact, float*
 bool probe_lanes_on_device(const uint32_t* in, int warps, uint32_t* exact, float* sums);
 
 namespace CERTKV_LANES_NAMESPACE {
+
+CERTKV_LANES_FUNCTION U brains(U x) {  // bfloat16 between 1/8 and 1/2
+  return (x & 0x81ff81ffu) | 0x3e003e00u;
+}
 
 CERTKV_LANES_FUNCTION void probe_lanes(const uint32_t* in, uint32_t* exact, float* sums) {
   const I lane = lane_index();
@@ -48,6 +52,10 @@ CERTKV_LANES_FUNCTION void probe_lanes(const uint32_t* in, uint32_t* exact, floa
   const U h[4] = {w[0] & 0xcbffcbffu, w[1] & 0xcbffcbffu, w[2] & 0xcbffcbffu, w[3] & 0xcbffcbffu};
   mma_halves(s, h, w[6] & 0xcbffcbffu, w[7] & 0xcbffcbffu);
   for (int i = 0; i < 4; ++i) store(sums, lane + 32 * i, s[i]);
+  F t[4] = {splat(0), x, y, x};
+  const U m[4] = {brains(w[0]), brains(w[1]), brains(w[2]), brains(w[3])};
+  mma_brains(t, m, brains(w[6]), brains(w[7]));
+  for (int i = 0; i < 4; ++i) store(sums, lane + 32 * (4 + i), t[i]);
 }
 
 }  // namespace CERTKV_LANES_NAMESPACE

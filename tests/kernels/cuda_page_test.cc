@@ -1,0 +1,210 @@
+// A page in the device's order: the same keys, values and notes that hold for what the device
+// decodes. And the plan of a pass.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "kernels/base/error.h"
+#include "kernels/cuda/page.h"
+#include "kernels/cuda/pass.h"
+#include "kernels/cuda/plan.h"
+#include "kernels/quantize.h"
+#include "tests/support/oracle.h"
+
+namespace certkv::cuda {
+namespace {
+
+struct Page {
+  PageFormat format;
+  oracle::Originals x;
+  std::vector<std::byte> memory, device;
+  std::byte* bytes;
+  std::vector<double> k, v;  // as the device serves them
+  template <typename Value>
+  Page(int d, DType dtype, Value value)
+      : format(make_page_format(layout_by_name("compact"), d, 16)),
+        x{.dtype = dtype, .head_dim = d, .k = {}, .v = {}},
+        memory(format.page_bytes + 64),
+        device(page_layout(d).page_bytes()),
+        bytes(reinterpret_cast<std::byte*>((uintptr_t(memory.data()) + 63) / 64 * 64)),
+        k(size_t(64 * d)),
+        v(k.size()) {
+    for (int t = 0; t < 64; ++t)
+      for (int c = 0; c < d; ++c) {
+        const auto [key, val] = value(t, c);
+        x.k.push_back(oracle::encode(dtype, key));
+        x.v.push_back(oracle::encode(dtype, val));
+      }
+    EXPECT_EQ(seal_page(format, dtype, x.k.data(), x.v.data(), bytes), SealStatus::Sealed);
+    convert_page(format, bytes, device.data());
+    decode_device_page(d, device.data(), k.data(), v.data());
+  }
+};
+
+double row_norm(const std::vector<double>& x, size_t t, size_t d) {
+  double sum = 0;
+  for (size_t c = 0; c < d; ++c) sum += x[t * d + c] * x[t * d + c];
+  return std::sqrt(sum);
+}
+
+void expect_sound(const Page& p, double closest) {
+  const size_t d = size_t(p.x.head_dim);
+  const oracle::Served cpu = oracle::decode_page(p.format, p.bytes);
+  const PageNotesDevice& notes = device_notes(int(d), p.device.data());
+  EXPECT_EQ(p.k, cpu.k);
+  double largest = 0;
+  for (size_t t = 0; t < 64; ++t) largest = std::max(largest, row_norm(p.v, t, d));
+  for (size_t t = 0; t < 64; ++t) {
+    double error = 0, moved = 0;
+    for (size_t c = 0; c < d; ++c) {
+      const double served = p.v[t * d + c];
+      error += std::pow(served - oracle::decode(p.x.dtype, p.x.v[t * d + c]), 2);
+      moved += std::pow(served - cpu.v[t * d + c], 2);
+    }
+    const BlockNotesDevice& note = notes.block[t / 16];
+    const double norm = row_norm(p.v, t, d), lost = kLostWeight * largest;
+    EXPECT_GE(double(note.eta), std::sqrt(error) + lost);
+    EXPECT_GE(double(note.vbar), norm + lost);
+    // One more rounding to 11 bits of what 4 bits have already moved.
+    EXPECT_LE(std::sqrt(moved), closest * largest + 1e-12);
+    const size_t at = page_layout(int(d)).key_bytes + page_layout(int(d)).norms +
+                      t % 8 * 16 + t / 16 * 4 + t % 16 / 8 * 2;
+    uint16_t code;
+    std::memcpy(&code, p.device.data() + at, 2);
+    EXPECT_LE(double(notes.norm_step) * code, std::max(0.0, norm - lost));
+    EXPECT_GE(double(notes.norm_step) * (double(code) + kNormMargin), norm + lost);
+    EXPECT_GE(double(notes.norm_step) * (double(code) + 1), (norm - lost) * (1 - 1e-9));
+  }
+  for (int b = 0; b < 4; ++b) {
+    const BlockAnnotations& was = page_annotations(p.format, p.bytes, b);
+    EXPECT_EQ(notes.block[b].nu, was.nu);
+    EXPECT_EQ(notes.block[b].kappa, was.kappa);
+    EXPECT_EQ(notes.block[b].e, was.e);
+    EXPECT_EQ(notes.block[b].k_norm, was.k_norm);
+  }
+}
+
+// Half a place of 11 bits of a sum of at most 16 steps beside its base, whose size is that of the
+// largest: 2^-11, for each element.
+constexpr double kHalfPlace = 0x1p-10;
+
+TEST(DevicePage, ServesTheSameKeysAndItsNotesHold) {
+  std::mt19937_64 random(1);
+  std::normal_distribution<double> normal;
+  for (int d : {64, 128})
+    for (DType dtype : {DType::F16, DType::BF16})
+      for (double size : {1.0, 1e-4, 3000.0})
+        expect_sound(Page(d, dtype,
+                          [&](int, int) { return std::pair{normal(random), size * normal(random)}; }),
+                     kHalfPlace);
+}
+
+TEST(DevicePage, HoldsWhereValuesAreOfVeryDifferentSizes) {
+  std::mt19937_64 random(2);
+  std::normal_distribution<double> normal;
+  for (int d : {64, 128}) {
+    const auto with = [&](auto value) {
+      expect_sound(Page(d, DType::F16, [&](int t, int c) { return std::pair{0.5, value(t, c)}; }),
+                   kHalfPlace);
+    };
+    with([&](int t, int) { return t == 5 ? 6e4 : normal(random); });        // a giant
+    with([&](int t, int) { return normal(random) * std::ldexp(1.0, -t / 4); });
+    with([&](int, int c) { return 1000.0 + (c % 16 == 3) + normal(random); });  // a common mean
+    with([&](int, int c) { return c / 16 % 2 == 0 ? 0.25 : normal(random); });  // constant groups
+    with([&](int, int) { return 0.0; });
+    with([&](int t, int) { return t % 3 == 0 ? 6e-8 : 0.0; });              // subnormal halves
+    with([&](int, int c) { return c % 2 == 0 ? 65504.0 : -65504.0; });      // the largest there are
+  }
+}
+
+TEST(DevicePage, TakesAsManyBytesAsTheLayoutPromises) {
+  for (int d : {64, 128}) {
+    const PageFormat f = make_page_format(layout_by_name("compact"), d, 16);
+    // 8 bytes of a page's notes are the device's own, and they are padded to 128.
+    EXPECT_NEAR(bytes_per_token(d), f.bytes_per_token(), 16.0 / 64);
+  }
+  EXPECT_EQ(page_layout(128).page_bytes(), 236u * 64);
+}
+
+TEST(DevicePage, RefusesWhatTheDeviceDoesNotServe) {
+  const auto refused = [](const char* layout, int d, int block, const char* why) {
+    try {
+      check_device_format(make_page_format(layout_by_name(layout), d, block));
+      FAIL() << layout << " was taken";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.kind(), ErrorKind::InvalidArgument);
+      EXPECT_NE(std::string(e.what()).find(why), std::string::npos) << e.what();
+    }
+  };
+  refused("k12v8", 128, 16, "layout k12v8");
+  refused("balanced", 128, 16, "layout balanced");
+  refused("paper", 128, 16, "layout paper");
+  refused("compact", 256, 16, "head_dim is 256");
+  refused("compact", 96, 16, "head_dim is 96");
+  refused("compact", 128, 32, "block_tokens is 32");
+}
+
+// ---- plan ----------------------------------------------------------------------------------------
+
+constexpr DeviceShape kH100 = {132, 232448, 233472};
+
+TEST(LaunchPlan, CoversEveryPageOnceWithinWhatIsCharged) {
+  for (int d : {64, 128})
+    for (int groups : {1, 2})
+      for (int items : {1, 3, 8, 32, 500})
+        for (int pages : {1, 2, 7, 8, 9, 129, 513, 2049, 16385, 100000}) {
+          const SplitPlan plan = plan_splits(kH100, d, groups, pages, items);
+          EXPECT_GE(plan.pages_per_split, 1);
+          EXPECT_LE(plan.pages_per_split, kWarps * kMaxPagesPerWarp);
+          EXPECT_GE(plan.splits * plan.pages_per_split, pages);
+          EXPECT_LT((plan.splits - 1) * plan.pages_per_split, pages) << "an empty split";
+        }
+}
+
+TEST(LaunchPlan, FillsTheDeviceOnceWhereThereIsWork) {
+  const SplitPlan long_one = plan_splits(kH100, 128, 1, 2049, 8);
+  EXPECT_LE(long_one.splits * 8, 132);
+  EXPECT_GE(long_one.splits * 8, 120);
+  const SplitPlan batch = plan_splits(kH100, 128, 1, 513, 32);
+  EXPECT_LE(batch.splits * 32, 132);
+  EXPECT_GE(batch.splits * 32, 120);
+  // Two blocks fit on a multiprocessor at head_dim 64.
+  EXPECT_GE(plan_splits(kH100, 64, 1, 2049, 8).splits * 8, 200);
+  // A short sequence is not cut below a page a warp.
+  EXPECT_EQ(plan_splits(kH100, 128, 1, 8, 1).splits, 1);
+}
+
+TEST(LaunchPlan, RefusesADeviceWithTooLittleSharedMemory) {
+  try {
+    plan_splits({108, 101376, 102400}, 128, 1, 100, 8);
+    FAIL() << "taken";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::InvalidArgument);
+    EXPECT_NE(std::string(e.what()).find("the device offers 101376"), std::string::npos);
+  }
+  EXPECT_THROW(plan_splits(kH100, 128, 1, 0, 8), Error);
+  EXPECT_THROW(plan_splits(kH100, 128, 1, 8, 0), Error);
+}
+
+TEST(LaunchPlan, RefusesShapesTheKernelsDoNotTake) {
+  PassArgs args;
+  args.pages_per_split = 8;
+  const PassShape good{.head_dim = 128, .heads = 8, .items = 1, .splits = 1, .certificate = true};
+  EXPECT_NO_THROW(check_shape(args, good));
+  for (auto change : {+[](PassArgs&, PassShape& s) { s.head_dim = 96; },
+                      +[](PassArgs&, PassShape& s) { s.heads = 9; },
+                      +[](PassArgs&, PassShape& s) { s.heads = 0; },
+                      +[](PassArgs& a, PassShape&) { a.pages_per_split = 0; },
+                      +[](PassArgs& a, PassShape&) {
+                        a.pages_per_split = kWarps * kMaxPagesPerWarp + 1;
+                      }}) {
+    PassArgs a = args;
+    PassShape s = good;
+    change(a, s);
+    EXPECT_THROW(check_shape(a, s), Error);
+  }
+}
+
+}  // namespace
+}  // namespace certkv::cuda
