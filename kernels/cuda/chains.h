@@ -1,5 +1,5 @@
-// Rounding of the device's pass, in place of kernels/arith/chains.h where the GPU adds up otherwise.
-// SOURCE: method sections 3 and 4b; kernels/METHOD.md, "The GPU's arithmetic".
+// Rounding of the device's pass, in place of kernels/arith/chains.h where the GPU adds up
+// otherwise. SOURCE: method sections 3 and 4b; kernels/METHOD.md, "The GPU's arithmetic".
 #pragma once
 
 #include "kernels/arith/chains.h"
@@ -12,21 +12,21 @@ namespace certkv::cuda {
 // largest, the result at 2^-23: 2 (9 + 2) u and (17 / 2 + 2) u. gpu_check looks for more.
 inline constexpr int kMatrixUnits = 24;
 
-inline constexpr int kWarps = 8;              // of a block; each walks pages of its own
-inline constexpr int kMaxPagesPerWarp = 32;   // by plan
+inline constexpr int kWarps = 8;             // of a block; each walks pages of its own
+inline constexpr int kMaxPagesPerWarp = 32;  // by plan
 // Rescales a weight can meet: one to its warp's reference, one for each rise of that, two merges.
 inline constexpr int kRescales = kMaxPagesPerWarp + 3;
 inline constexpr double kEpsWDevice =
     (kRescales + 1) * (double(kExpError) + 2 * kUnit) + 3 * kUnit * 104;
 
 // Of the value sums: two matrix instructions in a row and what is added to them (one of
-// originals for each of four tiles is as many), the weight's two halves (2^-22), a fused operation a page and
-// one for each rise, the merge of warps.
+// originals for each of four tiles is as many), the weight's two halves (2^-22), a fused operation
+// a page and one for each rise, the merge of warps.
 inline constexpr int kChainDevice = 2 * kMatrixUnits + 5 + 4 + 2 * kMaxPagesPerWarp + kWarps + 4;
 static_assert(kChainDevice <= kChainOutput, "runtime/certify charges kChainOutput");
 
-// Scores of originals: half of the products in a row, the halves and terms of the query added up (6),
-// what its terms as halves lose (2^-22 and a little), and as chain_originals.
+// Scores of originals: half of the products in a row, the halves and terms of the query added up
+// (6), what its terms as halves lose (2^-22 and a little), and as chain_originals.
 CERTKV_INLINE double chain_originals_device(int head_dim) {
   return kMatrixUnits * (head_dim / 32) + 6 + 5 + 8;
 }

@@ -3,8 +3,8 @@
 // Under nvcc (namespace certkv::cuda) an F is a float in a register of each lane and an operation
 // is an instruction. Under any other compiler (namespace certkv::emulated) an F holds the floats of
 // all 32 lanes and the same source runs lane by lane on the CPU, so that kernels are tested, also
-// under sanitizers, where there is no GPU. What holds for a whole warp (pointers, page numbers) is a
-// plain variable in both. Lanes cannot diverge: what differs between them is written as select().
+// under sanitizers, where there is no GPU. What holds for a whole warp (pointers, page numbers) is
+// a plain variable in both. Lanes cannot diverge: what differs between them is written as select().
 //
 // The emulation knows what instructions do, not how fast: fragments lie in lanes and registers as
 // the PTX manual says, an asynchronous copy's bytes are poison until its wait, sums of the matrix

@@ -120,7 +120,8 @@ CERTKV_LANE F shuffle(F x, I from) {
   return __shfl_sync(kAllLanes, x, from);
 }
 
-// An 8 x 8 matrix of 16-bit elements, transposed: lane 4 r + c holds row r, columns 2 c and 2 c + 1.
+// An 8 x 8 matrix of 16-bit elements, transposed: lane 4 r + c holds row r, columns 2 c and 2 c
+// + 1.
 CERTKV_LANE U transpose_8x8(U x) {
   U out;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(x));
@@ -218,8 +219,8 @@ CERTKV_LANE void copy_begin(CopyState* state, std::byte* to, const std::byte* fr
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(to)),
         "l"(from), "r"(bytes), "r"(barrier)
         : "memory");
   }
@@ -228,9 +229,9 @@ CERTKV_LANE void copy_begin(CopyState* state, std::byte* to, const std::byte* fr
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + at)),
                  "l"(from + at)
                  : "memory");
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(
-                   shared_address(&state->barrier))
-               : "memory");
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&state->barrier))
+      : "memory");
 #endif
 }
 // parity: 0 for the first copy through this state, then 1, 0, ...

@@ -23,7 +23,7 @@ inline constexpr int kLaneCount = 32;
 
 template <typename V, typename Body>
 inline V each_lane(Body body) {
-  V out;
+  V out{};
   for (int lane = 0; lane < kLaneCount; ++lane) out[lane] = body(lane);
   return out;
 }
@@ -193,7 +193,8 @@ inline void mma_16(F (&sum)[4], const U (&a)[4], U b0, U b1, Convert convert) {
       exact += double(convert(uint16_t(element_a<16>(a, row, k)))) *
                convert(uint16_t(element_b<16>(b0, b1, k, n)));
     const float f = float(exact);  // towards zero
-    return std::isfinite(f) && std::fabs(double(f)) > std::fabs(exact) ? std::nextafter(f, 0.0f) : f;
+    return std::isfinite(f) && std::fabs(double(f)) > std::fabs(exact) ? std::nextafter(f, 0.0f)
+                                                                       : f;
   });
 }
 inline void mma_halves(F (&sum)[4], const U (&a)[4], U b0, U b1) {

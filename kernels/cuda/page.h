@@ -1,4 +1,5 @@
-// How a sealed page lies in the device's memory, and how one is made from a page of the CPU backend.
+// How a sealed page lies in the device's memory, and how one is made from a page of the CPU
+// backend.
 //
 // One scale group of 64 tokens, in the order in which a warp needs it: each of its loads takes 16
 // bytes a lane, in the fragments of the matrix instructions. Two parts, each copied as a whole:
@@ -16,8 +17,8 @@
 //
 // A served value is 2^exponent fma(code word, step, base), rounded to a half by the one instruction
 // that decodes it: that number is what the annotations are about. A code word is the code's bits as
-// a subnormal half, at bits 0 (tokens 0 to 7 of a tile) or 4 (8 to 15, whose step is a 16th): a mask
-// is all that unpacking takes. SOURCE: method section 2.
+// a subnormal half, at bits 0 (tokens 0 to 7 of a tile) or 4 (8 to 15, whose step is a 16th): a
+// mask is all that unpacking takes. SOURCE: method section 2.
 #pragma once
 
 #include <cstddef>

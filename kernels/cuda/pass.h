@@ -12,7 +12,7 @@ namespace certkv::cuda {
 
 struct PassShape {
   int head_dim = 0;
-  int heads = 0;   // most query heads of any item; 1 to 8
+  int heads = 0;  // most query heads of any item; 1 to 8
   int items = 0;
   int splits = 0;  // of the longest item
   bool certificate = true;
@@ -27,17 +27,17 @@ void check_shape(const PassArgs& args, const PassShape& shape);
 // not waited for).
 void attend_emulated(const PassArgs& args, const PassShape& shape);
 
-// What one item of a pass has left, in host memory, and the notes of its blocks as the device serves
-// them.
+// What one item of a pass has left, in host memory, and the notes of its blocks as the device
+// serves them.
 struct PassOutput {
   int heads = 0, head_dim = 0, groups = 1;
   size_t blocks = 0, tokens = 0;
   bool certificate = true;
   float unit = 1;
-  std::span<const float> records;     // [pages, groups, kRecordFloats]
-  std::span<const uint32_t> used;     // [pages]
-  std::span<const double> merged;     // [heads, sums_floats(head_dim)]
-  std::span<const uint8_t> coded;     // [blocks] 1: of a page with codes
+  std::span<const float> records;        // [pages, groups, kRecordFloats]
+  std::span<const uint32_t> used;        // [pages]
+  std::span<const double> merged;        // [heads, sums_floats(head_dim)]
+  std::span<const uint8_t> coded;        // [blocks] 1: of a page with codes
   std::span<const float> nu, eta, vbar;  // [blocks]; without codes: nu, 0, nu
 };
 

@@ -39,26 +39,26 @@ CERTKV_HD constexpr int sums_floats(int head_dim) {
 struct PassItem {
   const PageEntry* pages = nullptr;
   int32_t page_count = 0;
-  int32_t heads = 0;               // query heads of the KV head
-  const float* scaled = nullptr;   // [heads, head_dim] q / sqrt(d)
-  const float* norm = nullptr;     // [heads] its norm, rounded up
+  int32_t heads = 0;                    // query heads of the KV head
+  const float* scaled = nullptr;        // [heads, head_dim] q / sqrt(d)
+  const float* norm = nullptr;          // [heads] its norm, rounded up
   const int32_t* key_slot = nullptr;    // [4 page_count] slot of a block's keys; -1: not resident
   const int32_t* value_slot = nullptr;  // the same of its values
-  const float* k_norm = nullptr;   // [4 page_count] of original keys, as annotated
-  float unit = 1;                  // power of two that brings the largest norm near 1
-  float* records = nullptr;        // out [page_count, groups, kRecordFloats]
-  uint32_t* used = nullptr;        // out [page_count] originals really used, bits as in wants
-  float* splits = nullptr;         // out [splits, heads, sums_floats(head_dim)]
-  double* merged = nullptr;        // out [heads, sums_floats(head_dim)]
-  float* out = nullptr;            // out [heads, head_dim] o / l
-  uint32_t* flags = nullptr;       // out: or-ed into
+  const float* k_norm = nullptr;        // [4 page_count] of original keys, as annotated
+  float unit = 1;                       // power of two that brings the largest norm near 1
+  float* records = nullptr;             // out [page_count, groups, kRecordFloats]
+  uint32_t* used = nullptr;             // out [page_count] originals really used, bits as in wants
+  float* splits = nullptr;              // out [splits, heads, sums_floats(head_dim)]
+  double* merged = nullptr;             // out [heads, sums_floats(head_dim)]
+  float* out = nullptr;                 // out [heads, head_dim] o / l
+  uint32_t* flags = nullptr;            // out: or-ed into
 };
 
 struct PassArgs {
   const PassItem* items = nullptr;  // [grid.y]
   int32_t pages_per_split = 0;
-  DType dtype = DType::BF16;            // of originals
-  const std::byte* slots = nullptr;     // [slot_count][16, head_dim] rows of one block's tensor
+  DType dtype = DType::BF16;         // of originals
+  const std::byte* slots = nullptr;  // [slot_count][16, head_dim] rows of one block's tensor
   int32_t slot_count = 0;
 };
 

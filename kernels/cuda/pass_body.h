@@ -115,8 +115,8 @@ struct Pass {
   }
 
   // One head's query as sums of 16-bit floats of the originals' type, times a power of two that
-  // brings its largest element to [1, 2) (halves: [2^14, 2^15)). Three bfloat16 hold it exactly, two
-  // halves but for 2^-22 of each element and 2^-40 of the largest. Fragments B of m16n8k16:
+  // brings its largest element to [1, 2) (halves: [2^14, 2^15)). Three bfloat16 hold it exactly,
+  // two halves but for 2^-22 of each element and 2^-40 of the largest. Fragments B of m16n8k16:
   // [step d/16][term 3][head][class 4][2 words]; k 2 c, 2 c + 1 of step 2 i + z is channel
   // 32 i + 8 c + 4 z + {0, 1}, k 2 c + 8, 2 c + 9 the next two.
   CERTKV_FN void split_query(int head) const {
@@ -125,14 +125,13 @@ struct Pass {
     F x[kPairs][2];
     F most = splat(0);
     CERTKV_UNROLL
-    for (int i = 0; i < kPairs; ++i)
-      CERTKV_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const float* from = head < item.heads ? item.scaled + head * kDim : item.scaled;
-        x[i][e] = load_float(from, lane * 2 + (64 * i + e));
-        if (head >= item.heads) x[i][e] = splat(0);
-        most = larger(most, magnitude(x[i][e]));
-      }
+    for (int i = 0; i < kPairs; ++i) CERTKV_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const float* from = head < item.heads ? item.scaled + head * kDim : item.scaled;
+      x[i][e] = load_float(from, lane * 2 + (64 * i + e));
+      if (head >= item.heads) x[i][e] = splat(0);
+      most = larger(most, magnitude(x[i][e]));
+    }
     CERTKV_UNROLL
     for (int mask = 1; mask < 32; mask *= 2) most = larger(most, shuffle_xor(most, mask));
     // Within 2^-100 to 2^100, so that its inverse is one too; NaN and infinity stay what they are.
@@ -174,7 +173,8 @@ struct Pass {
     }
   }
 
-  // ---- a head's state in registers, C fragment ---------------------------------------------------
+  // ---- a head's state in registers, C fragment
+  // ---------------------------------------------------
 
   struct Sums {
     F m, l, m2, s1, c_tokens, score_max;
@@ -252,8 +252,7 @@ struct Pass {
         float(gamma_n(chain_codes(kDim)) * (1 + 8 * kUnit)) * accepted(notes.kbar_norm);
     const F rounding = norm * gamma + lost * (128 * (1 + 0x1p-18f));
     const F by_channel = sum * ((1 + 0x1p-18f) * accepted(notes.kappa));
-    const F bound =
-        (min_nan(by_channel, norm * accepted(notes.e)) + rounding) * (1 + 0x1p-20f);
+    const F bound = (min_nan(by_channel, norm * accepted(notes.e)) + rounding) * (1 + 0x1p-20f);
     const I from = (lane & 3) * 8;
     out->unit = shuffle(unit, from);
     out->base = shuffle(base + rests * 128.0f, from);
@@ -265,11 +264,11 @@ struct Pass {
     return (bound + float(kEpsWDevice * (1 + 8 * kUnit))) * (1 + 0x1p-22f);
   }
 
-  // ---- originals ---------------------------------------------------------------------------------
+  // ---- originals
+  // ---------------------------------------------------------------------------------
 
   CERTKV_FN F original(U pair, bool second) const {
-    if (args.dtype == DType::BF16)
-      return float_of_bits(second ? pair & 0xffff0000u : pair << 16);
+    if (args.dtype == DType::BF16) return float_of_bits(second ? pair & 0xffff0000u : pair << 16);
     return second ? high_half(pair) : low_half(pair);
   }
   // Rows of a block's keys or values; nullptr if no slot holds them.
@@ -300,10 +299,9 @@ struct Pass {
     const I lane = lane_index();
     U k[2][kSteps][4];
     CERTKV_UNROLL
-    for (int half = 0; half < 2; ++half)
-      CERTKV_UNROLL
-      for (int i = 0; i < kSteps; ++i)
-        load4(keys + i * 64, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 16, k[half][i]);
+    for (int half = 0; half < 2; ++half) CERTKV_UNROLL
+    for (int i = 0; i < kSteps; ++i)
+      load4(keys + i * 64, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 16, k[half][i]);
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g) {
       F sum[2][4], last[4];  // of the first two terms, half of the steps each; of the third
@@ -344,10 +342,9 @@ struct Pass {
     const bool halves = args.dtype == DType::F16;
     U v[2][kCells][2];
     CERTKV_UNROLL
-    for (int half = 0; half < 2; ++half)
-      CERTKV_UNROLL
-      for (int c = 0; c < kCells; ++c)
-        load2(values + c * 32, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 8, v[half][c]);
+    for (int half = 0; half < 2; ++half) CERTKV_UNROLL
+    for (int c = 0; c < kCells; ++c)
+      load2(values + c * 32, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 8, v[half][c]);
     if (kCertificate) {
       // Roundings of squares and sums, half of them after the root, and the root's own.
       constexpr float kSlack = float((kDim / 4 + 8) * 0x1p-24) + 0x1p-20f;
@@ -355,12 +352,11 @@ struct Pass {
       for (int half = 0; half < 2; ++half) {
         F n2 = splat(0);
         CERTKV_UNROLL
-        for (int c = 0; c < kCells; ++c)
-          CERTKV_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            const F x = original(v[half][c][e / 2], e % 2 == 1) * item.unit;
-            n2 = fma(x, x, n2);
-          }
+        for (int c = 0; c < kCells; ++c) CERTKV_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const F x = original(v[half][c][e / 2], e % 2 == 1) * item.unit;
+          n2 = fma(x, x, n2);
+        }
         n2 = n2 + shuffle_xor(n2, 1);
         const F norm = root(n2 + shuffle_xor(n2, 2));
         const F below = norm * (1 - kSlack), above = norm * (1 + kSlack);
@@ -373,14 +369,13 @@ struct Pass {
     }
     U b[kGroups][2][2];  // of bfloat16: first two terms of a weight, and the third
     CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g)
-      CERTKV_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        U term[3];
-        split_brains(p[g][tile][half], splat(0), term);
-        b[g][0][half] = halves ? w[g][tile][half] : transpose_8x8(term[0] | term[1] << 16);
-        b[g][1][half] = halves ? splat_u(0) : transpose_8x8(term[2]);
-      }
+    for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      U term[3];
+      split_brains(p[g][tile][half], splat(0), term);
+      b[g][0][half] = halves ? w[g][tile][half] : transpose_8x8(term[0] | term[1] << 16);
+      b[g][1][half] = halves ? splat_u(0) : transpose_8x8(term[2]);
+    }
     const float scale = halves ? item.unit / kWeightScale : item.unit;
     CERTKV_UNROLL
     for (int c = 0; c < kCells; ++c) {
@@ -403,22 +398,20 @@ struct Pass {
     }
   }
 
-  // ---- values as codes ---------------------------------------------------------------------------
+  // ---- values as codes
+  // ---------------------------------------------------------------------------
 
   // sum p v^ of four cells over the tiles in `mask`, weights as 2^15 p.
   CERTKV_FN static void weigh_codes(const std::byte* values, int quad, uint32_t mask,
-                                    const U (&w)[kGroups][kPageTiles][2],
-                                    F (&sum)[kGroups][4][2]) {
+                                    const U (&w)[kGroups][kPageTiles][2], F (&sum)[kGroups][4][2]) {
     const I lane = lane_index();
     CERTKV_UNROLL
     for (int pair = 0; pair < kPageTiles; pair += 2) {  // shorter chains
       F acc[kGroups][4][4];
       CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g)
-        CERTKV_UNROLL
-        for (int c = 0; c < 4; ++c)
-          CERTKV_UNROLL
-          for (int i = 0; i < 4; ++i) acc[g][c][i] = splat(0);
+      for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
+      for (int c = 0; c < 4; ++c) CERTKV_UNROLL
+      for (int i = 0; i < 4; ++i) acc[g][c][i] = splat(0);
       CERTKV_UNROLL
       for (int tile = pair; tile < pair + 2; ++tile) {
         if ((mask >> tile & 1) == 0) continue;
@@ -439,18 +432,18 @@ struct Pass {
         }
       }
       CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g)
-        CERTKV_UNROLL
-        for (int c = 0; c < 4; ++c) {
-          // High and low parts of a weight are neighbouring columns.
-          const F x = acc[g][c][0] + acc[g][c][1], y = acc[g][c][2] + acc[g][c][3];
-          sum[g][c][0] = pair == 0 ? x : sum[g][c][0] + x;
-          sum[g][c][1] = pair == 0 ? y : sum[g][c][1] + y;
-        }
+      for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        // High and low parts of a weight are neighbouring columns.
+        const F x = acc[g][c][0] + acc[g][c][1], y = acc[g][c][2] + acc[g][c][3];
+        sum[g][c][0] = pair == 0 ? x : sum[g][c][0] + x;
+        sum[g][c][1] = pair == 0 ? y : sum[g][c][1] + y;
+      }
     }
   }
 
-  // ---- one page ----------------------------------------------------------------------------------
+  // ---- one page
+  // ----------------------------------------------------------------------------------
 
   // What a page of this step is read as. Bit t: tile t.
   struct Sources {
@@ -497,8 +490,8 @@ struct Pass {
     float* to = item.records + (size_t(page) * kGroups + size_t(group)) * kRecordFloats;
     const F first = select(row < 4, sum, select(row < 5, ref, select(row < 6, bound, c)));
     store_where(row < 7, to, lane, first);
-    const F of_tile = select(row < 2, select(row < 1, delta[0], delta[1]),
-                             select(row < 3, delta[2], delta[3]));
+    const F of_tile =
+        select(row < 2, select(row < 1, delta[0], delta[1]), select(row < 3, delta[2], delta[3]));
     store_where(row < 4, to + kRecordDelta, lane, of_tile);
   }
 
@@ -506,8 +499,8 @@ struct Pass {
   template <bool kOriginals, typename AfterKeys, typename BeforeValues>
   CERTKV_FN void page_terms(int page, const PageEntry& entry, const Sources& from,
                             const std::byte* keys, const F (&q)[kGroups][kSteps * 4],
-                            const F (&norm)[kGroups], Sums (&sums)[kGroups],
-                            AfterKeys after_keys, BeforeValues before_values) const {
+                            const F (&norm)[kGroups], Sums (&sums)[kGroups], AfterKeys after_keys,
+                            BeforeValues before_values) const {
     const I lane = lane_index();
     F s[kGroups][kPageTiles][2];
     F bound[kGroups], c[kGroups], code_delta[kGroups];
@@ -522,8 +515,7 @@ struct Pass {
     }
 
     if (!kOriginals || from.page) {
-      const PageNotesDevice& notes =
-          *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
+      const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
       norm_step = accepted(notes.norm_step) * item.unit;
       factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
       Query query[kGroups];
@@ -536,9 +528,8 @@ struct Pass {
       for (int t = 0; t < kPageTiles; ++t) {
         I sum[kGroups][4];
         CERTKV_UNROLL
-        for (int g = 0; g < kGroups; ++g)
-          CERTKV_UNROLL
-          for (int i = 0; i < 4; ++i) sum[g][i] = splat_i(0);
+        for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
+        for (int i = 0; i < 4; ++i) sum[g][i] = splat_i(0);
         CERTKV_UNROLL
         for (int i = 0; i < kSteps; ++i) {
           U a[4];
@@ -570,13 +561,12 @@ struct Pass {
         const int tokens = entry.tokens - 16 * t < 16 ? entry.tokens - 16 * t : 16;
         if ((from.keys >> t & 1) != 0) score_rows(from.key_rows[t], tokens, s, t);
         CERTKV_UNROLL
-        for (int g = 0; g < kGroups; ++g)
-          CERTKV_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const B inside = (lane >> 2) + 8 * half < tokens;
-            s[g][t][half] = select(inside, s[g][t][half], splat(-__builtin_inff()));
-            if (from.lost) s[g][t][half] = splat(__builtin_nanf(""));
-          }
+        for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const B inside = (lane >> 2) + 8 * half < tokens;
+          s[g][t][half] = select(inside, s[g][t][half], splat(-__builtin_inff()));
+          if (from.lost) s[g][t][half] = splat(__builtin_nanf(""));
+        }
       }
     }
 
@@ -605,12 +595,11 @@ struct Pass {
           x.s1 = x.s1 * less;
         }
         CERTKV_UNROLL
-        for (int i = 0; i < kCells; ++i)
-          CERTKV_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            x.o[i][half] = x.o[i][half] * less;
-            if (kCertificate) x.a[i][half] = x.a[i][half] * less;
-          }
+        for (int i = 0; i < kCells; ++i) CERTKV_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          x.o[i][half] = x.o[i][half] * less;
+          if (kCertificate) x.a[i][half] = x.a[i][half] * less;
+        }
       }
       f[g] = exponential(most - x.m);
       F tile_sum[kPageTiles];
@@ -708,9 +697,8 @@ struct Pass {
       F of_t[kGroups][4][2], rest[kGroups][4][2];
       const auto clear = [](F(&x)[kGroups][4][2]) {
         CERTKV_UNROLL
-        for (int g = 0; g < kGroups; ++g)
-          CERTKV_UNROLL
-          for (int i = 0; i < 4; ++i) x[g][i][0] = x[g][i][1] = splat(0);
+        for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
+        for (int i = 0; i < 4; ++i) x[g][i][0] = x[g][i][1] = splat(0);
       };
       if (!kOriginals) {
         weigh_codes(values, quad, 0xfu, w, of_t);
@@ -724,27 +712,27 @@ struct Pass {
       for (int g = 0; g < kGroups; ++g) {
         const F scale = f[g] * factor, weighed = scale * c[g];
         CERTKV_UNROLL
-        for (int i = 0; i < 4; ++i)
-          CERTKV_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            F& o = sums[g].o[quad * 4 + i][half];
-            F& a = sums[g].a[quad * 4 + i][half];
-            if (!kOriginals) {
-              o = fma(of_t[g][i][half], scale, o);
-              if (kCertificate) a = fma(of_t[g][i][half], weighed, a);
-            } else {
-              // Both about the page's reference, out of the weights' scale.
-              const F in_t = of_t[g][i][half] * factor + v_sum[0][g][quad * 4 + i][half];
-              const F out_t = rest[g][i][half] * factor + v_sum[1][g][quad * 4 + i][half];
-              o = fma(in_t + out_t, f[g], o);
-              if (kCertificate) a = fma(in_t, f[g] * c[g], a);
-            }
+        for (int i = 0; i < 4; ++i) CERTKV_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          F& o = sums[g].o[quad * 4 + i][half];
+          F& a = sums[g].a[quad * 4 + i][half];
+          if (!kOriginals) {
+            o = fma(of_t[g][i][half], scale, o);
+            if (kCertificate) a = fma(of_t[g][i][half], weighed, a);
+          } else {
+            // Both about the page's reference, out of the weights' scale.
+            const F in_t = of_t[g][i][half] * factor + v_sum[0][g][quad * 4 + i][half];
+            const F out_t = rest[g][i][half] * factor + v_sum[1][g][quad * 4 + i][half];
+            o = fma(in_t + out_t, f[g], o);
+            if (kCertificate) a = fma(in_t, f[g] * c[g], a);
           }
+        }
       }
     }
   }
 
-  // ---- a warp's pages ----------------------------------------------------------------------------
+  // ---- a warp's pages
+  // ----------------------------------------------------------------------------
 
   CERTKV_FN int coded(int page, int count) const {  // the warp's next page with codes
     while (page < count && entries()[page].page == nullptr) page += kWarps;
@@ -777,11 +765,10 @@ struct Pass {
       const I head = (lane >> 3) + 4 * g;
       norm[g] = load_float(norms(), head);
       CERTKV_UNROLL
-      for (int i = 0; i < kSteps; ++i)
-        CERTKV_UNROLL
-        for (int e = 0; e < 4; ++e)
-          q[g][i * 4 + e] = load_float(
-              query(), head * kDim + (32 * i + e) + ((lane & 4) * 4 + (lane & 3) * 4));
+      for (int i = 0; i < kSteps; ++i) CERTKV_UNROLL
+      for (int e = 0; e < 4; ++e)
+        q[g][i * 4 + e] =
+            load_float(query(), head * kDim + (32 * i + e) + ((lane & 4) * 4 + (lane & 3) * 4));
       x[g].m = splat(-__builtin_inff());
       x[g].l = x[g].m2 = x[g].s1 = x[g].c_tokens = x[g].score_max = splat(0);
       CERTKV_UNROLL
@@ -823,17 +810,17 @@ struct Pass {
       store_where(one, to, at + int(kSumCTokens), x[g].c_tokens);
       store_where(one, to, at + int(kSumScoreMax), x[g].score_max);
       CERTKV_UNROLL
-      for (int i = 0; i < kCells; ++i)
-        CERTKV_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const I element = at + (kSumsHeader + 16 * i + half) + (lane >> 2) * 2;
-          store(to, element, x[g].o[i][half]);
-          store(to, element + kDim, x[g].a[i][half]);
-        }
+      for (int i = 0; i < kCells; ++i) CERTKV_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const I element = at + (kSumsHeader + 16 * i + half) + (lane >> 2) * 2;
+        store(to, element, x[g].o[i][half]);
+        store(to, element + kDim, x[g].a[i][half]);
+      }
     }
   }
 
-  // ---- a split's sums ----------------------------------------------------------------------------
+  // ---- a split's sums
+  // ----------------------------------------------------------------------------
 
   // The warps' sums about the largest of their references, in order.
   CERTKV_FN void combine() const {

@@ -44,8 +44,8 @@ struct SplitPlan {
   int splits = 1;
 };
 // max_pages: of the longest sequence; items: KV heads of all sequences. The same arguments give the
-// same plan: who needs a head's bits not to depend on its neighbours or on the number of ranks names
-// the same `items` everywhere. A split has at most kWarps * kMaxPagesPerWarp pages, what the
+// same plan: who needs a head's bits not to depend on its neighbours or on the number of ranks
+// names the same `items` everywhere. A split has at most kWarps * kMaxPagesPerWarp pages, what the
 // rounding analysis allows. Throws InvalidArgument where a block's shared memory does not suffice.
 SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int max_pages,
                       int items);

@@ -1,11 +1,11 @@
 // Times the certified pass on a GPU: attention_gpu_bench [repeats [tokens batch]].
 //
-// 32 query heads over 8 KV heads, head_dim 128, layout compact, at 8K to 128K tokens, batch 1 and 4;
-// pages of random keys and values as the product seals them, copied to shuffled places; an open page
-// of 40 tokens; a share of the blocks from originals, drawn at random. Variants take turns within
-// one run: the pass with and without its certificate, with 0 and 5 % originals, and a kernel that
-// reads the pages' bytes alone. Each measurement is a CUDA graph of several passes over copies that
-// together are larger than the L2 cache; the median of the repeats is printed, per pass.
+// 32 query heads over 8 KV heads, head_dim 128, layout compact, at 8K to 128K tokens, batch 1 and
+// 4; pages of random keys and values as the product seals them, copied to shuffled places; an open
+// page of 40 tokens; a share of the blocks from originals, drawn at random. Variants take turns
+// within one run: the pass with and without its certificate, with 0 and 5 % originals, and a kernel
+// that reads the pages' bytes alone. Each measurement is a CUDA graph of several passes over copies
+// that together are larger than the L2 cache; the median of the repeats is printed, per pass.
 #include <cuda_runtime_api.h>
 #include <fmt/core.h>
 
@@ -101,8 +101,7 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
   s.page_bytes = cuda::page_layout(kDim).page_bytes();
   s.copy_bytes = size_t(tokens / 64) * size_t(s.items) * s.page_bytes;
   const int copies = int(std::max<size_t>(1, (kColdBytes + s.copy_bytes - 1) / s.copy_bytes));
-  const cuda::SplitPlan plan =
-      cuda::plan_splits(cuda::device_shape(), kDim, 1, s.pages, s.items);
+  const cuda::SplitPlan plan = cuda::plan_splits(cuda::device_shape(), kDim, 1, s.pages, s.items);
   s.shape = {.head_dim = kDim,
              .heads = kHeads,
              .items = s.items,
@@ -123,7 +122,8 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
   for (float& x : scaled) x = draw() / std::sqrt(float(kDim));
   for (int h = 0; h < kHeads; ++h) {
     double n2 = 0;
-    for (int c = 0; c < kDim; ++c) n2 += double(scaled[size_t(h * kDim + c)]) * scaled[size_t(h * kDim + c)];
+    for (int c = 0; c < kDim; ++c)
+      n2 += double(scaled[size_t(h * kDim + c)]) * scaled[size_t(h * kDim + c)];
     norm.push_back(float(std::sqrt(n2) * (1 + 1e-6)));
   }
   const float* scaled_at = hold(device(scaled));
@@ -212,17 +212,19 @@ void bench(int tokens, int batch, int repeats, cudaStream_t stream) {
   int times = 0;
   const auto add = [&](const char* name, const Setup& s, bool read_only) {
     times = int(std::max<size_t>(s.copies.size(), 8));
-    variants.push_back({name, graph_of(s, times, stream, [&](const Copy& c) {
-                          if (read_only) {
-                            check(launch_read_only(c.pages, s.copy_bytes, sink, read_blocks,
-                                                   stream));
-                            return;
-                          }
-                          cuda::PassArgs args = s.args;
-                          args.items = c.items;
-                          cuda::attend(args, s.shape, stream);
-                        }),
-                        {}});
+    variants.push_back(
+        {name,
+         graph_of(s, times, stream,
+                  [&](const Copy& c) {
+                    if (read_only) {
+                      check(launch_read_only(c.pages, s.copy_bytes, sink, read_blocks, stream));
+                      return;
+                    }
+                    cuda::PassArgs args = s.args;
+                    args.items = c.items;
+                    cuda::attend(args, s.shape, stream);
+                  }),
+         {}});
   };
   setups.push_back(make_setup(tokens, batch, 0, true));
   add("read only", setups[0], true);

@@ -75,8 +75,9 @@ TEST(LanesOnDevice, AreWhatTheEmulationSays) {
         if (size > 0) worst[i / 4] = std::max(worst[i / 4], off / (kUnit * size));
       }
   }
-  std::printf("m16n8k16: halves %.2f, bfloat16 %.2f u of the sum of magnitudes at most, %d charged\n",
-              worst[0], worst[1], cuda::kMatrixUnits);
+  std::printf(
+      "m16n8k16: halves %.2f, bfloat16 %.2f u of the sum of magnitudes at most, %d charged\n",
+      worst[0], worst[1], cuda::kMatrixUnits);
 }
 
 }  // namespace

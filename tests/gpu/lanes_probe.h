@@ -8,9 +8,9 @@
 
 namespace certkv {
 
-inline constexpr int kProbeWords = 8;      // of each lane, in
-inline constexpr int kProbeExact = 12;     // words of each lane, out: the same bits
-inline constexpr int kProbeSums = 8;       // floats of each lane, out: within kMatrixUnits
+inline constexpr int kProbeWords = 8;   // of each lane, in
+inline constexpr int kProbeExact = 12;  // words of each lane, out: the same bits
+inline constexpr int kProbeSums = 8;    // floats of each lane, out: within kMatrixUnits
 
 // in: [warps, kProbeWords, 32]; exact: [warps, kProbeExact, 32]; sums: [warps, kProbeSums, 32].
 void probe_lanes_emulated(const uint32_t* in, int warps, uint32_t* exact, float* sums);

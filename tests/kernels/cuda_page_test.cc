@@ -68,8 +68,8 @@ void expect_sound(const Page& p, double closest) {
     EXPECT_GE(double(note.vbar), norm + lost);
     // One more rounding to 11 bits of what 4 bits have already moved.
     EXPECT_LE(std::sqrt(moved), closest * largest + 1e-12);
-    const size_t at = page_layout(int(d)).key_bytes + page_layout(int(d)).norms +
-                      t % 8 * 16 + t / 16 * 4 + t % 16 / 8 * 2;
+    const size_t at = page_layout(int(d)).key_bytes + page_layout(int(d)).norms + t % 8 * 16 +
+                      t / 16 * 4 + t % 16 / 8 * 2;
     uint16_t code;
     std::memcpy(&code, p.device.data() + at, 2);
     EXPECT_LE(double(notes.norm_step) * code, std::max(0.0, norm - lost));
@@ -96,7 +96,9 @@ TEST(DevicePage, ServesTheSameKeysAndItsNotesHold) {
     for (DType dtype : {DType::F16, DType::BF16})
       for (double size : {1.0, 1e-4, 3000.0})
         expect_sound(Page(d, dtype,
-                          [&](int, int) { return std::pair{normal(random), size * normal(random)}; }),
+                          [&](int, int) {
+                            return std::pair{normal(random), size * normal(random)};
+                          }),
                      kHalfPlace);
 }
 
@@ -105,16 +107,19 @@ TEST(DevicePage, HoldsWhereValuesAreOfVeryDifferentSizes) {
   std::normal_distribution<double> normal;
   for (int d : {64, 128}) {
     const auto with = [&](auto value) {
-      expect_sound(Page(d, DType::F16, [&](int t, int c) { return std::pair{0.5, value(t, c)}; }),
+      expect_sound(Page(d, DType::F16,
+                        [&](int t, int c) {
+                          return std::pair{0.5, value(t, c)};
+                        }),
                    kHalfPlace);
     };
-    with([&](int t, int) { return t == 5 ? 6e4 : normal(random); });        // a giant
+    with([&](int t, int) { return t == 5 ? 6e4 : normal(random); });  // a giant
     with([&](int t, int) { return normal(random) * std::ldexp(1.0, -t / 4); });
     with([&](int, int c) { return 1000.0 + (c % 16 == 3) + normal(random); });  // a common mean
     with([&](int, int c) { return c / 16 % 2 == 0 ? 0.25 : normal(random); });  // constant groups
     with([&](int, int) { return 0.0; });
-    with([&](int t, int) { return t % 3 == 0 ? 6e-8 : 0.0; });              // subnormal halves
-    with([&](int, int c) { return c % 2 == 0 ? 65504.0 : -65504.0; });      // the largest there are
+    with([&](int t, int) { return t % 3 == 0 ? 6e-8 : 0.0; });          // subnormal halves
+    with([&](int, int c) { return c % 2 == 0 ? 65504.0 : -65504.0; });  // the largest there are
   }
 }
 
@@ -145,7 +150,8 @@ TEST(DevicePage, RefusesWhatTheDeviceDoesNotServe) {
   refused("compact", 128, 32, "block_tokens is 32");
 }
 
-// ---- plan ----------------------------------------------------------------------------------------
+// ---- plan
+// ----------------------------------------------------------------------------------------
 
 constexpr DeviceShape kH100 = {132, 232448, 233472};
 
@@ -192,13 +198,11 @@ TEST(LaunchPlan, RefusesShapesTheKernelsDoNotTake) {
   args.pages_per_split = 8;
   const PassShape good{.head_dim = 128, .heads = 8, .items = 1, .splits = 1, .certificate = true};
   EXPECT_NO_THROW(check_shape(args, good));
-  for (auto change : {+[](PassArgs&, PassShape& s) { s.head_dim = 96; },
-                      +[](PassArgs&, PassShape& s) { s.heads = 9; },
-                      +[](PassArgs&, PassShape& s) { s.heads = 0; },
-                      +[](PassArgs& a, PassShape&) { a.pages_per_split = 0; },
-                      +[](PassArgs& a, PassShape&) {
-                        a.pages_per_split = kWarps * kMaxPagesPerWarp + 1;
-                      }}) {
+  for (auto change :
+       {+[](PassArgs&, PassShape&s) { s.head_dim = 96; },
+        +[](PassArgs&, PassShape&s) { s.heads = 9; }, +[](PassArgs&, PassShape&s) { s.heads = 0; },
+        +[](PassArgs&a, PassShape&) { a.pages_per_split = 0; },
+        +[](PassArgs&a, PassShape&) { a.pages_per_split = kWarps * kMaxPagesPerWarp + 1; }}) {
     PassArgs a = args;
     PassShape s = good;
     change(a, s);

@@ -37,11 +37,15 @@ struct Drawn {
 
 // Attention over what the device serves, in float64: which rows, the block table says.
 struct Served {
-  std::vector<double> score, norm;  // [tokens]
-  std::vector<double> out, mass;    // [d]; [blocks] about m
+  std::vector<double> score, norm;               // [tokens]
+  std::vector<double> out, mass;                 // [d]; [blocks] about m
   double m = -INFINITY, z = 0, s = 0, size = 0;  // size: sum w max(||v||, vbar)
+  // Over T, with the factors c_b that the pass says it used: sum c w v, of w ||v||^2, of w size.
+  std::vector<double> a;
+  double m2 = 0, a_size = 0;
 };
-Served attend_served(const SealedHead& head, std::span<const BlockRef> blocks, const float* q) {
+Served attend_served(const SealedHead& head, std::span<const BlockRef> blocks, const float* q,
+                     const float* c_of) {
   const size_t d = head.dim();
   const std::vector<double>& decoded = oracle::decoded(head.x.dtype);
   std::vector<std::byte> page(cuda::page_layout(int(d)).page_bytes());
@@ -74,6 +78,7 @@ Served attend_served(const SealedHead& head, std::span<const BlockRef> blocks, c
     }
   }
   x.out.assign(d, 0.0);
+  x.a.assign(d, 0.0);
   for (size_t t = 0; t < x.score.size(); ++t) {
     const double w = std::exp(x.score[t] - x.m);
     if (t % 16 == 0) x.mass.push_back(0);
@@ -81,8 +86,18 @@ Served attend_served(const SealedHead& head, std::span<const BlockRef> blocks, c
     x.z += w;
     x.s += w * x.norm[t];
     x.size += w * bar[t];
-    for (size_t c = 0; c < d; ++c) x.out[c] += w * v[t][c];
+    const bool quantised = blocks[t / 16].page != nullptr && blocks[t / 16].k == nullptr;
+    const double cw = quantised ? double(c_of[t / 16]) * w : 0;
+    x.m2 += cw * x.norm[t] * x.norm[t];
+    x.a_size += cw * bar[t];
+    for (size_t i = 0; i < d; ++i) {
+      x.out[i] += w * v[t][i];
+      x.a[i] += cw * v[t][i];
+    }
   }
+  for (double& a : x.a) a /= x.z;
+  x.m2 /= x.z;
+  x.a_size /= x.z;
   for (double& o : x.out) o /= x.z;
   x.s /= x.z;
   x.size /= x.z;
@@ -106,33 +121,60 @@ double score_slack(const Drawn& x, const BlockRef& block, size_t b, int h) {
   return e.query * (1 + 1e-3) + oracle::gamma(double(x.head.dim())) * e.most;
 }
 
-void expect_as_served(const Drawn& x, std::span<const BlockRef> blocks, const DevicePass& pass) {
+// off: [heads, blocks] how far a score of a block may be from q k^ / sqrt(d).
+void expect_as_served(const Drawn& x, std::span<const BlockRef> blocks, const DevicePass& pass,
+                      std::span<const double> off) {
   const size_t d = x.head.dim();
   for (int h = 0; h < x.heads; ++h) {
-    const Served served = attend_served(x.head, blocks, x.query(h));
+    const Served served =
+        attend_served(x.head, blocks, x.query(h), pass.state.c.data() + pass.state.at(h, 0));
     const HeadSums& sums = pass.state.head[size_t(h)];
     double most_off = 0;
     for (size_t b = 0; b < blocks.size(); ++b) {
       const size_t i = pass.state.at(h, b);
-      const double got = pass.state.block_sum[i] *
-                         std::exp(double(pass.state.block_ref[i]) - served.m);
-      const double off = score_slack(x, blocks[b], b, h) + cuda::kEpsWDevice;
-      most_off = std::max(most_off, off);
-      EXPECT_NEAR(got, served.mass[b], std::expm1(off) * served.mass[b] + 16 * 0x1p-125)
+      const double got =
+          pass.state.block_sum[i] * std::exp(double(pass.state.block_ref[i]) - served.m);
+      most_off = std::max(most_off, off[i]);
+      EXPECT_NEAR(got, served.mass[b], std::expm1(off[i]) * served.mass[b] + 16 * 0x1p-125)
           << "head " << h << " block " << b;
     }
     EXPECT_NEAR(sums.l * std::exp(sums.m - served.m), served.z, std::expm1(most_off) * served.z);
     std::span<const float> out(pass.out.data() + size_t(h) * d, d);
     // Weights off by expm1(most_off) each move the mean by at most twice that, of what they weigh.
-    const double slack = sum_slack(served, norm_of(out)) +
-                         2.1 * std::expm1(most_off) * (served.s + norm_of(out));
+    const double slack =
+        sum_slack(served, norm_of(out)) + 2.1 * std::expm1(most_off) * (served.s + norm_of(out));
     EXPECT_LE(distance(served.out, out), slack) << "head " << h;
     const double s = sums.s1 / sums.l;
     EXPECT_LE(s, served.s * (1 + 2 * std::expm1(most_off) + oracle::gamma(160)));
     // Norms lie in the page as 16 bits of its largest: below by 2^-15 of that at most.
     EXPECT_GE(s, served.s * (1 - 2 * std::expm1(most_off) - oracle::gamma(160)) -
                      0x1p-15 * pass.state.vbar_max);
+    // m2 from above, by the norms' last place, twice; a as the output.
+    const double moved = 2.1 * std::expm1(most_off) + oracle::gamma(160);
+    const double m2 = sums.m2 / sums.l, place = 0x1p-15 * pass.state.vbar_max;
+    EXPECT_GE(m2, served.m2 * (1 - moved));
+    EXPECT_LE(m2, served.m2 * (1 + moved + 0x1p-17) + 3 * place * served.a_size +
+                      place * place * double(sums.c_tokens));
+    double a2 = 0;
+    for (size_t c = 0; c < d; ++c) a2 += std::pow(sums.a[c] / sums.l - served.a[c], 2);
+    EXPECT_LE(std::sqrt(a2), moved * 2 * served.a_size);
+    double c_tokens = 0;
+    float score_max = 0;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      if (blocks[b].page == nullptr || blocks[b].k != nullptr) continue;
+      c_tokens += pass.state.c[pass.state.at(h, b)] * 16;
+      score_max = std::max(score_max, pass.state.score_bound[pass.state.at(h, b)]);
+    }
+    EXPECT_NEAR(sums.c_tokens, c_tokens, c_tokens * oracle::gamma(512));
+    EXPECT_EQ(sums.score_max, score_max);
   }
+}
+void expect_as_served(const Drawn& x, std::span<const BlockRef> blocks, const DevicePass& pass) {
+  std::vector<double> off;
+  for (int h = 0; h < x.heads; ++h)
+    for (size_t b = 0; b < blocks.size(); ++b)
+      off.push_back(score_slack(x, blocks[b], b, h) + cuda::kEpsWDevice);
+  expect_as_served(x, blocks, pass, off);
 }
 
 void expect_certificates_hold(const Drawn& x, const DevicePass& pass) {
@@ -185,8 +227,8 @@ TEST_F(OnDevice, TakesOriginalsInPlaceOfCodes) {
 }
 
 TEST_F(OnDevice, HoldsAtTheEdgesOfBlocksPagesAndSplits) {
-  for (size_t tokens : {1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025,
-                        1100}) {
+  for (size_t tokens :
+       {1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025, 1100}) {
     const Drawn x(64, 2, tokens, tokens);
     for (int pages_per_split : {1, 3, 8, 16}) {
       if (pages_per_split == 1 && tokens > 600) continue;
@@ -220,6 +262,103 @@ TEST_F(OnDevice, ChargesEveryBlockItsScoreError) {
         }
       }
   }
+}
+
+// Keys that codes hold exactly, so that D_b is 0 and what is charged is rounding alone.
+struct ExactKeys : Drawn {
+  // q: head, channel -> query; key: token, channel -> 0 .. 255, both ends met in every group.
+  template <typename Query, typename Key, typename Value>
+  ExactKeys(int d, int n_heads, size_t tokens, Query query_of, Key key, Value value)
+      : Drawn(d, n_heads, 0, 1) {
+    head.add(tokens, [&](size_t t, size_t c) {
+      const double k = t % 64 == 62 ? 0 : t % 64 == 63 ? 255 : key(t, c);
+      return std::pair{k, value(t, c)};
+    });
+    head.seal();
+    for (int h = 0; h < n_heads; ++h)
+      for (int c = 0; c < d; ++c) q[size_t(h * d + c)] = query_of(h, c);
+  }
+  // What the pass itself charges, and nothing else, is what scores may be off.
+  void expect_within_charge() const {
+    const DevicePass pass(head.context(), group(), head.blocks);
+    std::vector<double> off;
+    for (float bound : pass.state.score_bound) off.push_back(double(bound) + cuda::kEpsWDevice);
+    expect_as_served(*this, head.blocks, pass, off);
+  }
+};
+
+TEST_F(OnDevice, WeighsWithTwentyTwoBits) {
+  std::mt19937_64 random(8);
+  std::normal_distribution<double> normal;
+  for (int d : {64, 128}) {
+    // The query is whole in its unit but for rounding: nothing is lost of it.
+    std::vector<float> q;
+    for (int i = 0; i < 8 * d; ++i)
+      q.push_back(float(i % d == 5 ? 32600 : int(random() % 65201) - 32600) * 0x1p-22f);
+    for (int weighty : {2, 62}) {  // tokens that count
+      std::vector<int> keys;
+      for (int i = 0; i < 128 * d; ++i) keys.push_back(int(random() % 256));
+      const ExactKeys x(
+          d, 8, 128, [&](int h, int c) { return q[size_t(h * d + c)]; },
+          [&](size_t t, size_t c) {
+            // All others score as the zeros at a group's end do or lower.
+            return int(t % 64) < weighty ? keys[t * size_t(d) + c] : 0;
+          },
+          [&](size_t t, size_t) { return (t % 2 == 0 ? 10 : -10) + normal(random); });
+      x.expect_within_charge();
+    }
+  }
+}
+
+// Every channel but one loses 0.45 of the query's last place, all in one direction; the keys of a
+// block are all 255, or all 0: 128 (to 127) times the loss is the score's error, once 128 times it
+// is in the base.
+TEST_F(OnDevice, ChargesWhatAQueryOfSixteenBitsLoses) {
+  constexpr float kPlace = 0x1p-20f;
+  for (int d : {64, 128})
+    for (float sign : {1.0f, -1.0f}) {
+      const ExactKeys x(
+          d, 4, 64,
+          [&](int h, int c) {
+            return c == 0 ? 32600 * kPlace : sign * (float(3 + h + c % 5) + 0.45f) * kPlace;
+          },
+          [&](size_t t, size_t) { return t / 16 % 2 == 0 ? 255 : 0; },
+          [](size_t, size_t c) { return double(c % 7); });
+      x.expect_within_charge();
+      const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+      for (int h = 0; h < 4; ++h) {
+        const double lost = 0.45 * kPlace * 128 * (d - 1) / std::sqrt(double(d));
+        EXPECT_GE(double(pass.state.score_bound[pass.state.at(h, 0)]), lost * 0.98);
+        EXPECT_LE(double(pass.state.score_bound[pass.state.at(h, 0)]), lost * 1.2);
+      }
+    }
+}
+
+// Queries whose mantissas are all ones beyond the bits of two bfloat16, along the keys: two terms
+// would lose 2^-16 of every product, 256 u, all in one direction.
+TEST_F(OnDevice, ScoresOriginalsWithAllBitsOfTheQuery) {
+  // Matrix instructions of an sm_90 are within 11 u, of which head_dim / 32 follow each other.
+  constexpr double kChain = 11 * 4 + 11;
+  for (DType dtype : {DType::F16, DType::BF16})
+    for (int d : {64, 128}) {
+      Drawn x(d, 4, 0, 1, dtype);
+      x.head.add(70, [&](size_t t, size_t c) {
+        return std::pair{(c % 3 == 0 ? -1.0 : 1.0) * (t == 20 ? 4 : 3.96875), double(t)};
+      });
+      x.head.seal();
+      for (int h = 0; h < 4; ++h)
+        for (int c = 0; c < d; ++c)
+          x.q[size_t(h * d + c)] = (c % 3 == 0 ? -0x1.fffefep+1f : 0x1.fffefep+1f) * float(h + 1);
+      const std::vector<BlockRef> blocks = x.head.originals();
+      const DevicePass pass(x.head.context(), x.group(), blocks);
+      std::vector<double> off;
+      for (int h = 0; h < 4; ++h)
+        for (size_t b = 0; b < blocks.size(); ++b)
+          off.push_back(oracle::gamma(kChain) *
+                            oracle::score_error(x.head, blocks[b], b, x.query(h)).most +
+                        cuda::kEpsWDevice);
+      expect_as_served(x, blocks, pass, off);
+    }
 }
 
 // E1, E2 and E5 from the state against the same sums token by token in float64.
@@ -291,20 +430,24 @@ TEST_F(OnDevice, CertifiesNothingOnDamagedNotes) {
   const Drawn x(64, 2, 64 * 3, 13);
   using Notes = cuda::PageNotesDevice;
   const std::vector<std::function<void(Notes&, float)>> places = {
-      [](Notes& n, float v) { n.kbar_norm = v; },     [](Notes& n, float v) { n.kappa = v; },
-      [](Notes& n, float v) { n.e = v; },             [](Notes& n, float v) { n.norm_step = v; },
-      [](Notes& n, float v) { n.value_factor = v; },  [](Notes& n, float v) { n.block[2].eta = v; },
-      [](Notes& n, float v) { n.block[1].vbar = v; }, [](Notes& n, float v) { n.block[3].nu = v; }};
+      [](Notes& n, float v) { n.kbar_norm = v; },
+      [](Notes& n, float v) { n.kappa = v; },
+      [](Notes& n, float v) { n.e = v; },
+      [](Notes& n, float v) { n.norm_step = v; },
+      [](Notes& n, float v) { n.value_factor = v; },
+      [](Notes& n, float v) { n.block[2].eta = v; },
+      [](Notes& n, float v) { n.block[1].vbar = v; },
+      [](Notes& n, float v) { n.block[3].nu = v; }};
   for (size_t i = 0; i < places.size(); ++i)
-    for (float bad : {std::nanf(""), -1.0f, -float(INFINITY)}) {
-      const DevicePass pass(
-          x.head.context(), x.group(), x.head.blocks, {.damage = [&](std::byte* page) {
-            const size_t at = cuda::page_layout(64).notes;
-            Notes notes;
-            std::memcpy(&notes, page + at, sizeof notes);
-            places[i](notes, bad);
-            std::memcpy(page + at, &notes, sizeof notes);
-          }});
+    for (float bad : {std::nanf(""), -1e-5f, -1.0f, -float(INFINITY)}) {
+      const DevicePass pass(x.head.context(), x.group(), x.head.blocks,
+                            {.damage = [&](std::byte* page) {
+                              const size_t at = cuda::page_layout(64).notes;
+                              Notes notes;
+                              std::memcpy(&notes, page + at, sizeof notes);
+                              places[i](notes, bad);
+                              std::memcpy(page + at, &notes, sizeof notes);
+                            }});
       for (const Certificate& c : pass.judge()) {
         EXPECT_FALSE(within_tolerance(c, true, 1e6)) << i << " " << bad;
         EXPECT_FALSE(within_tolerance(c, false, 1e30)) << i << " " << bad;

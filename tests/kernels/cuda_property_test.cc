@@ -40,8 +40,7 @@ void run_shape(Shape shape, uint64_t seed, Counts* counts) {
     if (key || value) blocks[b] = head.promoted(b, key, value);
   }
   const QueryGroup group = make_query_group(c.heads, c.head_dim, q.data());
-  const DevicePass pass(head.context(), group, blocks,
-                        {.pages_per_split = int(1 + random() % 9)});
+  const DevicePass pass(head.context(), group, blocks, {.pages_per_split = int(1 + random() % 9)});
   EXPECT_EQ(pass.flags, 0u);
   const std::vector<Certificate> judged = pass.judge();
   for (int h = 0; h < c.heads; ++h) {

@@ -141,8 +141,7 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
 std::vector<Certificate> DevicePass::judge() const {
   std::vector<Certificate> judged;
   for (int h = 0; h < state.heads; ++h)
-    judged.push_back(
-        certify(state, h, {}, out.data() + size_t(h) * size_t(state.head_dim)));
+    judged.push_back(certify(state, h, {}, out.data() + size_t(h) * size_t(state.head_dim)));
   return judged;
 }
 

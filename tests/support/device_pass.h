@@ -38,7 +38,8 @@ class OnDevice : public testing::Test {
 struct DevicePassOptions {
   int pages_per_split = 8;
   bool certificate = true;
-  std::function<void(std::byte* page)> damage = nullptr;  // every converted page, before it is handed over
+  std::function<void(std::byte* page)> damage =
+      nullptr;            // every converted page, before it is handed over
   int missing_slot = -1;  // block whose wanted originals no slot holds
 };
 
