@@ -12,16 +12,17 @@ namespace certkv::cuda {
 // largest, the result at 2^-23: 2 (9 + 2) u and (17 / 2 + 2) u. gpu_check looks for more.
 inline constexpr int kMatrixUnits = 24;
 
-inline constexpr int kWarps = 8;             // of a block; each walks pages of its own
-inline constexpr int kMaxPagesPerWarp = 32;  // by plan
-// Rescales a weight can meet: one to its warp's reference, one for each rise of that, two merges.
-inline constexpr int kRescales = kMaxPagesPerWarp + 3;
+inline constexpr int kWarps = 12;            // of a block; each walks pages of its own
+inline constexpr int kMaxPagesPerWarp = 24;  // by plan
+// Rescales a weight can meet: four rises within a mixed page, one to its warp's
+// reference, one for each rise of that, two merges.
+inline constexpr int kRescales = kMaxPagesPerWarp + 8;
 inline constexpr double kEpsWDevice =
     (kRescales + 1) * (double(kExpError) + 2 * kUnit) + 3 * kUnit * 104;
 
-// Of the value sums: two matrix instructions in a row and what is added to them (one of
-// originals for each of four tiles is as many), the weight's two halves (2^-22), a fused operation
-// a page and one for each rise, the merge of warps.
+// Of the value sums: two matrix instructions in a row and what is added to them (in a mixed page
+// one, and four tiles with a rise each, are fewer), the weight's two halves (2^-22), a fused
+// operation a page and one for each rise, the merge of warps.
 inline constexpr int kChainDevice = 2 * kMatrixUnits + 5 + 4 + 2 * kMaxPagesPerWarp + kWarps + 4;
 static_assert(kChainDevice <= kChainOutput, "runtime/certify charges kChainOutput");
 

@@ -16,9 +16,13 @@
 #define CERTKV_LANES_NAMESPACE cuda
 #define CERTKV_LANES_FUNCTION __device__ __forceinline__
 #define CERTKV_UNROLL _Pragma("unroll")
+#define CERTKV_UNROLL_BY_8 _Pragma("unroll 8")
+#define CERTKV_NO_UNROLL _Pragma("unroll 1")
 #else
 #include "kernels/cuda/lanes_emulated.h"
 #define CERTKV_LANES_NAMESPACE emulated
 #define CERTKV_LANES_FUNCTION inline
 #define CERTKV_UNROLL
+#define CERTKV_UNROLL_BY_8
+#define CERTKV_NO_UNROLL
 #endif

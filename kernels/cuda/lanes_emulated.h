@@ -71,9 +71,19 @@ inline F root(F x) {
 inline F exponential(F x) {
   return exp_nonpositive<F, I>(x);
 }
-inline F c_of(F delta) {
-  return c_of_deltas<F, I>(delta);
+inline F c_of_large(F x) {
+  return c_of_deltas<F, I>(x);
 }
+inline F reciprocal(F x) {
+  return 1.0f / x;
+}
+inline float uniform(F x, int lane) {
+  return x[lane];
+}
+inline uint32_t uniform(U x, int lane) {
+  return x[lane];
+}
+inline void prefetch(const std::byte*, I) {}
 inline double exponential(double x) {
   return std::exp(x);
 }
@@ -168,7 +178,8 @@ inline uint32_t element_a(const U (&a)[4], int row, int k) {
 template <int kBits>
 inline uint32_t element_b(U b0, U b1, int k, int n) {
   constexpr int kEach = 32 / kBits, kHalf = 4 * kEach;
-  const uint32_t word = (k < kHalf ? b0 : b1)[n * 4 + k % kHalf / kEach];
+  const int lane = n * 4 + k % kHalf / kEach;
+  const uint32_t word = k < kHalf ? b0[lane] : b1[lane];
   return word >> (k % kEach * kBits) & ((1u << kBits) - 1);
 }
 template <typename V, typename Body>

@@ -20,12 +20,11 @@ static_assert(sizeof(PageEntry) == 16);
 
 inline constexpr uint32_t kFlagMissing = 1;  // originals were wanted that no slot holds
 
-// Cells that a pass writes for a page and four heads: [48] floats, head = index % 4.
-//   0 sum of exp(s - reference) [tile 4][head 4]
-//   16 reference [4]   20 D_b + g_b of the codes [4]   24 c_b of the codes [4]
-//   32 Delta_b charged [tile 4][head 4]
-inline constexpr int kRecordFloats = 48;
-inline constexpr int kRecordRef = 16, kRecordBound = 20, kRecordC = 24, kRecordDelta = 32;
+// What a pass writes for a page and four heads: [56] floats, head = index % 4.
+//   0 sum of exp(s - reference) [tile 4][head 4]     16 reference [tile 4][head 4]
+//   32 Delta_b charged [tile 4][head 4]   48 D_b + g_b of the codes [4]   52 c_b of the codes [4]
+inline constexpr int kRecordFloats = 56;
+inline constexpr int kRecordRef = 16, kRecordDelta = 32, kRecordBound = 48, kRecordC = 52;
 
 // Sums of a split about its own reference: a header, then o and a, [head_dim] each. In the merged
 // state the same in double. Values are multiplied by the item's unit in splits alone.

@@ -9,7 +9,7 @@
 
 namespace certkv::cuda {
 
-inline constexpr int kKeySlots = 2, kValueSlots = 1;  // of each warp, in shared memory
+inline constexpr int kKeySlots = 1, kValueSlots = 1;  // of each warp, in shared memory
 inline constexpr int kCopyStateBytes = 48;
 
 // Offsets in a block's shared memory. UNITS: bytes.

@@ -61,7 +61,7 @@ void read_state(const PassOutput& from, PassState* state) {
       const uint32_t used = from.used[page];
       const bool key = (used >> tile & 1) != 0, value = (used >> (4 + tile) & 1) != 0;
       state->block_sum[at] = record[tile * 4 + head_of_four];
-      state->block_ref[at] = record[kRecordRef + head_of_four];
+      state->block_ref[at] = record[kRecordRef + tile * 4 + head_of_four];
       state->score_bound[at] = record[kRecordBound + head_of_four];
       state->delta[at] = record[kRecordDelta + tile * 4 + head_of_four];
       // The factor that went into a and m2; with original keys there is none.

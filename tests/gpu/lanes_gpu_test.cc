@@ -80,5 +80,15 @@ TEST(LanesOnDevice, AreWhatTheEmulationSays) {
       worst[0], worst[1], cuda::kMatrixUnits);
 }
 
+TEST(LanesOnDevice, TheExponentialIsWithinWhatIsChargedOnEveryFloat) {
+  double worst = INFINITY;
+  float below = INFINITY;
+  if (!probe_exponential_on_device(&worst, &below)) GTEST_SKIP() << "no device answers";
+  EXPECT_LE(worst, double(kExpError));
+  EXPECT_EQ(below, 0.0f);
+  std::printf("exponential: at most 2^%.3f, 2^%.3f charged\n", std::log2(worst),
+              std::log2(double(kExpError)));
+}
+
 }  // namespace
 }  // namespace certkv

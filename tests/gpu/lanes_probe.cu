@@ -11,7 +11,38 @@ __global__ void probe_kernel(const uint32_t* in, uint32_t* exact, float* sums) {
                     sums + warp * kProbeSums * 32);
 }
 
+// bits of the floats -0 to -inf; worst: as the bits of a positive double.
+__global__ void exponential_kernel(unsigned long long* worst, unsigned* below) {
+  double most = 0;
+  float small = 0;
+  for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i <= 0x7f800000u;
+       i += uint64_t(gridDim.x) * blockDim.x) {
+    const float x = __uint_as_float(uint32_t(i) | 0x80000000u);
+    const float y = cuda::exponential(x);
+    if (x < kExpFlush) {
+      small = fmaxf(small, y);
+      if (!(y >= 0)) small = INFINITY;
+      continue;
+    }
+    const double exact = exp(double(x)), off = fabs(double(y) - exact) / exact;
+    most = off <= most ? most : (off > most ? off : INFINITY);  // a NaN counts
+  }
+  atomicMax(worst, static_cast<unsigned long long>(__double_as_longlong(most)));
+  atomicMax(below, __float_as_uint(small));
+}
+
 }  // namespace
+
+bool probe_exponential_on_device(double* worst, float* below) {
+  unsigned long long* at = nullptr;
+  if (cudaMalloc(&at, 16) != cudaSuccess) return false;
+  bool ran = cudaMemset(at, 0, 16) == cudaSuccess;
+  exponential_kernel<<<1024, 256>>>(at, reinterpret_cast<unsigned*>(at + 1));
+  ran = ran && cudaGetLastError() == cudaSuccess &&
+        cudaMemcpy(worst, at, 8, cudaMemcpyDeviceToHost) == cudaSuccess &&
+        cudaMemcpy(below, at + 1, 4, cudaMemcpyDeviceToHost) == cudaSuccess;
+  return cudaFree(at) == cudaSuccess && ran;
+}
 
 bool probe_lanes_on_device(const uint32_t* in, int warps, uint32_t* exact, float* sums) {
   const size_t words = size_t(warps) * 32;

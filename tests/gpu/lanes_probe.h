@@ -17,6 +17,10 @@ void probe_lanes_emulated(const uint32_t* in, int warps, uint32_t* exact, float*
 // Host memory. Returns false if there is no device that can run it.
 bool probe_lanes_on_device(const uint32_t* in, int warps, uint32_t* exact, float* sums);
 
+// Of the device's exponential on every float of [kExpFlush, 0]: the largest relative error, and the
+// largest value below kExpFlush. Returns false if there is no device that can run it.
+bool probe_exponential_on_device(double* worst, float* below);
+
 namespace CERTKV_LANES_NAMESPACE {
 
 CERTKV_LANES_FUNCTION U brains(U x) {  // bfloat16 between 1/8 and 1/2

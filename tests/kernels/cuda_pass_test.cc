@@ -258,9 +258,37 @@ TEST_F(OnDevice, ChargesEveryBlockItsScoreError) {
           // The page is charged the largest of its blocks; those of one page are much alike.
           EXPECT_LE(pass.state.delta[i],
                     1.3 * e.d + e.query + e.most * oracle::gamma(128) + 2 * cuda::kEpsWDevice);
-          EXPECT_EQ(pass.state.c[i], c_of_delta(pass.state.delta[i]));
+          // The factor in a and m2, from above.
+          EXPECT_GE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])));
+          EXPECT_LE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])) * (1 + 1e-3));
         }
       }
+  }
+}
+
+// Nothing but the exponential, its argument's rounding and the rescales is left of a zero query.
+TEST_F(OnDevice, ChargesTheExponentialWhereTheScoresAreZero) {
+  Drawn x(64, 1, 64 * 2 + 7, 3);
+  std::fill(x.q.begin(), x.q.end(), 0.0f);
+  for (const auto& blocks : {x.head.blocks, x.head.originals()}) {
+    const DevicePass pass(x.head.context(), x.group(), blocks);
+    for (float delta : pass.state.delta) EXPECT_GE(double(delta), oracle::kLeastEpsW);
+    expect_as_served(x, blocks, pass);
+    expect_certificates_hold(x, pass);
+  }
+}
+
+// Large factors too: Delta_b of 0.5 to 30.
+TEST_F(OnDevice, BoundsTheFactorOfLargeErrors) {
+  for (double q_scale : {5.0, 30.0, 300.0}) {
+    const Drawn x(64, 2, 64 * 3, 5, DType::BF16, q_scale);
+    const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+    for (size_t i = 0; i < pass.state.delta.size(); ++i) {
+      EXPECT_GE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])));
+      EXPECT_LE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])) * (1 + 1e-4));
+    }
+    EXPECT_GT(pass.state.delta[0], 0.25f) << "the other formula was meant";
+    expect_certificates_hold(x, pass);
   }
 }
 
