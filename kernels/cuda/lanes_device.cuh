@@ -80,6 +80,9 @@ CERTKV_LANE F reciprocal(F x) {  // within 2^-22
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+CERTKV_LANE double uniform(D x, int lane) {
+  return __shfl_sync(kAllLanes, x, lane);
+}
 CERTKV_LANE float uniform(F x, int lane) {
   return __shfl_sync(kAllLanes, x, lane);
 }
@@ -139,6 +142,9 @@ CERTKV_LANE F shuffle_xor(F x, int mask) {
 CERTKV_LANE U shuffle_xor(U x, int mask) {
   return __shfl_xor_sync(kAllLanes, x, mask);
 }
+CERTKV_LANE D shuffle_xor(D x, int mask) {
+  return __shfl_xor_sync(kAllLanes, x, mask);
+}
 CERTKV_LANE F shuffle(F x, I from) {
   return __shfl_sync(kAllLanes, x, from);
 }
@@ -191,6 +197,9 @@ CERTKV_LANE void load2(const std::byte* base, I at, U (&out)[2]) {  // 8-byte al
 }
 CERTKV_LANE U load1(const std::byte* base, I at) {
   return *reinterpret_cast<const U*>(base + at);
+}
+CERTKV_LANE void store4_where(B which, std::byte* base, I at, const U (&in)[4]) {
+  if (which) *reinterpret_cast<uint4*>(base + at) = make_uint4(in[0], in[1], in[2], in[3]);
 }
 CERTKV_LANE F load_float(const float* base, I index) {
   return base[index];

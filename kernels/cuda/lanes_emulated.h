@@ -77,6 +77,9 @@ inline F c_of_large(F x) {
 inline F reciprocal(F x) {
   return 1.0f / x;
 }
+inline double uniform(D x, int lane) {
+  return x[lane];
+}
 inline float uniform(F x, int lane) {
   return x[lane];
 }
@@ -84,8 +87,8 @@ inline uint32_t uniform(U x, int lane) {
   return x[lane];
 }
 inline void prefetch(const std::byte*, I) {}
-inline double exponential(double x) {
-  return std::exp(x);
+inline D exponential(D x) {
+  return each_lane<D>([&](int i) { return std::exp(x[i]); });
 }
 inline D to_double(F x) {
   return __builtin_convertvector(x, D);
@@ -153,6 +156,9 @@ inline F shuffle_xor(F x, int mask) {
 }
 inline U shuffle_xor(U x, int mask) {
   return each_lane<U>([&](int i) { return x[i ^ mask]; });
+}
+inline D shuffle_xor(D x, int mask) {
+  return each_lane<D>([&](int i) { return x[i ^ mask]; });
 }
 inline F shuffle(F x, I from) {
   return each_lane<F>([&](int i) { return x[from[i]]; });
@@ -237,6 +243,17 @@ inline U load1(const std::byte* base, I at) {
     std::memcpy(&word, base + at[i], sizeof word);
     return word;
   });
+}
+inline void store4_where(B which, std::byte* base, I at, const U (&in)[4]) {
+  for (int lane = 0; lane < kLaneCount; ++lane) {
+    if (which[lane] == 0) continue;
+    if (reinterpret_cast<uintptr_t>(base + at[lane]) % 16 != 0)
+      throw std::logic_error("a lane stores 16 bytes to an address that is not a multiple of 16");
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = in[i][lane];
+      std::memcpy(base + at[lane] + 4 * i, &word, sizeof word);
+    }
+  }
 }
 inline F load_float(const float* base, I index) {
   return each_lane<F>([&](int i) { return base[index[i]]; });

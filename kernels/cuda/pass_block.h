@@ -106,22 +106,44 @@ struct PassBlock {
     return left < args.pages_per_split ? left : args.pages_per_split;
   }
 
-  // Words [0, count) of `from`, zeros up to `padded`; by all warps of the block.
-  CERTKV_FN void fetch(const float* from, int count, int padded, float* to) const {
-    for (int at = warp * 32; at < padded; at += kWarps * 32) {
-      const I i = lane_index() + at;
-      store_where(i < padded, to, i,
-                  select(i < count, load_float(from, select(i < count, i, splat_i(0))), splat(0)));
+  // 16-byte pieces [0, count) of `from`, zeros up to `padded`; by `others` warps, this one `at`.
+  CERTKV_FN static void fetch(const void* from, int count, int padded, int at, int others,
+                              void* to) {
+    for (int first = at * 32; first < padded; first += others * 32) {
+      const I i = lane_index() + first;
+      U piece[4];
+      load4(static_cast<const std::byte*>(from), select(i < count, i, splat_i(0)) * 16, piece);
+      CERTKV_UNROLL
+      for (int n = 0; n < 4; ++n) piece[n] = select(i < count, piece[n], splat_u(0));
+      store4_where(i < padded, static_cast<std::byte*>(to), i * 16, piece);
     }
   }
 
+  // The first copies are begun before anything else; then some warps split the queries, the others
+  // fetch what all of them need.
   CERTKV_FN void begin() const {
     for (int n = 0; n < kKeySlots + kValueSlots; ++n) copy_init(state(n));
-    fetch(reinterpret_cast<const float*>(item.pages + first_page()), pages() * 4, pages() * 4,
-          reinterpret_cast<float*>(entries()));
-    fetch(item.scaled, item.heads * kDim, kHeads * kDim, query());
-    fetch(item.norm, item.heads, kHeads, norms());
-    if (warp < kHeads) split_query(warp);
+    if (warp < pages()) {
+      const std::byte* page = item.pages[first_page() + warp].page;
+      if (page != nullptr) {
+        copy_begin(state(0), key_slot(0), page, kPage.key_bytes);
+        copy_begin(state(kKeySlots), value_slot(), page + kPage.key_bytes, kPage.value_bytes);
+      }
+    }
+    if (warp < kHeads) {
+      split_query(warp);
+      return;
+    }
+    constexpr int kOthers = kWarps - kHeads;
+    static_assert(kOthers >= 1);
+    const int at = warp - kHeads;
+    fetch(item.pages + first_page(), pages(), pages(), at, kOthers, entries());
+    fetch(item.scaled, item.heads * kDim / 4, kHeads * kDim / 4, at, kOthers, query());
+    if (at == 0) {
+      const I i = lane_index();
+      const F norm = load_float(item.norm, select(i < item.heads, i, splat_i(0)));
+      store_where(i < kHeads, norms(), i, select(i < item.heads, norm, splat(0)));
+    }
   }
 
   // One head's query as sums of 16-bit floats of the originals' type, times a power of two that

@@ -26,7 +26,10 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
   CERTKV_FN void walk() const {
     const I lane = lane_index();
     const int count = pages(), first = first_page();
-    int next_key = coded(warp, count), next_value = next_key;
+    // begin() has begun the copies of the first page, if it has codes.
+    const bool begun = warp < count && entries()[warp].page != nullptr;
+    int next_key = begun ? coded(warp + kWarps, count) : coded(warp, count);
+    int next_value = next_key;
     const auto begin_key = [&](int slot) {
       if (next_key >= count) return;
       copy_begin(state(slot), key_slot(slot), entries()[next_key].page, kPage.key_bytes);
@@ -38,8 +41,8 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
                  kPage.value_bytes);
       next_value = coded(next_value + kWarps, count);
     };
-    for (int n = 0; n < kKeySlots; ++n) begin_key(n);
-    begin_value();
+    for (int n = begun ? 1 : 0; n < kKeySlots; ++n) begin_key(n);
+    if (!begun) begin_value();
 
     F q[kGroups][kSteps * 4], norm[kGroups];
     Sums x[kGroups];
@@ -59,6 +62,7 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
     for (int n = warp; n < count; n += kWarps) {
       const PageEntry entry = entries()[n];
       const bool has_codes = entry.page != nullptr;
+      if (n + kWarps < count) this->prefetch_originals(first + n + kWarps, entries()[n + kWarps]);
       const int slot = int(seen % kKeySlots);
       const std::byte* keys = key_slot(slot);
       if (has_codes) copy_wait(state(slot), seen / kKeySlots & 1);
@@ -140,40 +144,68 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
   }
 };
 
-// The splits of one head, in order, in double; out of the unit, which is exact. 32 elements.
+// The splits of one head in double precision and in a fixed order; out of the unit, which is exact.
+// 32 elements; while factors are computed a lane has a split of its own.
 CERTKV_FN void merge_splits(const PassItem& item, int head_dim, int pages_per_split, int head,
                             int element) {
   const int splits = (item.page_count + pages_per_split - 1) / pages_per_split;
   const int sums = sums_floats(head_dim);
   const float* from = item.splits + head * sums;
   const int stride = item.heads * sums;
-  double ref = from[kSumRef];
-  CERTKV_UNROLL_BY_8
-  for (int i = 1; i < splits; ++i) ref = max_nan(ref, double(from[i * stride + kSumRef]));
-  const I o = lane_index() + (kSumsHeader + element);
-  const double inverse = 1.0 / item.unit;
-  double l = 0, m2 = 0, s1 = 0, c_tokens = 0, score_max = 0;
-  D o_sum = to_double(splat(0)), a_sum = o_sum;
-  CERTKV_UNROLL_BY_8
-  for (int i = 0; i < splits; ++i) {
-    const float* h = from + i * stride;
-    const double less = exponential(double(h[kSumRef]) - ref), scaled = less * inverse;
-    l += less * h[kSumL];
-    m2 += scaled * inverse * h[kSumM2];
-    s1 += scaled * h[kSumS1];
-    c_tokens += h[kSumCTokens];
-    score_max = max_nan(score_max, double(h[kSumScoreMax]));
-    o_sum = o_sum + to_double(load_float(h, o)) * scaled;
-    a_sum = a_sum + to_double(load_float(h, o + head_dim)) * scaled;
+  const I lane = lane_index();
+  const auto own = [&](int first) {  // the lane's split; beyond the end: the first one again
+    return select(lane + first < splits, lane + first, splat_i(0)) * stride;
+  };
+  F most = load_float(from, own(0) + int(kSumRef));
+  for (int first = 32; first < splits; first += 32)
+    most = max_nan(most, load_float(from, own(first) + int(kSumRef)));
+  CERTKV_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) most = max_nan(most, shuffle_xor(most, mask));
+  const double ref = uniform(most, 0), inverse = 1.0 / item.unit;
+
+  const D zero = to_double(splat(0));
+  D l = zero, m2 = zero, s1 = zero, c_tokens = zero, o_sum = zero, a_sum = zero;
+  F score_max = splat(0);
+  for (int first = 0; first < splits; first += 32) {
+    const I at = own(first);
+    const D here = to_double(select(lane + first < splits, splat(1), splat(0)));
+    const D less = exponential(to_double(load_float(from, at + int(kSumRef))) - ref) * here;
+    const D scaled = less * inverse;
+    l = l + less * to_double(load_float(from, at + int(kSumL)));
+    m2 = m2 + scaled * inverse * to_double(load_float(from, at + int(kSumM2)));
+    s1 = s1 + scaled * to_double(load_float(from, at + int(kSumS1)));
+    c_tokens = c_tokens + here * to_double(load_float(from, at + int(kSumCTokens)));
+    score_max = max_nan(score_max, load_float(from, at + int(kSumScoreMax)));
+    const int count = splits - first < 32 ? splits - first : 32;
+    CERTKV_UNROLL_BY_8
+    for (int i = 0; i < count; ++i) {
+      const float* h = from + (first + i) * stride + kSumsHeader + element;
+      const double factor = uniform(scaled, i);
+      o_sum = o_sum + to_double(load_float(h, lane)) * factor;
+      a_sum = a_sum + to_double(load_float(h, lane + head_dim)) * factor;
+    }
+  }
+  CERTKV_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) {
+    l = l + shuffle_xor(l, mask);
+    m2 = m2 + shuffle_xor(m2, mask);
+    s1 = s1 + shuffle_xor(s1, mask);
+    c_tokens = c_tokens + shuffle_xor(c_tokens, mask);
+    score_max = max_nan(score_max, shuffle_xor(score_max, mask));
   }
   double* to = item.merged + size_t(head) * size_t(sums);
+  const I o = lane + (kSumsHeader + element);
   store(to, o, o_sum);
   store(to, o + head_dim, a_sum);
   if (element == 0) {  // every lane stores the same
-    const double header[kSumsHeader] = {ref, l, m2, s1, c_tokens, score_max, 0, 0};
-    for (int i = 0; i < kSumsHeader; ++i) store(to, splat_i(i), to_double(splat(0)) + header[i]);
+    store(to, splat_i(kSumRef), zero + ref);
+    store(to, splat_i(kSumL), l);
+    store(to, splat_i(kSumM2), m2);
+    store(to, splat_i(kSumS1), s1);
+    store(to, splat_i(kSumCTokens), c_tokens);
+    store(to, splat_i(kSumScoreMax), to_double(score_max));
   }
-  store(item.out + head * head_dim, lane_index() + element, to_float(o_sum / l));
+  store(item.out + head * head_dim, lane + element, to_float(o_sum / l));
 }
 
 }  // namespace certkv::CERTKV_LANES_NAMESPACE

@@ -138,6 +138,23 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     }
   }
 
+  // Rows that a page will need, on their way to the L2 cache while another is served.
+  CERTKV_FN void prefetch_originals(int page, const PageEntry& entry) const {
+    const uint32_t wants = entry.page != nullptr ? entry.wants : 0xffu;
+    if (wants == 0) return;
+    // Lanes 0 to 3 have the blocks' keys, 4 to 7 their values.
+    const I lane = lane_index(), block = (lane & 3) * 4;
+    const U slots = select(
+        (lane & 4) == 0, load1(reinterpret_cast<const std::byte*>(item.key_slot + page * 4), block),
+        load1(reinterpret_cast<const std::byte*>(item.value_slot + page * 4), block));
+    CERTKV_UNROLL
+    for (int n = 0; n < 2 * kPageTiles; ++n) {
+      const int slot = int(uniform(slots, n));
+      if ((wants >> n & 1) == 0 || slot < 0 || slot >= args.slot_count) continue;
+      prefetch(args.slots + size_t(slot) * size_t(16 * kDim * 2), lane * kDim);
+    }
+  }
+
   // One block after the other, a tile each; its sums join those of the page, and they the warp's.
   // REQUIRES that values have arrived where the page has codes.
   CERTKV_FN void mixed_page(int page, const PageEntry& entry, const std::byte* keys,
@@ -162,7 +179,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
         c[g] = c_of(delta[g]);
       }
     }
-    // Slots of all four blocks at once, and their rows on the way.
+    // Slots of all four blocks at once.
     const I block = (lane & 3) * 4;
     const U key_slots = load1(reinterpret_cast<const std::byte*>(item.key_slot + page * 4), block);
     const U value_slots =
@@ -177,8 +194,6 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
       if (t >= tiles) continue;
       if ((wants >> t & 1) != 0) key_rows[t] = rows(int(uniform(key_slots, t)));
       if ((wants >> (4 + t) & 1) != 0) value_rows[t] = rows(int(uniform(value_slots, t)));
-      if (key_rows[t] != nullptr) prefetch(key_rows[t], lane * kDim);
-      if (value_rows[t] != nullptr) prefetch(value_rows[t], lane * kDim);
       used |= (key_rows[t] != nullptr ? 1u : 0u) << t | (value_rows[t] != nullptr ? 16u : 0u) << t;
     }
 
