@@ -13,17 +13,17 @@ namespace certkv::cuda {
 inline constexpr int kMatrixUnits = 24;
 
 inline constexpr int kWarps = 12;            // of a block; each walks pages of its own
-inline constexpr int kMaxPagesPerWarp = 24;  // by plan
-// Rescales a weight can meet: four rises within a mixed page, one to its warp's
-// reference, one for each rise of that, two merges.
-inline constexpr int kRescales = kMaxPagesPerWarp + 8;
+inline constexpr int kMaxPagesPerWarp = 15;  // by plan
+// Rescales a weight can meet: four rises among a page's originals, one to its warp's reference, two
+// rises of that for each page, two merges.
+inline constexpr int kRescales = 2 * kMaxPagesPerWarp + 8;
 inline constexpr double kEpsWDevice =
     (kRescales + 1) * (double(kExpError) + 2 * kUnit) + 3 * kUnit * 104;
 
-// Of the value sums: two matrix instructions in a row and what is added to them (in a mixed page
-// one, and four tiles with a rise each, are fewer), the weight's two halves (2^-22), a fused
-// operation a page and one for each rise, the merge of warps.
-inline constexpr int kChainDevice = 2 * kMatrixUnits + 5 + 4 + 2 * kMaxPagesPerWarp + kWarps + 4;
+// Of the value sums: two matrix instructions in a row and what is added to them (of originals one,
+// and four tiles with a rise each, are fewer), the weight's two halves (2^-22); for each page a
+// fused operation for its codes and one for its originals, each after a rise; the merge of warps.
+inline constexpr int kChainDevice = 2 * kMatrixUnits + 5 + 4 + 4 * kMaxPagesPerWarp + kWarps + 4;
 static_assert(kChainDevice <= kChainOutput, "runtime/certify charges kChainOutput");
 
 // Scores of originals: half of the products in a row, the halves and terms of the query added up

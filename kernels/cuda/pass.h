@@ -34,10 +34,10 @@ struct PassOutput {
   size_t blocks = 0, tokens = 0;
   bool certificate = true;
   float unit = 1;
+  std::span<const uint32_t> place;       // [blocks] 4 times its entry, and its tile
   std::span<const float> records;        // [pages, groups, kRecordFloats]
   std::span<const uint32_t> used;        // [pages]
   std::span<const double> merged;        // [heads, sums_floats(head_dim)]
-  std::span<const uint8_t> coded;        // [blocks] 1: of a page with codes
   std::span<const float> nu, eta, vbar;  // [blocks]; without codes: nu, 0, nu
 };
 

@@ -10,11 +10,12 @@
 
 namespace certkv::cuda {
 
-// One page of a sequence: 64 tokens, or the last, open ones.
+// What a warp takes at a time: a page, or up to four blocks that have no codes. Those of the open
+// end are best given one by one, so that several warps share them.
 struct PageEntry {
   const std::byte* page = nullptr;  // see page.h; nullptr: originals only
   uint32_t wants = 0;  // bit t: original keys of tile t, bit 4 + t: values, where they are resident
-  int32_t tokens = 0;  // 64, fewer in the last page only
+  int32_t tokens = 0;  // 64 of a page; without codes 1 to 64, whole blocks but for the last one
 };
 static_assert(sizeof(PageEntry) == 16);
 
@@ -41,9 +42,9 @@ struct PassItem {
   int32_t heads = 0;                    // query heads of the KV head
   const float* scaled = nullptr;        // [heads, head_dim] q / sqrt(d)
   const float* norm = nullptr;          // [heads] its norm, rounded up
-  const int32_t* key_slot = nullptr;    // [4 page_count] slot of a block's keys; -1: not resident
+  const int32_t* key_slot = nullptr;    // [page_count, 4] slot of a block's keys; -1: not resident
   const int32_t* value_slot = nullptr;  // the same of its values
-  const float* k_norm = nullptr;        // [4 page_count] of original keys, as annotated
+  const float* k_norm = nullptr;        // [page_count, 4] of original keys, as annotated
   float unit = 1;                       // power of two that brings the largest norm near 1
   float* records = nullptr;             // out [page_count, groups, kRecordFloats]
   uint32_t* used = nullptr;             // out [page_count] originals really used, bits as in wants

@@ -66,13 +66,21 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
       const int slot = int(seen % kKeySlots);
       const std::byte* keys = key_slot(slot);
       if (has_codes) copy_wait(state(slot), seen / kKeySlots & 1);
-      if (has_codes && entry.wants == 0) {
+      const uint32_t mixed = (entry.wants | entry.wants >> 4) & 0xfu;
+      const bool alone = !has_codes || mixed == 0xfu;
+      const auto values_wait = [&] { copy_wait(state(kKeySlots), seen & 1); };
+      if (!alone) {
         this->page_of_codes(
-            first + n, keys, q, norm, x, [&] { begin_key(slot); },
-            [&] { copy_wait(state(kKeySlots), seen & 1); });
-      } else {
-        if (has_codes) copy_wait(state(kKeySlots), seen & 1);
-        this->mixed_page(first + n, entry, keys, q, norm, x);
+            first + n, mixed, keys, q, norm, x,
+            [&] {
+              if (mixed == 0) begin_key(slot);
+            },
+            values_wait);
+      } else if (has_codes) {
+        values_wait();
+      }
+      if (alone || mixed != 0) {
+        this->blocks_of_originals(first + n, entry, alone, keys, q, norm, x);
         if (has_codes) begin_key(slot);
       }
       if (has_codes) {

@@ -85,12 +85,13 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
                 select(row < 4, delta, select(row < 5, bound, c)));
   }
 
-  // after_keys() runs once the page's keys are not needed any more, before_values() before its
-  // values are.
+  // Tiles in `skip` (bit t) count nothing: they are served otherwise; not all of them.
+  // after_keys() runs once scores are there, before_values() before the page's values are needed.
   template <typename AfterKeys, typename BeforeValues>
-  CERTKV_FN void page_of_codes(int page, const std::byte* keys, const F (&q)[kGroups][kSteps * 4],
-                               const F (&norm)[kGroups], Sums (&sums)[kGroups],
-                               AfterKeys after_keys, BeforeValues before_values) const {
+  CERTKV_FN void page_of_codes(int page, uint32_t skip, const std::byte* keys,
+                               const F (&q)[kGroups][kSteps * 4], const F (&norm)[kGroups],
+                               Sums (&sums)[kGroups], AfterKeys after_keys,
+                               BeforeValues before_values) const {
     const I lane = lane_index();
     const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
     const float norm_step = accepted(notes.norm_step) * item.unit;
@@ -105,7 +106,12 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
         bound[g] = query[g].bound;
       }
       CERTKV_UNROLL
-      for (int t = 0; t < kPageTiles; ++t) score_codes(keys, t, query, s[t]);
+      for (int t = 0; t < kPageTiles; ++t) {
+        score_codes(keys, t, query, s[t]);
+        if ((skip >> t & 1) == 0) continue;
+        CERTKV_UNROLL
+        for (int g = 0; g < kGroups; ++g) s[t][g][0] = s[t][g][1] = splat(-__builtin_inff());
+      }
     }
     after_keys();
 
@@ -113,6 +119,9 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
     F p[kPageTiles][kGroups][2];
     U w[kPageTiles][kGroups][2];
     F f[kGroups];
+    float counted = kPageTokens;
+    CERTKV_UNROLL
+    for (int t = 0; t < kPageTiles; ++t) counted -= (skip >> t & 1) != 0 ? 16 : 0;
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g) {
       Sums& x = sums[g];
@@ -137,7 +146,7 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
         const F delta = Base::charged(bound[g]);
         c[g] = c_of(delta);
         record(page, g, tile_sum, most, bound[g], c[g], delta);
-        x.c_tokens = fma(c[g], splat(kPageTokens), x.c_tokens);
+        x.c_tokens = fma(c[g], splat(counted), x.c_tokens);
         x.score_max = max_nan(x.score_max, bound[g]);
       }
     }

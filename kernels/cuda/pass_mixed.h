@@ -155,11 +155,12 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     }
   }
 
-  // One block after the other, a tile each; its sums join those of the page, and they the warp's.
-  // REQUIRES that values have arrived where the page has codes.
-  CERTKV_FN void mixed_page(int page, const PageEntry& entry, const std::byte* keys,
-                            const F (&q)[kGroups][kSteps * 4], const F (&norm)[kGroups],
-                            Sums (&sums)[kGroups]) const {
+  // Blocks of which something is served from originals, one after the other, a tile each; their
+  // sums join each other and then the warp's. Others are page_of_codes()'s: `alone` says there are
+  // none. REQUIRES that values have arrived where the page has codes.
+  CERTKV_FN void blocks_of_originals(int page, const PageEntry& entry, bool alone,
+                                     const std::byte* keys, const F (&q)[kGroups][kSteps * 4],
+                                     const F (&norm)[kGroups], Sums (&sums)[kGroups]) const {
     const I lane = lane_index();
     const bool coded = entry.page != nullptr;
     const uint32_t wants = coded ? entry.wants : 0xffu;
@@ -168,7 +169,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     float norm_step = 0, factor = 0;
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g) query[g].bound = c[g] = delta[g] = splat(0);
-    if (coded) {
+    if (coded) {  // a block may have original values alone, or want what no slot holds
       const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
       norm_step = accepted(notes.norm_step) * item.unit;
       factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
@@ -200,8 +201,10 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     Sums part[kGroups];
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g) part[g].clear();
+    sync_lanes();  // what page_of_codes() has recorded for these blocks is overwritten
     CERTKV_NO_UNROLL
     for (int t = 0; t < tiles; ++t) {
+      if (((wants | wants >> 4) >> t & 1) == 0) continue;
       const int tokens = entry.tokens - 16 * t < 16 ? entry.tokens - 16 * t : 16;
       const std::byte *k = key_rows[t], *v = value_rows[t];
       const bool quantised = coded && k == nullptr;  // T
@@ -295,7 +298,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g) {
       Sums& x = sums[g];
-      if (kCertificate) {
+      if (kCertificate && alone) {
         const I row = lane >> 2;
         store_where(row < 2, this->record_of(page, g) + kRecordBound, lane,
                     select(row < 1, query[g].bound, c[g]));

@@ -54,7 +54,8 @@ void read_state(const PassOutput& from, PassState* state) {
     head.a.assign(sums + kSumsHeader + d, sums + kSumsHeader + 2 * d);
     if (!from.certificate) continue;
     for (size_t b = 0; b < n; ++b) {
-      const size_t page = b / kPageTiles, tile = b % kPageTiles, at = state->at(int(h), b);
+      const size_t page = from.place[b] / kPageTiles, tile = from.place[b] % kPageTiles;
+      const size_t at = state->at(int(h), b);
       const float* record =
           from.records.data() + (page * size_t(from.groups) + h / 4) * kRecordFloats;
       const size_t head_of_four = h % 4;

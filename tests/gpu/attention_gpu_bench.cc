@@ -96,7 +96,8 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
   Setup s{};
   s.tokens = tokens;
   s.batch = batch;
-  s.pages = tokens / 64 + 1;  // and the open one
+  constexpr int kOpen = (kOpenTokens + 15) / 16;
+  s.pages = tokens / 64 + kOpen;  // and the open blocks, one by one
   s.items = batch * kKvHeads;
   s.page_bytes = cuda::page_layout(kDim).page_bytes();
   s.copy_bytes = size_t(tokens / 64) * size_t(s.items) * s.page_bytes;
@@ -140,15 +141,15 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
       std::vector<int32_t> key_slot(entries.size() * 4, -1), value_slot(key_slot);
       for (int p = 0; p < s.pages; ++p) {
         cuda::PageEntry& e = entries[size_t(p)];
-        const bool open = p + 1 == s.pages;
+        const bool open = p >= tokens / 64;
         if (!open) {
-          std::byte* at = pages + (size_t(i) * size_t(s.pages - 1) + size_t(p)) * s.page_bytes;
+          std::byte* at = pages + (size_t(i) * size_t(tokens / 64) + size_t(p)) * s.page_bytes;
           check(cudaMemcpyAsync(at, source + random_bits()() % kMadePages * s.page_bytes,
                                 s.page_bytes, cudaMemcpyDeviceToDevice));
           e.page = at;
         }
-        e.tokens = open ? kOpenTokens : 64;
-        for (int t = 0; t < 4; ++t) {
+        e.tokens = open ? std::min(16, kOpenTokens - 16 * (p - tokens / 64)) : 64;
+        for (int t = 0; t < (open ? 1 : 4); ++t) {
           const bool both = open || double(random_bits()() >> 11) * 0x1p-53 < originals;
           if (!both) continue;
           e.wants |= 0x11u << t;

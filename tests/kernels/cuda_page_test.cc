@@ -177,7 +177,7 @@ TEST(LaunchPlan, FillsTheDeviceOnceWhereThereIsWork) {
   EXPECT_GE(batch.splits * 32, 120);
   // Two blocks fit on a multiprocessor at head_dim 64.
   EXPECT_GE(plan_splits(kH100, 64, 1, 2049, 8).splits * 8, 200);
-  // A short sequence is not cut below a page a warp.
+  // A short sequence is not cut below 8 pages.
   EXPECT_EQ(plan_splits(kH100, 128, 1, 8, 1).splits, 1);
 }
 

@@ -32,12 +32,22 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
   cuda::check_device_format(f);
   const auto backend = make_pass_backend();
   const int d = f.head_dim;
-  const size_t n = blocks.size(), pages = (n + kPageTiles - 1) / kPageTiles;
+  const size_t n = blocks.size();
   const size_t page_bytes = cuda::page_layout(d).page_bytes(), row_bytes = size_t(d) * 2;
-  std::vector<cuda::PageEntry> entries(pages);
+  // Pages as they are, and what has no codes in entries of 1, 4, 1, 4, ... blocks.
+  std::vector<cuda::PageEntry> entries;
+  std::vector<uint32_t> place;
+  for (size_t b = 0; b < n;) {
+    const bool coded = blocks[b].page != nullptr;
+    const size_t wanted = coded || entries.size() % 2 == 1 ? kPageTiles : 1;
+    size_t t = 0;
+    for (; t < wanted && b < n && (blocks[b].page != nullptr) == coded; ++t, ++b)
+      place.push_back(uint32_t(entries.size() * kPageTiles + t));
+    entries.emplace_back();
+  }
+  const size_t pages = entries.size();
   std::vector<int32_t> key_slot(pages * kPageTiles, -1), value_slot(key_slot);
   std::vector<float> k_norm(pages * kPageTiles, 0.0f), nu, eta, vbar;
-  std::vector<uint8_t> coded;
   std::vector<std::byte> slots, page(page_bytes);
   size_t tokens = 0;
   int32_t slot_count = 0;
@@ -47,32 +57,32 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
     std::memcpy(slots.data() + at, rows, size_t(valid) * row_bytes);
     return slot_count++;
   };
-  for (size_t p = 0; p < pages; ++p) {
-    const BlockRef& first = blocks[p * kPageTiles];
-    const cuda::PageNotesDevice* notes = nullptr;
-    if (first.page != nullptr) {
-      cuda::convert_page(f, first.page, page.data());
-      if (options.damage) options.damage(page.data());
-      entries[p].page = backend->put(page.data(), page_bytes);
-      notes = &cuda::device_notes(d, page.data());
-    }
-    for (size_t t = 0; t < size_t(kPageTiles) && p * kPageTiles + t < n; ++t) {
-      const size_t b = p * kPageTiles + t;
-      const BlockRef& block = blocks[b];
-      entries[p].tokens += block.tokens;
-      tokens += size_t(block.tokens);
-      k_norm[b] = block.k_norm;
-      if (block.k != nullptr) entries[p].wants |= 1u << t;
-      if (block.v != nullptr) entries[p].wants |= 16u << t;
-      if (options.missing_slot != int(b)) {
-        if (block.k != nullptr) key_slot[b] = slot(block.k, block.tokens);
-        if (block.v != nullptr) value_slot[b] = slot(block.v, block.tokens);
+  const cuda::PageNotesDevice* notes = nullptr;
+  for (size_t b = 0; b < n; ++b) {
+    const BlockRef& block = blocks[b];
+    const size_t at = place[b], t = at % kPageTiles;
+    cuda::PageEntry& entry = entries[at / kPageTiles];
+    if (t == 0) {
+      notes = nullptr;
+      if (block.page != nullptr) {
+        cuda::convert_page(f, block.page, page.data());
+        if (options.damage) options.damage(page.data());
+        entry.page = backend->put(page.data(), page_bytes);
+        notes = &cuda::device_notes(d, page.data());
       }
-      coded.push_back(notes != nullptr);
-      nu.push_back(notes != nullptr ? notes->block[t].nu : block.nu);
-      eta.push_back(notes != nullptr ? notes->block[t].eta : 0);
-      vbar.push_back(notes != nullptr ? notes->block[t].vbar : block.nu);
     }
+    entry.tokens += block.tokens;
+    tokens += size_t(block.tokens);
+    k_norm[at] = block.k_norm;
+    if (block.k != nullptr) entry.wants |= 1u << t;
+    if (block.v != nullptr) entry.wants |= 16u << t;
+    if (options.missing_slot != int(b)) {
+      if (block.k != nullptr) key_slot[at] = slot(block.k, block.tokens);
+      if (block.v != nullptr) value_slot[at] = slot(block.v, block.tokens);
+    }
+    nu.push_back(notes != nullptr ? notes->block[t].nu : block.nu);
+    eta.push_back(notes != nullptr ? notes->block[t].eta : 0);
+    vbar.push_back(notes != nullptr ? notes->block[t].vbar : block.nu);
   }
 
   const cuda::PassShape shape{.head_dim = d,
@@ -128,10 +138,10 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
                     .tokens = tokens,
                     .certificate = options.certificate,
                     .unit = item.unit,
+                    .place = place,
                     .records = records,
                     .used = used,
                     .merged = merged,
-                    .coded = coded,
                     .nu = nu,
                     .eta = eta,
                     .vbar = vbar},
