@@ -169,17 +169,6 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     float norm_step = 0, factor = 0;
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g) query[g].bound = c[g] = delta[g] = splat(0);
-    if (coded) {  // a block may have original values alone, or want what no slot holds
-      const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
-      norm_step = accepted(notes.norm_step) * item.unit;
-      factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
-        this->prepare(keys, notes, q[g], norm[g], &query[g]);
-        delta[g] = Base::charged(query[g].bound);
-        c[g] = c_of(delta[g]);
-      }
-    }
     // Slots of all four blocks at once.
     const I block = (lane & 3) * 4;
     const U key_slots = load1(reinterpret_cast<const std::byte*>(item.key_slot + page * 4), block);
@@ -198,13 +187,29 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
       used |= (key_rows[t] != nullptr ? 1u : 0u) << t | (value_rows[t] != nullptr ? 16u : 0u) << t;
     }
 
+    const uint32_t mixed = (wants | wants >> 4) & 0xfu;
+    if (coded) {
+      const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
+      norm_step = accepted(notes.norm_step) * item.unit;
+      factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
+    }
+    // A block may have original values alone, or want what no slot holds.
+    if (coded && (alone || (mixed & ~used) != 0)) {
+      const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
+      CERTKV_UNROLL
+      for (int g = 0; g < kGroups; ++g) {
+        this->prepare(keys, notes, q[g], norm[g], &query[g]);
+        delta[g] = Base::charged(query[g].bound);
+        c[g] = c_of(delta[g]);
+      }
+    }
     Sums part[kGroups];
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g) part[g].clear();
     sync_lanes();  // what page_of_codes() has recorded for these blocks is overwritten
     CERTKV_NO_UNROLL
     for (int t = 0; t < tiles; ++t) {
-      if (((wants | wants >> 4) >> t & 1) == 0) continue;
+      if ((mixed >> t & 1) == 0) continue;
       const int tokens = entry.tokens - 16 * t < 16 ? entry.tokens - 16 * t : 16;
       const std::byte *k = key_rows[t], *v = value_rows[t];
       const bool quantised = coded && k == nullptr;  // T
