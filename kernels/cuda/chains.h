@@ -13,17 +13,23 @@ namespace certkv::cuda {
 inline constexpr int kMatrixUnits = 24;
 
 inline constexpr int kWarps = 12;            // of a block; each walks pages of its own
-inline constexpr int kMaxPagesPerWarp = 15;  // by plan
-// Rescales a weight can meet: four rises among a page's originals, one to its warp's reference, two
-// rises of that for each page, two merges.
-inline constexpr int kRescales = 2 * kMaxPagesPerWarp + 8;
+inline constexpr int kMaxPagesPerWarp = 11;  // by plan
+// Blocks that a warp serves from originals, at most: those of a split are dealt out to its warps.
+inline constexpr int kMaxTilesPerWarp = kPageTiles * kMaxPagesPerWarp;
+// Rescales a weight can meet: one to its warp's reference, a rise for each page or block of
+// originals, three merges.
+inline constexpr int kRescales = kMaxTilesPerWarp + 5;
 inline constexpr double kEpsWDevice =
     (kRescales + 1) * (double(kExpError) + 2 * kUnit) + 3 * kUnit * 104;
 
-// Of the value sums: two matrix instructions in a row and what is added to them (of originals one,
-// and four tiles with a rise each, are fewer), the weight's two halves (2^-22); for each page a
-// fused operation for its codes and one for its originals, each after a rise; the merge of warps.
-inline constexpr int kChainDevice = 2 * kMatrixUnits + 5 + 4 + 4 * kMaxPagesPerWarp + kWarps + 4;
+// Of the value sums. Codes: two matrix instructions in a row and what is added to them, the
+// weight's two halves (2^-22), for each page a fused operation and a rise. Originals: one matrix
+// instruction with its terms and scale, the weight, for each block a sum and a rise. Then originals
+// join codes, warps each other, the split the output.
+inline constexpr int kChainMerges = 2 + kWarps + 1;
+inline constexpr int kChainCodes = 2 * kMatrixUnits + 5 + 4 + 2 * kMaxPagesPerWarp + kChainMerges;
+inline constexpr int kChainOriginals = kMatrixUnits + 3 + 4 + 2 * kMaxTilesPerWarp + kChainMerges;
+inline constexpr int kChainDevice = kChainCodes > kChainOriginals ? kChainCodes : kChainOriginals;
 static_assert(kChainDevice <= kChainOutput, "runtime/certify charges kChainOutput");
 
 // Scores of originals: half of the products in a row, the halves and terms of the query added up

@@ -102,6 +102,12 @@ CERTKV_LANE F to_float(D x) {
   return __double2float_rn(x);
 }
 
+CERTKV_LANE I index_of(U x) {
+  return I(x);
+}
+CERTKV_LANE U word_of(I x) {
+  return U(x);
+}
 CERTKV_LANE U bits_of(F x) {
   return __float_as_uint(x);
 }
@@ -141,6 +147,9 @@ CERTKV_LANE F shuffle_xor(F x, int mask) {
 }
 CERTKV_LANE U shuffle_xor(U x, int mask) {
   return __shfl_xor_sync(kAllLanes, x, mask);
+}
+CERTKV_LANE U shuffle(U x, I from) {
+  return __shfl_sync(kAllLanes, x, from);
 }
 CERTKV_LANE D shuffle_xor(D x, int mask) {
   return __shfl_xor_sync(kAllLanes, x, mask);
@@ -212,6 +221,9 @@ CERTKV_LANE void store(double* base, I index, D x) {
 }
 CERTKV_LANE void store_where(B which, float* base, I index, F x) {
   if (which) base[index] = x;
+}
+CERTKV_LANE void store_byte(uint8_t* to, uint8_t byte) {  // one for the warp
+  if (threadIdx.x == 0) *to = byte;
 }
 CERTKV_LANE void store_word(uint32_t* to, uint32_t word) {  // one for the warp
   if (threadIdx.x == 0) *to = word;

@@ -97,6 +97,12 @@ inline F to_float(D x) {
   return __builtin_convertvector(x, F);
 }
 
+inline I index_of(U x) {
+  return __builtin_convertvector(x, I);
+}
+inline U word_of(I x) {
+  return __builtin_convertvector(x, U);
+}
 inline U bits_of(F x) {
   return __builtin_bit_cast(U, x);
 }
@@ -156,6 +162,9 @@ inline F shuffle_xor(F x, int mask) {
 }
 inline U shuffle_xor(U x, int mask) {
   return each_lane<U>([&](int i) { return x[i ^ mask]; });
+}
+inline U shuffle(U x, I from) {
+  return each_lane<U>([&](int i) { return x[from[i] & 31]; });
 }
 inline D shuffle_xor(D x, int mask) {
   return each_lane<D>([&](int i) { return x[i ^ mask]; });
@@ -267,6 +276,9 @@ inline void store(double* base, I index, D x) {
 inline void store_where(B which, float* base, I index, F x) {
   for (int lane = 0; lane < kLaneCount; ++lane)
     if (which[lane] != 0) base[index[lane]] = x[lane];
+}
+inline void store_byte(uint8_t* to, uint8_t byte) {
+  *to = byte;
 }
 inline void store_word(uint32_t* to, uint32_t word) {
   *to = word;

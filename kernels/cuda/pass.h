@@ -36,7 +36,7 @@ struct PassOutput {
   float unit = 1;
   std::span<const uint32_t> place;       // [blocks] 4 times its entry, and its tile
   std::span<const float> records;        // [pages, groups, kRecordFloats]
-  std::span<const uint32_t> used;        // [pages]
+  std::span<const uint8_t> used;         // [pages, 4]
   std::span<const double> merged;        // [heads, sums_floats(head_dim)]
   std::span<const float> nu, eta, vbar;  // [blocks]; without codes: nu, 0, nu
 };

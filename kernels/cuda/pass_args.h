@@ -19,6 +19,9 @@ struct PageEntry {
 };
 static_assert(sizeof(PageEntry) == 16);
 
+// What a block was really served from; the same bits as kUsedKey and kUsedValue.
+inline constexpr uint8_t kUsedOriginalKey = 1, kUsedOriginalValue = 2;
+
 inline constexpr uint32_t kFlagMissing = 1;  // originals were wanted that no slot holds
 
 // What a pass writes for a page and four heads: [56] floats, head = index % 4.
@@ -47,7 +50,7 @@ struct PassItem {
   const float* k_norm = nullptr;        // [page_count, 4] of original keys, as annotated
   float unit = 1;                       // power of two that brings the largest norm near 1
   float* records = nullptr;             // out [page_count, groups, kRecordFloats]
-  uint32_t* used = nullptr;             // out [page_count] originals really used, bits as in wants
+  uint8_t* used = nullptr;              // out [page_count, 4] kUsedOriginalKey, kUsedOriginalValue
   float* splits = nullptr;              // out [splits, heads, sums_floats(head_dim)]
   double* merged = nullptr;             // out [heads, sums_floats(head_dim)]
   float* out = nullptr;                 // out [heads, head_dim] o / l

@@ -91,6 +91,9 @@ struct PassBlock {
   CERTKV_FN PageEntry* entries() const {
     return reinterpret_cast<PageEntry*>(shared + kShared.entries);
   }
+  CERTKV_FN uint32_t* own_tiles() const {
+    return reinterpret_cast<uint32_t*>(shared + kShared.tiles) + warp * kMaxTilesPerWarp;
+  }
   CERTKV_FN float* query() const { return reinterpret_cast<float*>(shared + kShared.query); }
   CERTKV_FN float* norms() const { return reinterpret_cast<float*>(shared + kShared.norm); }
   // Terms of the queries for original keys, see split_query; and 1 over their scales.
@@ -99,6 +102,13 @@ struct PassBlock {
   CERTKV_FN float* sums(int w) const {
     return reinterpret_cast<float*>(shared + w * int(kShared.warp_bytes));
   }
+
+  // Blocks of an entry that are served from originals, as wished; bit t: tile t.
+  CERTKV_FN static uint32_t mixed(const PageEntry& e) {
+    return e.page != nullptr ? (e.wants | e.wants >> 4) & 0xfu : (1u << ((e.tokens + 15) / 16)) - 1;
+  }
+  // Whether the warp that has the entry reads its page.
+  CERTKV_FN static bool coded(const PageEntry& e) { return e.page != nullptr && mixed(e) != 0xfu; }
 
   CERTKV_FN int first_page() const { return split * args.pages_per_split; }
   CERTKV_FN int pages() const {
@@ -124,10 +134,10 @@ struct PassBlock {
   CERTKV_FN void begin() const {
     for (int n = 0; n < kKeySlots + kValueSlots; ++n) copy_init(state(n));
     if (warp < pages()) {
-      const std::byte* page = item.pages[first_page() + warp].page;
-      if (page != nullptr) {
-        copy_begin(state(0), key_slot(0), page, kPage.key_bytes);
-        copy_begin(state(kKeySlots), value_slot(), page + kPage.key_bytes, kPage.value_bytes);
+      const PageEntry first = item.pages[first_page() + warp];
+      if (coded(first)) {
+        copy_begin(state(0), key_slot(0), first.page, kPage.key_bytes);
+        copy_begin(state(kKeySlots), value_slot(), first.page + kPage.key_bytes, kPage.value_bytes);
       }
     }
     if (warp < kHeads) {

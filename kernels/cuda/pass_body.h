@@ -18,8 +18,8 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
   using Base::split, Base::warp, Base::kSums;
   using typename Base::Sums;
 
-  CERTKV_FN int coded(int page, int count) const {  // the warp's next page with codes
-    while (page < count && entries()[page].page == nullptr) page += kWarps;
+  CERTKV_FN int next_coded(int page, int count) const {  // the warp's next page that it reads
+    while (page < count && !Base::coded(entries()[page])) page += kWarps;
     return page;
   }
 
@@ -27,19 +27,19 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
     const I lane = lane_index();
     const int count = pages(), first = first_page();
     // begin() has begun the copies of the first page, if it has codes.
-    const bool begun = warp < count && entries()[warp].page != nullptr;
-    int next_key = begun ? coded(warp + kWarps, count) : coded(warp, count);
+    const bool begun = warp < count && Base::coded(entries()[warp]);
+    int next_key = begun ? next_coded(warp + kWarps, count) : next_coded(warp, count);
     int next_value = next_key;
     const auto begin_key = [&](int slot) {
       if (next_key >= count) return;
       copy_begin(state(slot), key_slot(slot), entries()[next_key].page, kPage.key_bytes);
-      next_key = coded(next_key + kWarps, count);
+      next_key = next_coded(next_key + kWarps, count);
     };
     const auto begin_value = [&] {
       if (next_value >= count) return;
       copy_begin(state(kKeySlots), value_slot(), entries()[next_value].page + kPage.key_bytes,
                  kPage.value_bytes);
-      next_value = coded(next_value + kWarps, count);
+      next_value = next_coded(next_value + kWarps, count);
     };
     for (int n = begun ? 1 : 0; n < kKeySlots; ++n) begin_key(n);
     if (!begun) begin_value();
@@ -58,36 +58,20 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
       x[g].clear();
     }
 
-    uint32_t seen = 0;  // pages with codes
-    for (int n = warp; n < count; n += kWarps) {
-      const PageEntry entry = entries()[n];
-      const bool has_codes = entry.page != nullptr;
-      if (n + kWarps < count) this->prefetch_originals(first + n + kWarps, entries()[n + kWarps]);
+    Sums part[kGroups];
+    this->blocks_of_originals(q, norm, part);
+    uint32_t seen = 0;
+    for (int n = next_coded(warp, count); n < count; n = next_coded(n + kWarps, count)) {
       const int slot = int(seen % kKeySlots);
-      const std::byte* keys = key_slot(slot);
-      if (has_codes) copy_wait(state(slot), seen / kKeySlots & 1);
-      const uint32_t mixed = (entry.wants | entry.wants >> 4) & 0xfu;
-      const bool alone = !has_codes || mixed == 0xfu;
-      const auto values_wait = [&] { copy_wait(state(kKeySlots), seen & 1); };
-      if (!alone) {
-        this->page_of_codes(
-            first + n, mixed, keys, q, norm, x,
-            [&] {
-              if (mixed == 0) begin_key(slot);
-            },
-            values_wait);
-      } else if (has_codes) {
-        values_wait();
-      }
-      if (alone || mixed != 0) {
-        this->blocks_of_originals(first + n, entry, alone, keys, q, norm, x);
-        if (has_codes) begin_key(slot);
-      }
-      if (has_codes) {
-        begin_value();
-        ++seen;
-      }
+      copy_wait(state(slot), seen / kKeySlots & 1);
+      this->page_of_codes(
+          first + n, Base::mixed(entries()[n]), key_slot(slot), q, norm, x,
+          [&] { begin_key(slot); }, [&] { copy_wait(state(kKeySlots), seen & 1); });
+      begin_value();
+      ++seen;
     }
+    CERTKV_UNROLL
+    for (int g = 0; g < kGroups; ++g) Base::join(part[g], &x[g]);
 
     float* to = sums(warp);
     sync_lanes();

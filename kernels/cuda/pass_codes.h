@@ -69,7 +69,7 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
 
   // What a page leaves for its blocks; one reference for all.
   CERTKV_FN void record(int page, int group, const F (&tile_sum)[kPageTiles], F ref, F bound, F c,
-                        F delta) const {
+                        F delta, uint32_t skip) const {
     const I lane = lane_index(), row = lane >> 2;
     // Half of the sums go to the neighbour rows, twice: rows r and r + 4 end with tile r % 4.
     const B odd = (row & 1) != 0, upper = (row & 2) != 0;
@@ -80,8 +80,9 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
     sum = sum + shuffle_xor(select(upper, first, second), 8);
     sum = sum + shuffle_xor(sum, 16);
     float* to = this->record_of(page, group);
-    store(to, lane, select(row < 4, sum, ref));
-    store_where(row < 6, to + kRecordDelta, lane,
+    const B here = ((splat_u(skip) >> (row & 3)) & 1u) == 0u;
+    store_where(here, to, lane, select(row < 4, sum, ref));
+    store_where((here & (row < 4)) | ((row & 6) == 4), to + kRecordDelta, lane,
                 select(row < 4, delta, select(row < 5, bound, c)));
   }
 
@@ -145,12 +146,16 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
       if (kCertificate) {
         const F delta = Base::charged(bound[g]);
         c[g] = c_of(delta);
-        record(page, g, tile_sum, most, bound[g], c[g], delta);
+        record(page, g, tile_sum, most, bound[g], c[g], delta, skip);
         x.c_tokens = fma(c[g], splat(counted), x.c_tokens);
         x.score_max = max_nan(x.score_max, bound[g]);
       }
     }
-    if (kCertificate) store_word(item.used + page, 0);
+    if (kCertificate) {
+      CERTKV_UNROLL
+      for (int t = 0; t < kPageTiles; ++t)
+        if ((skip >> t & 1) == 0) store_byte(item.used + page * kPageTiles + t, 0);
+    }
 
     before_values();
     const std::byte* values = this->value_slot();

@@ -138,89 +138,99 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     }
   }
 
-  // Rows that a page will need, on their way to the L2 cache while another is served.
-  CERTKV_FN void prefetch_originals(int page, const PageEntry& entry) const {
-    const uint32_t wants = entry.page != nullptr ? entry.wants : 0xffu;
-    if (wants == 0) return;
-    // Lanes 0 to 3 have the blocks' keys, 4 to 7 their values.
-    const I lane = lane_index(), block = (lane & 3) * 4;
-    const U slots = select(
-        (lane & 4) == 0, load1(reinterpret_cast<const std::byte*>(item.key_slot + page * 4), block),
-        load1(reinterpret_cast<const std::byte*>(item.value_slot + page * 4), block));
-    CERTKV_UNROLL
-    for (int n = 0; n < 2 * kPageTiles; ++n) {
-      const int slot = int(uniform(slots, n));
-      if ((wants >> n & 1) == 0 || slot < 0 || slot >= args.slot_count) continue;
-      prefetch(args.slots + size_t(slot) * size_t(16 * kDim * 2), lane * kDim);
+  // Blocks served from originals, of all entries of the split in order, are dealt out to the warps:
+  // this warp's, as 4 entry + tile. Returns how many.
+  CERTKV_FN int list_tiles() const {
+    const I lane = lane_index();
+    const int count = this->pages();
+    int dealt = 0;
+    for (int first = 0; first < count; first += 32) {
+      const I n = select(lane + first < count, lane + first, splat_i(count - 1));
+      U words[4];  // of a PageEntry
+      load4(reinterpret_cast<const std::byte*>(this->entries()), n * 16, words);
+      const U wished = (words[2] | words[2] >> 4) & 0xfu;
+      const U open = (splat_u(1) << ((words[3] + 15u) >> 4)) - 1u;
+      U tiles = select((words[0] | words[1]) == 0u, open, wished);
+      tiles = select(lane + first < count, tiles, splat_u(0));
+      if (!any(tiles != 0u)) continue;
+      const U own = (tiles & 1u) + (tiles >> 1 & 1u) + (tiles >> 2 & 1u) + (tiles >> 3);
+      U sum = own;
+      CERTKV_UNROLL
+      for (int step = 1; step < 32; step *= 2)
+        sum = sum + select(lane >= step, shuffle(sum, lane - step), splat_u(0));
+      U at = sum - own + uint32_t(dealt);
+      CERTKV_UNROLL
+      for (int t = 0; t < kPageTiles; ++t) {
+        const B has = (tiles >> t & 1u) == 1u;
+        const U turn = at / uint32_t(kWarps), whose = at - turn * uint32_t(kWarps);
+        store_where(has & (whose == uint32_t(this->warp)),
+                    reinterpret_cast<float*>(this->own_tiles()), index_of(turn),
+                    float_of_bits(word_of(n * kPageTiles + t)));
+        at = at + select(has, splat_u(1), splat_u(0));
+      }
+      dealt += int(uniform(sum, 31));
     }
+    sync_lanes();
+    return (dealt + kWarps - 1 - this->warp) / kWarps;
   }
 
-  // Blocks of which something is served from originals, one after the other, a tile each; their
-  // sums join each other and then the warp's. Others are page_of_codes()'s: `alone` says there are
-  // none. REQUIRES that values have arrived where the page has codes.
-  CERTKV_FN void blocks_of_originals(int page, const PageEntry& entry, bool alone,
-                                     const std::byte* keys, const F (&q)[kGroups][kSteps * 4],
-                                     const F (&norm)[kGroups], Sums (&sums)[kGroups]) const {
+  // The warp's blocks of originals, one after the other, into sums of their own.
+  CERTKV_FN void blocks_of_originals(const F (&q)[kGroups][kSteps * 4], const F (&norm)[kGroups],
+                                     Sums (&part)[kGroups]) const {
     const I lane = lane_index();
-    const bool coded = entry.page != nullptr;
-    const uint32_t wants = coded ? entry.wants : 0xffu;
-    Query query[kGroups];
-    F c[kGroups], delta[kGroups];
-    float norm_step = 0, factor = 0;
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) query[g].bound = c[g] = delta[g] = splat(0);
-    // Slots of all four blocks at once.
-    const I block = (lane & 3) * 4;
-    const U key_slots = load1(reinterpret_cast<const std::byte*>(item.key_slot + page * 4), block);
-    const U value_slots =
-        load1(reinterpret_cast<const std::byte*>(item.value_slot + page * 4), block);
-    const U k_norms = load1(reinterpret_cast<const std::byte*>(item.k_norm + page * 4), block);
-    const int tiles = (entry.tokens + 15) / 16;
-    const std::byte *key_rows[kPageTiles], *value_rows[kPageTiles];
-    uint32_t used = 0;
-    CERTKV_UNROLL
-    for (int t = 0; t < kPageTiles; ++t) {
-      key_rows[t] = value_rows[t] = nullptr;
-      if (t >= tiles) continue;
-      if ((wants >> t & 1) != 0) key_rows[t] = rows(int(uniform(key_slots, t)));
-      if ((wants >> (4 + t) & 1) != 0) value_rows[t] = rows(int(uniform(value_slots, t)));
-      used |= (key_rows[t] != nullptr ? 1u : 0u) << t | (value_rows[t] != nullptr ? 16u : 0u) << t;
-    }
-
-    const uint32_t mixed = (wants | wants >> 4) & 0xfu;
-    if (coded) {
-      const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
-      norm_step = accepted(notes.norm_step) * item.unit;
-      factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
-    }
-    // A block may have original values alone, or want what no slot holds.
-    if (coded && (alone || (mixed & ~used) != 0)) {
-      const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
-        this->prepare(keys, notes, q[g], norm[g], &query[g]);
-        delta[g] = Base::charged(query[g].bound);
-        c[g] = c_of(delta[g]);
-      }
-    }
-    Sums part[kGroups];
     CERTKV_UNROLL
     for (int g = 0; g < kGroups; ++g) part[g].clear();
-    sync_lanes();  // what page_of_codes() has recorded for these blocks is overwritten
+    const int count = list_tiles();
+    for (int first = 0; first < count; first += 32) {  // their rows, on the way to the L2 cache
+      const I own = select(lane + first < count, lane + first, splat_i(first));
+      const U id = load1(reinterpret_cast<const std::byte*>(this->own_tiles()), own * 4);
+      const I block = (index_of(id) + this->first_page() * kPageTiles) * 4;
+      const U keys = load1(reinterpret_cast<const std::byte*>(item.key_slot), block);
+      const U values = load1(reinterpret_cast<const std::byte*>(item.value_slot), block);
+      for (int i = 0; i < count - first && i < 32; ++i)
+        for (const int slot : {int(uniform(keys, i)), int(uniform(values, i))})
+          if (slot >= 0 && slot < args.slot_count)
+            prefetch(args.slots + size_t(slot) * size_t(16 * kDim * 2), lane * kDim);
+    }
+
     CERTKV_NO_UNROLL
-    for (int t = 0; t < tiles; ++t) {
-      if ((mixed >> t & 1) == 0) continue;
-      const int tokens = entry.tokens - 16 * t < 16 ? entry.tokens - 16 * t : 16;
-      const std::byte *k = key_rows[t], *v = value_rows[t];
+    for (int i = 0; i < count; ++i) {
+      const int id = int(this->own_tiles()[i]), t = id % kPageTiles;
+      const PageEntry entry = this->entries()[id / kPageTiles];
+      const int page = this->first_page() + id / kPageTiles, cell = page * kPageTiles + t;
+      const int left = entry.tokens - 16 * t, tokens = left < 16 ? left : 16;
+      const bool coded = entry.page != nullptr;
+      const uint32_t wants = coded ? entry.wants : 0xffu;
+      const std::byte* k = (wants >> t & 1) != 0 ? rows(item.key_slot[cell]) : nullptr;
+      const std::byte* v = (wants >> (4 + t) & 1) != 0 ? rows(item.value_slot[cell]) : nullptr;
       const bool quantised = coded && k == nullptr;  // T
       const bool lost = !coded && (k == nullptr || v == nullptr);
-      F s[kGroups][2], p[kGroups][2], s1[kGroups], squares[kGroups];
+      const bool alone = coded && Base::mixed(entry) == 0xfu;
+      F s[kGroups][2], p[kGroups][2], s1[kGroups], squares[kGroups], c[kGroups], delta[kGroups],
+          bound[kGroups];
       U w[kGroups][2];
-      if (k != nullptr) {
-        score_rows(k, tokens, s);
-      } else if (coded) {
-        Base::score_codes(keys, t, query, s);
+      float norm_step = 0, factor = 0;
+      CERTKV_UNROLL
+      for (int g = 0; g < kGroups; ++g)
+        bound[g] = c[g] = delta[g] = s[g][0] = s[g][1] = s1[g] = squares[g] = splat(0);
+      if (coded) {  // what codes are needed is read where it lies: the page is another warp's
+        const PageNotesDevice& notes =
+            *reinterpret_cast<const PageNotesDevice*>(entry.page + kPage.notes);
+        norm_step = accepted(notes.norm_step) * item.unit;
+        factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
+        if (quantised || alone) {
+          Query query[kGroups];
+          CERTKV_UNROLL
+          for (int g = 0; g < kGroups; ++g) {
+            this->prepare(entry.page, notes, q[g], norm[g], &query[g]);
+            bound[g] = query[g].bound;
+            delta[g] = Base::charged(bound[g]);
+            c[g] = c_of(delta[g]);
+          }
+          if (quantised) Base::score_codes(entry.page, t, query, s);
+        }
       }
+      if (k != nullptr) score_rows(k, tokens, s);
       CERTKV_UNROLL
       for (int g = 0; g < kGroups; ++g) {
         CERTKV_UNROLL
@@ -237,31 +247,35 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
         }
         const F sum = p[g][0] + p[g][1];
         part[g].l = part[g].l + sum;
-        s1[g] = squares[g] = splat(0);
         if (kCertificate) {
           F charge = delta[g];
           if (k != nullptr) {
-            const float k_norm = accepted(uniform(float_of_bits(k_norms), t));
             const float gamma =
                 float(gamma_n(chain_originals_device(kDim)) * (1 + 8 * kUnit) * (1 + 0x1p-20));
-            charge =
-                Base::charged(load_float(this->norms(), (lane & 3) + 4 * g) * (gamma * k_norm));
+            charge = Base::charged(load_float(this->norms(), (lane & 3) + 4 * g) *
+                                   (gamma * accepted(item.k_norm[cell])));
           }
           const I row = lane >> 2;
-          const F cell = select(row < 1, sum_rows(sum), select(row < 2, part[g].m, charge));
-          store_where(row < 3, this->record_of(page, g) + t * 4, row * 16 + (lane & 3), cell);
+          const F one = select(row < 1, sum_rows(sum), select(row < 2, part[g].m, charge));
+          float* to = this->record_of(page, g);
+          store_where(row < 3, to + t * 4, row * 16 + (lane & 3), one);
+          if (alone || !coded)
+            store_where(row < 2, to + kRecordBound, lane, select(row < 1, bound[g], c[g]));
           if (quantised) {
             part[g].c_tokens = fma(c[g], splat(float(tokens)), part[g].c_tokens);
-            part[g].score_max = query[g].bound;
+            part[g].score_max = max_nan(part[g].score_max, bound[g]);
           }
         }
       }
+      if (kCertificate)
+        store_byte(item.used + cell, uint8_t((k != nullptr ? kUsedOriginalKey : 0) |
+                                             (v != nullptr ? kUsedOriginalValue : 0)));
 
       F of_tile[kGroups][kCells][2];
       if (v != nullptr) {
         weigh_rows(v, tokens, p, w, of_tile, s1, squares);
       } else if (coded) {
-        const std::byte* values = this->value_slot();
+        const std::byte* values = entry.page + kPage.key_bytes;
         const U n = load1(values + kPage.norms + t * 4, (lane >> 2) * 16);
         CERTKV_UNROLL
         for (int g = 0; g < kGroups; ++g) {
@@ -276,9 +290,9 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
           Base::weigh_codes(values, quad, t, w, acc);
           CERTKV_UNROLL
           for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            of_tile[g][quad * 4 + i][0] = (acc[g][i][0] + acc[g][i][1]) * factor;
-            of_tile[g][quad * 4 + i][1] = (acc[g][i][2] + acc[g][i][3]) * factor;
+          for (int n4 = 0; n4 < 4; ++n4) {
+            of_tile[g][quad * 4 + n4][0] = (acc[g][n4][0] + acc[g][n4][1]) * factor;
+            of_tile[g][quad * 4 + n4][1] = (acc[g][n4][2] + acc[g][n4][3]) * factor;
           }
         }
       } else {
@@ -286,41 +300,33 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
       }
       CERTKV_UNROLL
       for (int g = 0; g < kGroups; ++g) {
-        const F in_t = quantised ? c[g] : splat(0);
         part[g].s1 = part[g].s1 + s1[g];
         if (quantised) part[g].m2 = fma(c[g], squares[g], part[g].m2);
         CERTKV_UNROLL
-        for (int i = 0; i < kCells; ++i) CERTKV_UNROLL
+        for (int n = 0; n < kCells; ++n) CERTKV_UNROLL
         for (int half = 0; half < 2; ++half) {
-          part[g].o[i][half] = part[g].o[i][half] + of_tile[g][i][half];
+          part[g].o[n][half] = part[g].o[n][half] + of_tile[g][n][half];
           if (kCertificate && quantised)
-            part[g].a[i][half] = fma(of_tile[g][i][half], in_t, part[g].a[i][half]);
+            part[g].a[n][half] = fma(of_tile[g][n][half], c[g], part[g].a[n][half]);
         }
       }
     }
+  }
 
-    if (kCertificate) store_word(item.used + page, used);
+  CERTKV_FN static void join(const Sums& part, Sums* to) {
+    to->rise(part.m);
+    // Both are minus infinity where a warp had nothing to do.
+    const F f = select(part.m == to->m, splat(1), exponential(part.m - to->m));
+    to->l = fma(f, part.l, to->l);
+    to->s1 = fma(f, part.s1, to->s1);
+    to->m2 = fma(f, part.m2, to->m2);
+    to->c_tokens = to->c_tokens + part.c_tokens;
+    to->score_max = max_nan(to->score_max, part.score_max);
     CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
-      Sums& x = sums[g];
-      if (kCertificate && alone) {
-        const I row = lane >> 2;
-        store_where(row < 2, this->record_of(page, g) + kRecordBound, lane,
-                    select(row < 1, query[g].bound, c[g]));
-      }
-      x.rise(part[g].m);
-      const F f = exponential(part[g].m - x.m);
-      x.l = fma(f, part[g].l, x.l);
-      x.s1 = fma(f, part[g].s1, x.s1);
-      x.m2 = fma(f, part[g].m2, x.m2);
-      x.c_tokens = x.c_tokens + part[g].c_tokens;
-      x.score_max = max_nan(x.score_max, part[g].score_max);
-      CERTKV_UNROLL
-      for (int i = 0; i < kCells; ++i) CERTKV_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        x.o[i][half] = fma(f, part[g].o[i][half], x.o[i][half]);
-        if (kCertificate) x.a[i][half] = fma(f, part[g].a[i][half], x.a[i][half]);
-      }
+    for (int n = 0; n < kCells; ++n) CERTKV_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      to->o[n][half] = fma(f, part.o[n][half], to->o[n][half]);
+      if (kCertificate) to->a[n][half] = fma(f, part.a[n][half], to->a[n][half]);
     }
   }
 };

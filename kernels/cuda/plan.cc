@@ -20,7 +20,8 @@ SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int m
                 shared, head_dim, device.shared_per_block);
   const int resident = int(std::max<size_t>(1, device.shared_per_multiprocessor / (shared + 1024)));
   const int blocks = device.multiprocessors * resident;
-  // As many splits as fill the device once, but 8 pages each at least: a block costs what one costs.
+  // As many splits as fill the device once, but 8 pages each at least: a block costs what one
+  // costs.
   constexpr int kLeastPages = 8;
   const int wanted = std::clamp(blocks / items, 1, (max_pages + kLeastPages - 1) / kLeastPages);
   int pages = (max_pages + wanted - 1) / wanted;

@@ -16,7 +16,7 @@ inline constexpr int kCopyStateBytes = 48;
 struct SharedLayout {
   uint32_t warp_bytes = 0;  // of each warp: its slots; once it has walked, its sums
   uint32_t values = 0;      // of the value slots within a warp's part
-  uint32_t states = 0, entries = 0, query = 0, terms = 0, norm = 0, scale = 0, bytes = 0;
+  uint32_t states = 0, entries = 0, tiles = 0, query = 0, terms = 0, norm = 0, scale = 0, bytes = 0;
 };
 CERTKV_HD constexpr SharedLayout shared_layout(int head_dim, int groups) {
   const PageLayoutDevice page = page_layout(head_dim);
@@ -25,7 +25,8 @@ CERTKV_HD constexpr SharedLayout shared_layout(int head_dim, int groups) {
   s.warp_bytes = s.values + kValueSlots * page.value_bytes;
   s.states = kWarps * s.warp_bytes;
   s.entries = s.states + kWarps * (kKeySlots + kValueSlots) * kCopyStateBytes;
-  s.query = s.entries + kWarps * kMaxPagesPerWarp * 16;
+  s.tiles = s.entries + kWarps * kMaxPagesPerWarp * 16;
+  s.query = s.tiles + kWarps * kMaxTilesPerWarp * 4;
   s.terms = s.query + uint32_t(4 * groups * head_dim) * 4;
   s.norm = s.terms + uint32_t(4 * groups * head_dim) * 3 * 2;
   s.scale = s.norm + uint32_t(4 * groups) * 4;

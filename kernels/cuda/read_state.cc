@@ -4,6 +4,9 @@
 #include "kernels/cuda/pass.h"
 
 namespace certkv::cuda {
+
+static_assert(kUsedOriginalKey == kUsedKey && kUsedOriginalValue == kUsedValue);
+
 namespace {
 
 // The largest annotation; NaN if one is not a number >= 0.
@@ -59,8 +62,7 @@ void read_state(const PassOutput& from, PassState* state) {
       const float* record =
           from.records.data() + (page * size_t(from.groups) + h / 4) * kRecordFloats;
       const size_t head_of_four = h % 4;
-      const uint32_t used = from.used[page];
-      const bool key = (used >> tile & 1) != 0, value = (used >> (4 + tile) & 1) != 0;
+      const bool key = (from.used[from.place[b]] & kUsedOriginalKey) != 0;
       state->block_sum[at] = record[tile * 4 + head_of_four];
       state->block_ref[at] = record[kRecordRef + tile * 4 + head_of_four];
       state->score_bound[at] = record[kRecordBound + head_of_four];
@@ -68,7 +70,7 @@ void read_state(const PassOutput& from, PassState* state) {
       // The factor that went into a and m2; with original keys there is none.
       state->c[at] = key ? c_of_delta(state->delta[at]) : record[kRecordC + head_of_four];
       state->keep[at] = keep_of(state->c[at]);
-      state->used[at] = uint8_t((key ? kUsedKey : 0) | (value ? kUsedValue : 0));
+      state->used[at] = from.used[from.place[b]];
     }
   }
 }

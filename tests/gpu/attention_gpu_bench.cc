@@ -168,7 +168,7 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
       item.k_norm = k_norm_at;
       item.unit = 0x1p-4f;
       item.records = hold(device<float>(size_t(s.pages) * cuda::kRecordFloats));
-      item.used = hold(device<uint32_t>(size_t(s.pages)));
+      item.used = hold(device<uint8_t>(size_t(s.pages) * 4));
       item.splits = hold(device<float>(size_t(plan.splits) * sums));
       item.merged = hold(device<double>(sums));
       item.out = hold(device<float>(kHeads * kDim));

@@ -96,7 +96,8 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
   std::vector<float> records(pages * size_t(shape.groups()) * cuda::kRecordFloats, NAN);
   std::vector<float> splits(size_t(shape.splits) * heads * sums, NAN);
   std::vector<double> merged(heads * sums, NAN);
-  std::vector<uint32_t> used(pages, 0xffffffffu), flag(1, 0);
+  std::vector<uint8_t> used(pages * kPageTiles, 0xff);
+  std::vector<uint32_t> flag(1, 0);
   out.assign(heads * size_t(d), NAN);
   const std::vector<float> norm(q.norm, q.norm + heads);
 
