@@ -226,6 +226,18 @@ TEST_F(OnDevice, TakesOriginalsInPlaceOfCodes) {
       }
 }
 
+// More entries than lanes, more blocks of originals than warps, in one split.
+TEST_F(OnDevice, DealsManyBlocksOfOriginalsToItsWarps) {
+  for (DType dtype : {DType::F16, DType::BF16}) {
+    const Drawn x(64, 2, 64 * 40 + 5, 21, dtype);
+    for (const auto& blocks : {mixed(x, 9, 3), x.head.originals()}) {
+      const DevicePass pass(x.head.context(), x.group(), blocks, {.pages_per_split = 132});
+      expect_as_served(x, blocks, pass);
+      expect_certificates_hold(x, pass);
+    }
+  }
+}
+
 TEST_F(OnDevice, HoldsAtTheEdgesOfBlocksPagesAndSplits) {
   for (size_t tokens :
        {1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025, 1100}) {
