@@ -9,7 +9,7 @@ namespace certkv::cuda {
 
 // Error of one m16n8k16 of halves, in u of the sum of magnitudes (the sum before it included):
 // products are exact, addends are cut at 2^-24 (sm_80: twice 8 products) or 2^-25 (sm_90) of the
-// largest, the result at 2^-23: 2 (9 + 2) u and (17 / 2 + 2) u. gpu_check looks for more.
+// largest, the result at 2^-23: 2 (9 + 2) u and (17 / 2 + 2) u. gpu_lanes_test looks for more.
 inline constexpr int kMatrixUnits = 24;
 
 inline constexpr int kWarps = 12;            // of a block; each walks pages of its own

@@ -26,3 +26,8 @@
 #define CERTKV_UNROLL_BY_8
 #define CERTKV_NO_UNROLL
 #endif
+
+// A loop that is unrolled: registers have no index at run time.
+#define CERTKV_EACH(i, count) \
+  CERTKV_UNROLL               \
+  for (int i = 0; i < (count); ++i)

@@ -123,8 +123,7 @@ struct PassBlock {
       const I i = lane_index() + first;
       U piece[4];
       load4(static_cast<const std::byte*>(from), select(i < count, i, splat_i(0)) * 16, piece);
-      CERTKV_UNROLL
-      for (int n = 0; n < 4; ++n) piece[n] = select(i < count, piece[n], splat_u(0));
+      CERTKV_EACH (n, 4) piece[n] = select(i < count, piece[n], splat_u(0));
       store4_where(i < padded, static_cast<std::byte*>(to), i * 16, piece);
     }
   }
@@ -166,14 +165,13 @@ struct PassBlock {
     const I lane = lane_index();
     F x[kPairs][2];
     F most = splat(0);
-    CERTKV_UNROLL
-    for (int i = 0; i < kPairs; ++i) CERTKV_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const float* from = head < item.heads ? item.scaled + head * kDim : item.scaled;
-      x[i][e] = load_float(from, lane * 2 + (64 * i + e));
-      if (head >= item.heads) x[i][e] = splat(0);
-      most = larger(most, magnitude(x[i][e]));
-    }
+    CERTKV_EACH (i, kPairs)
+      CERTKV_EACH (e, 2) {
+        const float* from = head < item.heads ? item.scaled + head * kDim : item.scaled;
+        x[i][e] = load_float(from, lane * 2 + (64 * i + e));
+        if (head >= item.heads) x[i][e] = splat(0);
+        most = larger(most, magnitude(x[i][e]));
+      }
     CERTKV_UNROLL
     for (int mask = 1; mask < 32; mask *= 2) most = larger(most, shuffle_xor(most, mask));
     // Within 2^-100 to 2^100, so that its inverse is one too; NaN and infinity stay what they are.
@@ -183,8 +181,7 @@ struct PassBlock {
     const F scale = float_of_bits((254u - exponent) << 23) * (halves ? 0x1p14f : 1.0f);
     const F inverse = float_of_bits(exponent << 23) * (halves ? 0x1p-14f : 1.0f);
     store_where(lane < 1, scales(), splat_i(head), inverse);
-    CERTKV_UNROLL
-    for (int i = 0; i < kPairs; ++i) {
+    CERTKV_EACH (i, kPairs) {
       const F a = x[i][0] * scale, b = x[i][1] * scale;
       U term[3];
       if (halves) {
@@ -206,8 +203,7 @@ struct PassBlock {
 
   // a and b as three bfloat16 each, exactly; a in the lower halves.
   CERTKV_FN static void split_brains(F a, F b, U (&term)[3]) {
-    CERTKV_UNROLL
-    for (int n = 0; n < 3; ++n) {
+    CERTKV_EACH (n, 3) {
       const U high_a = bits_of(a) & 0xffff0000u, high_b = bits_of(b) & 0xffff0000u;
       term[n] = high_a >> 16 | high_b;
       a = a - float_of_bits(high_a);
@@ -223,8 +219,7 @@ struct PassBlock {
     CERTKV_FN void clear() {
       m = splat(-__builtin_inff());
       l = m2 = s1 = c_tokens = score_max = splat(0);
-      CERTKV_UNROLL
-      for (int i = 0; i < kCells; ++i) o[i][0] = o[i][1] = a[i][0] = a[i][1] = splat(0);
+      CERTKV_EACH (i, kCells) o[i][0] = o[i][1] = a[i][0] = a[i][1] = splat(0);
     }
     // About a reference at least as large as `most`. NaN: what is weighed is NaN, and stays.
     CERTKV_FN void rise(F most) {
@@ -236,12 +231,11 @@ struct PassBlock {
         m2 = m2 * less;
         s1 = s1 * less;
       }
-      CERTKV_UNROLL
-      for (int i = 0; i < kCells; ++i) CERTKV_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        o[i][half] = o[i][half] * less;
-        if (kCertificate) a[i][half] = a[i][half] * less;
-      }
+      CERTKV_EACH (i, kCells)
+        CERTKV_EACH (half, 2) {
+          o[i][half] = o[i][half] * less;
+          if (kCertificate) a[i][half] = a[i][half] * less;
+        }
     }
   };
 

@@ -46,15 +46,13 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
 
     F q[kGroups][kSteps * 4], norm[kGroups];
     Sums x[kGroups];
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
+    CERTKV_EACH (g, kGroups) {
       const I head = (lane >> 3) + 4 * g;
       norm[g] = load_float(norms(), head);
-      CERTKV_UNROLL
-      for (int i = 0; i < kSteps; ++i) CERTKV_UNROLL
-      for (int e = 0; e < 4; ++e)
-        q[g][i * 4 + e] =
-            load_float(query(), head * kDim + (32 * i + e) + ((lane & 4) * 4 + (lane & 3) * 4));
+      CERTKV_EACH (i, kSteps)
+        CERTKV_EACH (e, 4)
+          q[g][i * 4 + e] =
+              load_float(query(), head * kDim + (32 * i + e) + ((lane & 4) * 4 + (lane & 3) * 4));
       x[g].clear();
     }
 
@@ -70,13 +68,11 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
       begin_value();
       ++seen;
     }
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) Base::join(part[g], &x[g]);
+    CERTKV_EACH (g, kGroups) Base::join(part[g], &x[g]);
 
     float* to = sums(warp);
     sync_lanes();
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
+    CERTKV_EACH (g, kGroups) {
       const I at = ((lane & 3) + 4 * g) * kSums;
       const F l = sum_rows(x[g].l), m2 = sum_rows(x[g].m2), s1 = sum_rows(x[g].s1);
       const B one = lane < 4;
@@ -87,13 +83,12 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
       store_where(one, to, at + int(kSumS1), s1);
       store_where(one, to, at + int(kSumCTokens), x[g].c_tokens);
       store_where(one, to, at + int(kSumScoreMax), x[g].score_max);
-      CERTKV_UNROLL
-      for (int i = 0; i < kCells; ++i) CERTKV_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const I element = at + (kSumsHeader + 16 * i + half) + (lane >> 2) * 2;
-        store(to, element, x[g].o[i][half]);
-        store(to, element + kDim, x[g].a[i][half]);
-      }
+      CERTKV_EACH (i, kCells)
+        CERTKV_EACH (half, 2) {
+          const I element = at + (kSumsHeader + 16 * i + half) + (lane >> 2) * 2;
+          store(to, element, x[g].o[i][half]);
+          store(to, element + kDim, x[g].a[i][half]);
+        }
     }
   }
 
@@ -128,9 +123,7 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
       store(to, o + kDim, a_sum);
       if (element == 0) {
         const B one = lane_index() < 1;
-        CERTKV_UNROLL
-        for (int i = 0; i < kSumsHeader; ++i)
-          store_where(one, to, splat_i(head * kSums + i), header[i]);
+        CERTKV_EACH (i, kSumsHeader) store_where(one, to, splat_i(head * kSums + i), header[i]);
       }
     }
   }

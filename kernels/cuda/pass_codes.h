@@ -16,19 +16,15 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
   CERTKV_FN static void score_codes(const std::byte* keys, int tile, const Query (&query)[kGroups],
                                     F (&s)[kGroups][2]) {
     I sum[kGroups][4];
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
-    for (int i = 0; i < 4; ++i) sum[g][i] = splat_i(0);
-    CERTKV_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
+    CERTKV_EACH (g, kGroups)
+      CERTKV_EACH (i, 4) sum[g][i] = splat_i(0);
+    CERTKV_EACH (i, kSteps) {
       U a[4];
       load4(keys + (tile * kSteps + i) * 512, lane_index() * 16, a);
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) mma_bytes(sum[g], a, query[g].b[i][0], query[g].b[i][1]);
+      CERTKV_EACH (g, kGroups) mma_bytes(sum[g], a, query[g].b[i][0], query[g].b[i][1]);
     }
     // |256 high + low| <= 32640 * 255 * 128 < 2^31.
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
+    CERTKV_EACH (g, kGroups) {
       s[g][0] = fma(to_float(sum[g][0] * 256 + sum[g][1]), query[g].unit, query[g].base);
       s[g][1] = fma(to_float(sum[g][2] * 256 + sum[g][3]), query[g].unit, query[g].base);
     }
@@ -47,8 +43,7 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
     const I lane = lane_index();
     U words[4];
     load4(values + (tile * (kDim / 64) + quad) * 512, lane * 16, words);
-    CERTKV_UNROLL
-    for (int c = 0; c < 4; ++c) {
+    CERTKV_EACH (c, 4) {
       U m[4];
       load4(values + kPage.value_affine + (tile * kCells + quad * 4 + c) * 64, (lane & 3) * 16, m);
       const U next = words[c] >> 8;
@@ -56,15 +51,13 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
                       fma_halves(next & 0x000f000fu, m[0], m[1]),
                       fma_halves(words[c] & 0x00f000f0u, m[2], m[3]),
                       fma_halves(next & 0x00f000f0u, m[2], m[3])};
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) mma_halves(acc[g][c], v, w[g][0], w[g][1]);
+      CERTKV_EACH (g, kGroups) mma_halves(acc[g][c], v, w[g][0], w[g][1]);
     }
   }
   CERTKV_FN static void clear(F (&acc)[kGroups][4][4]) {
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
-    for (int c = 0; c < 4; ++c) CERTKV_UNROLL
-    for (int i = 0; i < 4; ++i) acc[g][c][i] = splat(0);
+    CERTKV_EACH (g, kGroups)
+      CERTKV_EACH (c, 4)
+        CERTKV_EACH (i, 4) acc[g][c][i] = splat(0);
   }
 
   // What a page leaves for its blocks; one reference for all.
@@ -101,17 +94,14 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
     F bound[kGroups], c[kGroups];
     {
       Query query[kGroups];
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
+      CERTKV_EACH (g, kGroups) {
         this->prepare(keys, notes, q[g], norm[g], &query[g]);
         bound[g] = query[g].bound;
       }
-      CERTKV_UNROLL
-      for (int t = 0; t < kPageTiles; ++t) {
+      CERTKV_EACH (t, kPageTiles) {
         score_codes(keys, t, query, s[t]);
         if ((skip >> t & 1) == 0) continue;
-        CERTKV_UNROLL
-        for (int g = 0; g < kGroups; ++g) s[t][g][0] = s[t][g][1] = splat(-__builtin_inff());
+        CERTKV_EACH (g, kGroups) s[t][g][0] = s[t][g][1] = splat(-__builtin_inff());
       }
     }
     after_keys();
@@ -121,10 +111,8 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
     U w[kPageTiles][kGroups][2];
     F f[kGroups];
     float counted = kPageTokens;
-    CERTKV_UNROLL
-    for (int t = 0; t < kPageTiles; ++t) counted -= (skip >> t & 1) != 0 ? 16 : 0;
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
+    CERTKV_EACH (t, kPageTiles) counted -= (skip >> t & 1) != 0 ? 16 : 0;
+    CERTKV_EACH (g, kGroups) {
       Sums& x = sums[g];
       F most = larger(s[0][g][0], s[0][g][1]);
       CERTKV_UNROLL
@@ -133,10 +121,8 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
       x.rise(most);
       f[g] = exponential(most - x.m);
       F tile_sum[kPageTiles];
-      CERTKV_UNROLL
-      for (int t = 0; t < kPageTiles; ++t) {
-        CERTKV_UNROLL
-        for (int half = 0; half < 2; ++half) {
+      CERTKV_EACH (t, kPageTiles) {
+        CERTKV_EACH (half, 2) {
           p[t][g][half] = exponential(s[t][g][half] - most);
           w[t][g][half] = weight_halves(p[t][g][half]);
         }
@@ -152,8 +138,7 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
       }
     }
     if (kCertificate) {
-      CERTKV_UNROLL
-      for (int t = 0; t < kPageTiles; ++t)
+      CERTKV_EACH (t, kPageTiles)
         if ((skip >> t & 1) == 0) store_byte(item.used + page * kPageTiles + t, 0);
     }
 
@@ -162,37 +147,31 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
     if (kCertificate) {
       U n[4];
       load4(values + kPage.norms, (lane >> 2) * 16, n);
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
+      CERTKV_EACH (g, kGroups) {
         F s1 = splat(0), squares = splat(0);
-        CERTKV_UNROLL
-        for (int t = 0; t < kPageTiles; ++t) add_norms(n[t], p[t][g], &s1, &squares);
+        CERTKV_EACH (t, kPageTiles) add_norms(n[t], p[t][g], &s1, &squares);
         sums[g].s1 = fma(f[g] * norm_step, s1, sums[g].s1);
         sums[g].m2 = fma(f[g] * c[g] * (norm_step * norm_step), squares, sums[g].m2);
       }
     }
-    CERTKV_UNROLL
-    for (int quad = 0; quad < kCells / 4; ++quad) {
+    CERTKV_EACH (quad, kCells / 4) {
       F acc[2][kGroups][4][4];  // two tiles each: shorter chains
-      CERTKV_UNROLL
-      for (int pair = 0; pair < 2; ++pair) {
+      CERTKV_EACH (pair, 2) {
         clear(acc[pair]);
         weigh_codes(values, quad, 2 * pair, w[2 * pair], acc[pair]);
         weigh_codes(values, quad, 2 * pair + 1, w[2 * pair + 1], acc[pair]);
       }
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
+      CERTKV_EACH (g, kGroups) {
         const F scale = f[g] * factor, weighed = scale * c[g];
-        CERTKV_UNROLL
-        for (int i = 0; i < 4; ++i) CERTKV_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const F v = (acc[0][g][i][2 * half] + acc[0][g][i][2 * half + 1]) +
-                      (acc[1][g][i][2 * half] + acc[1][g][i][2 * half + 1]);
-          F& o = sums[g].o[quad * 4 + i][half];
-          F& a = sums[g].a[quad * 4 + i][half];
-          o = fma(v, scale, o);
-          if (kCertificate) a = fma(v, weighed, a);
-        }
+        CERTKV_EACH (i, 4)
+          CERTKV_EACH (half, 2) {
+            const F v = (acc[0][g][i][2 * half] + acc[0][g][i][2 * half + 1]) +
+                        (acc[1][g][i][2 * half] + acc[1][g][i][2 * half + 1]);
+            F& o = sums[g].o[quad * 4 + i][half];
+            F& a = sums[g].a[quad * 4 + i][half];
+            o = fma(v, scale, o);
+            if (kCertificate) a = fma(v, weighed, a);
+          }
       }
     }
   }
@@ -200,8 +179,7 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate> {
   // Norms of a tile's tokens r and r + 8, in steps: from below into s1, squares from above.
   CERTKV_FN static void add_norms(U codes, const F (&p)[2], F* s1, F* squares) {
     const F code[2] = {to_float(codes & 0xffffu), to_float(codes >> 16)};
-    CERTKV_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    CERTKV_EACH (half, 2) {
       *s1 = fma(p[half], code[half], *s1);
       const F above = code[half] + kNormMargin;
       *squares = fma(p[half], above * above, *squares);

@@ -40,18 +40,14 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
   CERTKV_FN void score_rows(const std::byte* keys, int tokens, F (&s)[kGroups][2]) const {
     const I lane = lane_index();
     U k[2][kSteps][4];
-    CERTKV_UNROLL
-    for (int half = 0; half < 2; ++half) CERTKV_UNROLL
-    for (int i = 0; i < kSteps; ++i)
-      load4(keys + i * 64, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 16, k[half][i]);
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
+    CERTKV_EACH (half, 2)
+      CERTKV_EACH (i, kSteps)
+        load4(keys + i * 64, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 16, k[half][i]);
+    CERTKV_EACH (g, kGroups) {
       F sum[2][4], last[4];  // of the first two terms, half of the steps each; of the third
-      CERTKV_UNROLL
-      for (int i = 0; i < 4; ++i) sum[0][i] = sum[1][i] = last[i] = splat(0);
+      CERTKV_EACH (i, 4) sum[0][i] = sum[1][i] = last[i] = splat(0);
       const I term = (lane >> 2) & 1, head = (lane >> 3) + 4 * g;
-      CERTKV_UNROLL
-      for (int step = 0; step < 2 * kSteps; ++step) {
+      CERTKV_EACH (step, 2 * kSteps) {
         const int i = step / 2, z = step % 2 * 2;
         const U a[4] = {k[0][i][z], k[1][i][z], k[0][i][z + 1], k[1][i][z + 1]};
         const std::byte* from = this->terms() + step * (3 * kHeads * 32);
@@ -65,8 +61,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
       }
       // `last` has the third term in both columns of a head: one is taken.
       const F scale = load_float(this->scales(), (lane & 3) + 4 * g);
-      CERTKV_UNROLL
-      for (int half = 0; half < 2; ++half) {
+      CERTKV_EACH (half, 2) {
         const int n = 2 * half;
         const F small = last[n] + (sum[0][n + 1] + sum[1][n + 1]);
         s[g][half] = ((sum[0][n] + sum[1][n]) + small) * scale;
@@ -81,55 +76,46 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     const I lane = lane_index();
     const bool halves = args.dtype == DType::F16;
     U v[2][kCells][2];
-    CERTKV_UNROLL
-    for (int half = 0; half < 2; ++half) CERTKV_UNROLL
-    for (int c = 0; c < kCells; ++c)
-      load2(values + c * 32, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 8, v[half][c]);
+    CERTKV_EACH (half, 2)
+      CERTKV_EACH (c, kCells)
+        load2(values + c * 32, row_of(half, tokens) * (kDim * 2) + (lane & 3) * 8, v[half][c]);
     if (kCertificate) {
       // Roundings of squares and sums, half of them after the root, and the root's own.
       constexpr float kSlack = float((kDim / 4 + 8) * 0x1p-24) + 0x1p-20f;
-      CERTKV_UNROLL
-      for (int half = 0; half < 2; ++half) {
+      CERTKV_EACH (half, 2) {
         F n2 = splat(0);
-        CERTKV_UNROLL
-        for (int c = 0; c < kCells; ++c) CERTKV_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const F x = original(v[half][c][e / 2], e % 2 == 1) * item.unit;
-          n2 = fma(x, x, n2);
-        }
+        CERTKV_EACH (c, kCells)
+          CERTKV_EACH (e, 4) {
+            const F x = original(v[half][c][e / 2], e % 2 == 1) * item.unit;
+            n2 = fma(x, x, n2);
+          }
         n2 = n2 + shuffle_xor(n2, 1);
         const F norm = root(n2 + shuffle_xor(n2, 2));
         const F below = norm * (1 - kSlack), above = norm * (1 + kSlack);
-        CERTKV_UNROLL
-        for (int g = 0; g < kGroups; ++g) {
+        CERTKV_EACH (g, kGroups) {
           s1[g] = fma(p[g][half], below, s1[g]);
           squares[g] = fma(p[g][half], above * above, squares[g]);
         }
       }
     }
     U b[kGroups][2][2];  // of bfloat16: first two terms of a weight, and the third
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      U term[3];
-      Base::split_brains(p[g][half], splat(0), term);
-      b[g][0][half] = halves ? w[g][half] : transpose_8x8(term[0] | term[1] << 16);
-      b[g][1][half] = halves ? splat_u(0) : transpose_8x8(term[2]);
-    }
+    CERTKV_EACH (g, kGroups)
+      CERTKV_EACH (half, 2) {
+        U term[3];
+        Base::split_brains(p[g][half], splat(0), term);
+        b[g][0][half] = halves ? w[g][half] : transpose_8x8(term[0] | term[1] << 16);
+        b[g][1][half] = halves ? splat_u(0) : transpose_8x8(term[2]);
+      }
     const float scale = halves ? item.unit / kWeightScale : item.unit;
-    CERTKV_UNROLL
-    for (int c = 0; c < kCells; ++c) {
+    CERTKV_EACH (c, kCells) {
       U a[4];
-      CERTKV_UNROLL
-      for (int half = 0; half < 2; ++half) {
+      CERTKV_EACH (half, 2) {
         a[2 * half] = transpose_8x8(pick_bytes(v[half][c][0], v[half][c][1], 0x5410));
         a[2 * half + 1] = transpose_8x8(pick_bytes(v[half][c][0], v[half][c][1], 0x7632));
       }
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
+      CERTKV_EACH (g, kGroups) {
         F sum[4], last[4];
-        CERTKV_UNROLL
-        for (int i = 0; i < 4; ++i) sum[i] = last[i] = splat(0);
+        CERTKV_EACH (i, 4) sum[i] = last[i] = splat(0);
         mma_original(sum, a, b[g][0][0], b[g][0][1]);
         if (!halves) mma_brains(last, a, b[g][1][0], b[g][1][1]);
         v_sum[g][c][0] = (sum[0] + (sum[1] + last[0])) * scale;
@@ -159,8 +145,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
       for (int step = 1; step < 32; step *= 2)
         sum = sum + select(lane >= step, shuffle(sum, lane - step), splat_u(0));
       U at = sum - own + uint32_t(dealt);
-      CERTKV_UNROLL
-      for (int t = 0; t < kPageTiles; ++t) {
+      CERTKV_EACH (t, kPageTiles) {
         const B has = (tiles >> t & 1u) == 1u;
         const U turn = at / uint32_t(kWarps), whose = at - turn * uint32_t(kWarps);
         store_where(has & (whose == uint32_t(this->warp)),
@@ -178,8 +163,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
   CERTKV_FN void blocks_of_originals(const F (&q)[kGroups][kSteps * 4], const F (&norm)[kGroups],
                                      Sums (&part)[kGroups]) const {
     const I lane = lane_index();
-    CERTKV_UNROLL
-    for (int g = 0; g < kGroups; ++g) part[g].clear();
+    CERTKV_EACH (g, kGroups) part[g].clear();
     const int count = list_tiles();
     for (int first = 0; first < count; first += 32) {  // their rows, on the way to the L2 cache
       const I own = select(lane + first < count, lane + first, splat_i(first));
@@ -210,8 +194,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
           bound[kGroups];
       U w[kGroups][2];
       float norm_step = 0, factor = 0;
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g)
+      CERTKV_EACH (g, kGroups)
         bound[g] = c[g] = delta[g] = s[g][0] = s[g][1] = s1[g] = squares[g] = splat(0);
       if (coded) {  // what codes are needed is read where it lies: the page is another warp's
         const PageNotesDevice& notes =
@@ -220,8 +203,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
         factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
         if (quantised || alone) {
           Query query[kGroups];
-          CERTKV_UNROLL
-          for (int g = 0; g < kGroups; ++g) {
+          CERTKV_EACH (g, kGroups) {
             this->prepare(entry.page, notes, q[g], norm[g], &query[g]);
             bound[g] = query[g].bound;
             delta[g] = Base::charged(bound[g]);
@@ -231,17 +213,14 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
         }
       }
       if (k != nullptr) score_rows(k, tokens, s);
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
-        CERTKV_UNROLL
-        for (int half = 0; half < 2; ++half) {
+      CERTKV_EACH (g, kGroups) {
+        CERTKV_EACH (half, 2) {
           if (lost) s[g][half] = splat(__builtin_nanf(""));
           s[g][half] =
               select((lane >> 2) + 8 * half < tokens, s[g][half], splat(-__builtin_inff()));
         }
         part[g].rise(largest_of_rows(larger(s[g][0], s[g][1])));
-        CERTKV_UNROLL
-        for (int half = 0; half < 2; ++half) {
+        CERTKV_EACH (half, 2) {
           p[g][half] = exponential(s[g][half] - part[g].m);
           w[g][half] = Base::weight_halves(p[g][half]);
         }
@@ -277,38 +256,33 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
       } else if (coded) {
         const std::byte* values = entry.page + kPage.key_bytes;
         const U n = load1(values + kPage.norms + t * 4, (lane >> 2) * 16);
-        CERTKV_UNROLL
-        for (int g = 0; g < kGroups; ++g) {
+        CERTKV_EACH (g, kGroups) {
           Base::add_norms(n, p[g], &s1[g], &squares[g]);
           s1[g] = s1[g] * norm_step;
           squares[g] = squares[g] * (norm_step * norm_step);
         }
-        CERTKV_UNROLL
-        for (int quad = 0; quad < kCells / 4; ++quad) {
+        CERTKV_EACH (quad, kCells / 4) {
           F acc[kGroups][4][4];
           Base::clear(acc);
           Base::weigh_codes(values, quad, t, w, acc);
-          CERTKV_UNROLL
-          for (int g = 0; g < kGroups; ++g) CERTKV_UNROLL
-          for (int n4 = 0; n4 < 4; ++n4) {
-            of_tile[g][quad * 4 + n4][0] = (acc[g][n4][0] + acc[g][n4][1]) * factor;
-            of_tile[g][quad * 4 + n4][1] = (acc[g][n4][2] + acc[g][n4][3]) * factor;
-          }
+          CERTKV_EACH (g, kGroups)
+            CERTKV_EACH (n4, 4) {
+              of_tile[g][quad * 4 + n4][0] = (acc[g][n4][0] + acc[g][n4][1]) * factor;
+              of_tile[g][quad * 4 + n4][1] = (acc[g][n4][2] + acc[g][n4][3]) * factor;
+            }
         }
       } else {
         continue;  // nothing to weigh: its weights are NaN already
       }
-      CERTKV_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
+      CERTKV_EACH (g, kGroups) {
         part[g].s1 = part[g].s1 + s1[g];
         if (quantised) part[g].m2 = fma(c[g], squares[g], part[g].m2);
-        CERTKV_UNROLL
-        for (int n = 0; n < kCells; ++n) CERTKV_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          part[g].o[n][half] = part[g].o[n][half] + of_tile[g][n][half];
-          if (kCertificate && quantised)
-            part[g].a[n][half] = fma(of_tile[g][n][half], c[g], part[g].a[n][half]);
-        }
+        CERTKV_EACH (n, kCells)
+          CERTKV_EACH (half, 2) {
+            part[g].o[n][half] = part[g].o[n][half] + of_tile[g][n][half];
+            if (kCertificate && quantised)
+              part[g].a[n][half] = fma(of_tile[g][n][half], c[g], part[g].a[n][half]);
+          }
       }
     }
   }
@@ -322,12 +296,11 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
     to->m2 = fma(f, part.m2, to->m2);
     to->c_tokens = to->c_tokens + part.c_tokens;
     to->score_max = max_nan(to->score_max, part.score_max);
-    CERTKV_UNROLL
-    for (int n = 0; n < kCells; ++n) CERTKV_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      to->o[n][half] = fma(f, part.o[n][half], to->o[n][half]);
-      if (kCertificate) to->a[n][half] = fma(f, part.a[n][half], to->a[n][half]);
-    }
+    CERTKV_EACH (n, kCells)
+      CERTKV_EACH (half, 2) {
+        to->o[n][half] = fma(f, part.o[n][half], to->o[n][half]);
+        if (kCertificate) to->a[n][half] = fma(f, part.a[n][half], to->a[n][half]);
+      }
   }
 };
 

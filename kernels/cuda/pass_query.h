@@ -23,14 +23,12 @@ struct PassQuery : PassBlock<kDim, kGroups, kCertificate> {
     const I lane = lane_index();
     F x[kSteps * 4];
     F sum = splat(0), base = splat(0), most = splat(0);
-    CERTKV_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
+    CERTKV_EACH (i, kSteps) {
       U m[4];
       load4(keys + kPage.key_affine + i * 128, (lane & 7) * 16, m);
       const F scale[4] = {low_half(m[0]), high_half(m[0]), low_half(m[1]), high_half(m[1])};
       const F offset[4] = {low_half(m[2]), high_half(m[2]), low_half(m[3]), high_half(m[3])};
-      CERTKV_UNROLL
-      for (int e = 0; e < 4; ++e) {
+      CERTKV_EACH (e, 4) {
         const F stepped = q[i * 4 + e] * scale[e];
         x[i * 4 + e] = stepped;
         sum = sum + magnitude(stepped);
@@ -50,11 +48,9 @@ struct PassQuery : PassBlock<kDim, kGroups, kCertificate> {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the integer lies in the lowest bits
     F rests = splat(0), lost = splat(0);
     U high[kSteps], low[kSteps];
-    CERTKV_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
+    CERTKV_EACH (i, kSteps) {
       U n[4];
-      CERTKV_UNROLL
-      for (int e = 0; e < 4; ++e) {
+      CERTKV_EACH (e, 4) {
         const F shifted = fma(x[i * 4 + e], inverse, splat(kMagic));
         n[e] = bits_of(shifted);
         const F rest = fma(splat(kMagic) - shifted, unit, x[i * 4 + e]);
@@ -70,8 +66,7 @@ struct PassQuery : PassBlock<kDim, kGroups, kCertificate> {
     lost = sum_eight(lost);
     // This lane has one half of the channels, its neighbour 4 lanes on the other.
     const B of_high = (lane & 4) == 0;
-    CERTKV_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
+    CERTKV_EACH (i, kSteps) {
       const U other = shuffle_xor(select(of_high, low[i], high[i]), 4);
       out->b[i][0] = select(of_high, high[i], other);
       out->b[i][1] = select(of_high, other, low[i]);

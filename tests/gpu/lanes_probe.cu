@@ -53,10 +53,10 @@ bool probe_lanes_on_device(const uint32_t* in, int warps, uint32_t* exact, float
   float* const sums_at = reinterpret_cast<float*>(exact_at + words * kProbeExact);
   bool ran = cudaMemcpy(at, in, words * kProbeWords * 4, cudaMemcpyHostToDevice) == cudaSuccess;
   probe_kernel<<<warps, 32>>>(at, exact_at, sums_at);
-  ran = ran && cudaGetLastError() == cudaSuccess &&
-        cudaMemcpy(exact, exact_at, words * kProbeExact * 4, cudaMemcpyDeviceToHost) ==
-            cudaSuccess &&
-        cudaMemcpy(sums, sums_at, words * kProbeSums * 4, cudaMemcpyDeviceToHost) == cudaSuccess;
+  ran =
+      ran && cudaGetLastError() == cudaSuccess &&
+      cudaMemcpy(exact, exact_at, words * kProbeExact * 4, cudaMemcpyDeviceToHost) == cudaSuccess &&
+      cudaMemcpy(sums, sums_at, words * kProbeSums * 4, cudaMemcpyDeviceToHost) == cudaSuccess;
   return cudaFree(at) == cudaSuccess && ran;
 }
 

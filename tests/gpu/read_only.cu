@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kThreads = 512, kAhead = 8;
 
-__global__ void __launch_bounds__(kThreads) read_only_kernel(const uint4* from, size_t count,
-                                                             unsigned* out) {
+__global__ void __launch_bounds__(kThreads)
+    read_only_kernel(const uint4* from, size_t count, unsigned* out) {
   const size_t stride = size_t(gridDim.x) * kThreads;
   unsigned sum = 0;
   size_t i = size_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) read_only_kernel(const uint4* from, 
 cudaError_t launch_read_only(const std::byte* from, size_t bytes, unsigned* out, int blocks,
                              cudaStream_t stream) {
   read_only_kernel<<<blocks, kThreads, 0, stream>>>(reinterpret_cast<const uint4*>(from),
-                                                   bytes / 16, out);
+                                                    bytes / 16, out);
   return cudaGetLastError();
 }
 
