@@ -350,6 +350,33 @@ TEST_F(OnDevice, WeighsWithTwentyTwoBits) {
   }
 }
 
+// All tokens have the same values, so that the output is those whatever the weights are: what is
+// left is how far the weights that are summed differ from those that weigh values, and rounding.
+// Halves alone would differ by up to 2^-12, 4096 u.
+TEST_F(OnDevice, SumsTheWeightsThatWeighValues) {
+  std::mt19937_64 random(9);
+  for (int d : {64, 128}) {
+    std::vector<float> q;
+    for (int i = 0; i < 8 * d; ++i) q.push_back(float(int(random() % 4097) - 2048) * 0x1p-18f);
+    std::vector<int> keys;
+    for (int i = 0; i < 4 * d; ++i) keys.push_back(int(random() % 256));
+    const ExactKeys x(
+        d, 8, 128, [&](int h, int c) { return q[size_t(h * d + c)]; },
+        // A few kinds of tokens: rounding of many weights would cancel.
+        [&](size_t t, size_t c) { return t % 16 < 2 ? keys[t / 64 * 2 * size_t(d) + c] : 0; },
+        [](size_t, size_t c) { return 1 + double(c % 7); });
+    for (const auto& blocks : {x.head.blocks, x.head.originals()}) {
+      const DevicePass pass(x.head.context(), x.group(), blocks);
+      for (int h = 0; h < x.heads; ++h) {
+        const Served served =
+            attend_served(x.head, blocks, x.query(h), pass.state.c.data() + pass.state.at(h, 0));
+        const std::span<const float> out(pass.out.data() + size_t(h * d), size_t(d));
+        EXPECT_LE(distance(served.out, out), sum_slack(served, norm_of(out))) << "head " << h;
+      }
+    }
+  }
+}
+
 // Every channel but one loses 0.45 of the query's last place, all in one direction; the keys of a
 // block are all 255, or all 0: 128 (to 127) times the loss is the score's error, once 128 times it
 // is in the base.
