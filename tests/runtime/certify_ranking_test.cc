@@ -100,13 +100,16 @@ TEST(Ranking, ABlockOfFWhoseWeightsWereFlushedOutranksNothing) {
   EXPECT_EQ(x.unresolved(1), Blocks{1});
 }
 
-// And one outside F counts as if it were at the flush.
+// And those outside F count as if they were at the flush: ln(16 * 2^-125) = -83.9, beside -87.3 that
+// is left of a single weight.
 TEST(Ranking, AFlushedBlockOutsideMayBeHeavierThanAFaintOneOfF) {
-  Ranked x;
-  x.add(-95, 0, true);
-  x.add(0, 0.1, false);  // ln(16 * 2^-125) = -83.9
-  x.pass.block_sum[1] = 0;
-  EXPECT_EQ(x.unresolved(1), Blocks{1});
+  for (float sum : {0.0f, 0x1p-126f}) {
+    Ranked x;
+    x.add(-85, 0, true);
+    x.add(0, 0.1, false);
+    x.pass.block_sum[1] = sum;
+    EXPECT_EQ(x.unresolved(1), Blocks{1});
+  }
 }
 
 TEST(Ranking, TooSmallAnFAsksForWhatIsUnknownFirst) {
