@@ -65,8 +65,7 @@ CERTKV_SIMD void load_columns(const uint16_t* const (&rows)[8], size_t c, Half8 
   transpose8(column);
 }
 
-// ---- directed rounding over lanes: what the functions of arith/rounding.h give of each
-// -----------
+// ---- directed rounding over lanes: what the functions of arith/rounding.h give of each ----------
 
 // REQUIRES x >= 0
 CERTKV_SIMD Float8 float_up8(const Double8& x) {

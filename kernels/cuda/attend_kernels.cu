@@ -5,8 +5,7 @@
 
 namespace certkv::cuda {
 
-// ---- kernels
-// -------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 namespace {
 
@@ -31,8 +30,7 @@ __global__ void merge_kernel(const PassArgs args, int head_dim) {
   merge_splits(item, head_dim, args.pages_per_split, head, int(threadIdx.y) * 32);
 }
 
-// ---- launchers
-// -----------------------------------------------------------------------------------
+// ---- launchers ----------------------------------------------------------------------------------
 
 // Calls body with the kernel of a shape.
 template <typename Body>

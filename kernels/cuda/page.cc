@@ -15,8 +15,7 @@ namespace {
 
 constexpr double kInflate = 1 + 0x1p-40;  // sums of a few hundred doubles
 
-// ---- the CPU page, through its public meaning where it has one
-// -----------------------------------
+// ---- the CPU page, through its public meaning where it has one ----------------------------------
 
 struct ValueAffine {
   double step, base;
@@ -33,8 +32,7 @@ int code_of(double value, double step, double base) {
   return step == 0 ? 0 : int(std::nearbyint((value - base) / step));
 }
 
-// ---- where things lie
-// ----------------------------------------------------------------------------
+// ---- where things lie ---------------------------------------------------------------------------
 
 size_t key_code_at(int d, int t, int c) {
   const int row = t % 16, k = c % 32;

@@ -12,8 +12,7 @@
 namespace certkv {
 namespace {
 
-// ---- oracle: the definition, one bit at a time, no 64-bit multiplication
-// -------------------------
+// ---- oracle: the definition, one bit at a time, no 64-bit multiplication ------------------------
 
 uint64_t slow_multiply(uint64_t a, uint64_t b) {
   uint64_t sum = 0;
