@@ -21,6 +21,11 @@ double end_of(int bin) {
   return std::bit_cast<double>((kOne - uint64_t(bin)) << 50);
 }
 
+template <typename T>
+void raise(T& largest, T x) {  // NaN, once seen, stays
+  if (!(x <= largest) && largest == largest) largest = x;
+}
+
 }  // namespace
 
 double skipped_cost(const PassState& pass, int head) {
@@ -59,7 +64,7 @@ void guess_skips(const PassState& pass, std::span<const BlockRef> blocks,
         }
         run[h] += pass.block_sum[i] * factor[h];
       }
-      nu = pass.nu[end] > nu ? pass.nu[end] : nu;
+      raise(nu, pass.nu[end]);
       ++end;
     } while (end < blocks.size() && first.page != nullptr && blocks[end].page == first.page &&
              (blocks[end].k == nullptr) == (first.k == nullptr) &&
@@ -69,7 +74,7 @@ void guess_skips(const PassState& pass, std::span<const BlockRef> blocks,
     double most = 0;
     for (size_t h = 0; h < heads; ++h) {
       run[h] *= nu;
-      most = run[h] <= most ? most : run[h];  // a NaN stays unless a larger follows: not < 1
+      raise(most, run[h]);
     }
     if (!(most < 1)) continue;
     double* cost = guess->cost.data() + size_t(bin_of(most)) * heads;
