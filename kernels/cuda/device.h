@@ -1,0 +1,134 @@
+// A GPU as the backend sees it: memory, and one stream of work that is done in order.
+//
+// Two implementations, the same behind one interface: the GPU (cuda_device.h, where the toolkit was
+// found), and an emulation in host memory that does everything at once, so that what is written on
+// top runs, and is tested, where there is no GPU. Operations on the data are beside it, each family
+// behind an interface of its own (pass_ops.h, model_ops.h, dense_ops.h).
+//
+// THREADS: one at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "kernels/base/deadline.h"
+#include "kernels/base/error.h"
+#include "kernels/cuda/plan.h"
+
+namespace certkv::cuda {
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  virtual bool emulated() const = 0;
+  virtual const DeviceShape& shape() const = 0;
+  virtual std::string name() const = 0;  // for people: "NVIDIA H100 80GB HBM3"
+  // UNITS: bytes. Of the device's memory; what others on the device take counts.
+  virtual uint64_t total_bytes() const = 0;
+  virtual uint64_t free_bytes() const = 0;
+
+  // 256-byte aligned, contents undefined (in emulation: poison). `what` names it in the error.
+  // Throws OutOfMemory: what was asked for and what is there.
+  virtual std::byte* allocate(uint64_t bytes, const char* what) = 0;
+  virtual void release(std::byte* memory) noexcept = 0;
+  // Host memory that copies run from and to without waiting.
+  virtual std::byte* allocate_host(uint64_t bytes, const char* what) = 0;
+  virtual void release_host(std::byte* memory) noexcept = 0;
+
+  // Makes host memory of another owner (the store's arena) readable by the device's kernels;
+  // returns where they find it. Must be undone before the memory goes. Throws DeviceError: what was
+  // refused, and how many bytes.
+  virtual const std::byte* map_host(const std::byte* memory, uint64_t bytes) = 0;
+  virtual void unmap_host(const std::byte* memory) noexcept = 0;
+
+  // In order with all other work; between host and device in any direction. From host memory that
+  // did not come of allocate_host(), the bytes are taken before the call returns.
+  virtual void copy(void* to, const void* from, uint64_t bytes) = 0;
+  virtual void fill(void* to, uint8_t byte, uint64_t bytes) = 0;
+  // Until all work so far is done. Throws DeviceError with the first error of that work, and
+  // DeadlineExceeded.
+  virtual void synchronize(Deadline deadline) = 0;
+
+ protected:
+  Device() = default;
+};
+
+// Memory of a device, freed with its owner. An array of plain data.
+template <typename T>
+class DeviceArray {
+ public:
+  DeviceArray() = default;
+  DeviceArray(Device& device, uint64_t count, const char* what)
+      : device_(&device),
+        count_(count),
+        data_(count == 0 ? nullptr
+                         : reinterpret_cast<T*>(device.allocate(count * sizeof(T), what))) {}
+  ~DeviceArray() { reset(); }
+  DeviceArray(DeviceArray&& from) noexcept { *this = std::move(from); }
+  DeviceArray& operator=(DeviceArray&& from) noexcept {
+    std::swap(device_, from.device_);
+    std::swap(count_, from.count_);
+    std::swap(data_, from.data_);
+    return *this;
+  }
+  void reset() noexcept {
+    if (data_ != nullptr) device_->release(reinterpret_cast<std::byte*>(data_));
+    data_ = nullptr;
+    count_ = 0;
+  }
+  T* data() const { return data_; }
+  uint64_t count() const { return count_; }
+  uint64_t bytes() const { return count_ * sizeof(T); }
+
+ private:
+  Device* device_ = nullptr;
+  uint64_t count_ = 0;
+  T* data_ = nullptr;
+};
+
+// The same in the host's memory.
+template <typename T>
+class HostArray {
+ public:
+  HostArray() = default;
+  HostArray(Device& device, uint64_t count, const char* what)
+      : device_(&device),
+        count_(count),
+        data_(count == 0 ? nullptr
+                         : reinterpret_cast<T*>(device.allocate_host(count * sizeof(T), what))) {}
+  ~HostArray() { reset(); }
+  HostArray(HostArray&& from) noexcept { *this = std::move(from); }
+  HostArray& operator=(HostArray&& from) noexcept {
+    std::swap(device_, from.device_);
+    std::swap(count_, from.count_);
+    std::swap(data_, from.data_);
+    return *this;
+  }
+  void reset() noexcept {
+    if (data_ != nullptr) device_->release_host(reinterpret_cast<std::byte*>(data_));
+    data_ = nullptr;
+    count_ = 0;
+  }
+  T* data() const { return data_; }
+  T& operator[](uint64_t i) const { return data_[i]; }
+  uint64_t count() const { return count_; }
+  uint64_t bytes() const { return count_ * sizeof(T); }
+
+ private:
+  Device* device_ = nullptr;
+  uint64_t count_ = 0;
+  T* data_ = nullptr;
+};
+
+struct EmulatedDeviceOptions {
+  uint64_t total_bytes = uint64_t(4) << 30;  // more than that is OutOfMemory, as on a device
+};
+std::unique_ptr<Device> make_emulated_device(const EmulatedDeviceOptions& options = {});
+
+}  // namespace certkv::cuda

@@ -1,0 +1,76 @@
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+#include "kernels/cuda/device.h"
+
+namespace certkv::cuda {
+namespace {
+
+constexpr size_t kAlign = 256;
+
+// Memory comes from malloc, so that a sanitizer sees who reads what was never written or is gone.
+class EmulatedDevice final : public Device {
+ public:
+  explicit EmulatedDevice(const EmulatedDeviceOptions& options) : total_(options.total_bytes) {}
+
+  bool emulated() const override { return true; }
+  const DeviceShape& shape() const override { return shape_; }
+  std::string name() const override { return "emulated device"; }
+  uint64_t total_bytes() const override { return total_; }
+  uint64_t free_bytes() const override { return total_ - used_; }
+
+  std::byte* allocate(uint64_t bytes, const char* what) override {
+    CERTKV_EXPECT(bytes <= total_ - used_, OutOfMemory,
+                  "{}: {} bytes of device memory asked for, {} of {} are free", what, bytes,
+                  total_ - used_, total_);
+    std::byte* p = take(bytes, what);
+    held_[p] = bytes;
+    used_ += bytes;
+    return p;
+  }
+  void release(std::byte* memory) noexcept override {
+    const auto it = held_.find(memory);
+    if (it == held_.end()) return;
+    used_ -= it->second;
+    held_.erase(it);
+    std::free(memory);
+  }
+  std::byte* allocate_host(uint64_t bytes, const char* what) override { return take(bytes, what); }
+  void release_host(std::byte* memory) noexcept override { std::free(memory); }
+
+  const std::byte* map_host(const std::byte* memory, uint64_t) override { return memory; }
+  void unmap_host(const std::byte*) noexcept override {}
+
+  void copy(void* to, const void* from, uint64_t bytes) override {
+    if (bytes != 0) std::memcpy(to, from, bytes);
+  }
+  void fill(void* to, uint8_t byte, uint64_t bytes) override {
+    if (bytes != 0) std::memset(to, byte, bytes);
+  }
+  void synchronize(Deadline) override {}
+
+ private:
+  static std::byte* take(uint64_t bytes, const char* what) {
+    void* p = std::aligned_alloc(kAlign, (size_t(bytes) + kAlign - 1) / kAlign * kAlign);
+    CERTKV_EXPECT(p != nullptr, OutOfMemory, "{}: {} bytes of host memory cannot be had", what,
+                  bytes);
+    std::memset(p, 0xff, bytes);  // NaN as a float or a half: what is read must have been written
+    return static_cast<std::byte*>(p);
+  }
+
+  uint64_t total_, used_ = 0;
+  // Small, so that short sequences too are cut into several splits.
+  DeviceShape shape_{.multiprocessors = 8,
+                     .shared_per_block = 227 * 1024,
+                     .shared_per_multiprocessor = 228 * 1024};
+  std::map<std::byte*, uint64_t> held_;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_emulated_device(const EmulatedDeviceOptions& options) {
+  return std::make_unique<EmulatedDevice>(options);
+}
+
+}  // namespace certkv::cuda
