@@ -15,6 +15,7 @@ void run(const PassArgs& args, const PassShape& shape) {
   const uint32_t bytes = shared_layout(kDim, kGroups).bytes;
   for (int i = 0; i < shape.items; ++i) {
     const PassItem& item = args.items[i];
+    if (args.repeated && *item.again == 0) continue;
     for (int split = 0; split < shape.splits; ++split) {
       if (split * args.pages_per_split >= item.page_count) continue;
       // Of its own for each block, and poison: what a block reads it must have written.
@@ -26,10 +27,19 @@ void run(const PassArgs& args, const PassShape& shape) {
         Block{args, item, shared.data(), split, warp}.walk();
       for (int warp = 0; warp < kWarps; ++warp)
         Block{args, item, shared.data(), split, warp}.combine();
+      if (!kCertificate || item.judged == nullptr) continue;
+      for (int warp = 0; warp < kWarps; ++warp)
+        Block{args, item, shared.data(), split, warp}.tally();
+      for (int warp = 0; warp < kWarps; ++warp)
+        Block{args, item, shared.data(), split, warp}.finish_tally();
     }
-    for (int head = 0; head < item.heads; ++head)
+    for (int head = 0; head < item.heads; ++head) {
+      emulated::MergeShared shared;
+      std::memset(&shared, 0xff, sizeof shared);
       for (int element = 0; element < kDim; element += 32)
-        emulated::merge_splits(item, kDim, args.pages_per_split, head, element);
+        emulated::merge_splits(item, kDim, args.pages_per_split, head, element, &shared);
+      emulated::judge_head(item, kDim, head, shared);
+    }
   }
 }
 

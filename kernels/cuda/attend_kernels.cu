@@ -15,19 +15,27 @@ __global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const PassArgs a
   const int split = int(blockIdx.x);
   const PassItem item = args.items[blockIdx.y];
   if (split * args.pages_per_split >= item.page_count) return;
+  if (args.repeated && *item.again == 0) return;
   const Pass<kDim, kGroups, kCertificate> block{args, item, shared, split, int(threadIdx.y)};
   block.begin();
   __syncthreads();
   block.walk();
   __syncthreads();
   block.combine();
+  if (!kCertificate || item.judged == nullptr) return;
+  block.tally();
+  __syncthreads();
+  block.finish_tally();
 }
 
 __global__ void merge_kernel(const PassArgs args, int head_dim) {
   const PassItem& item = args.items[blockIdx.y];
   const int head = int(blockIdx.x);
-  if (head >= item.heads) return;
-  merge_splits(item, head_dim, args.pages_per_split, head, int(threadIdx.y) * 32);
+  if (head >= item.heads || (args.repeated && *item.again == 0)) return;
+  __shared__ MergeShared shared;
+  merge_splits(item, head_dim, args.pages_per_split, head, int(threadIdx.y) * 32, &shared);
+  __syncthreads();
+  if (threadIdx.y == 0) judge_head(item, head_dim, head, shared);
 }
 
 // ---- launchers ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@
 #define CERTKV_LANES_NAMESPACE cuda
 #define CERTKV_LANES_FUNCTION __device__ __forceinline__
 #define CERTKV_UNROLL _Pragma("unroll")
+#define CERTKV_UNROLL_BY_2 _Pragma("unroll 2")
 #define CERTKV_UNROLL_BY_8 _Pragma("unroll 8")
 #define CERTKV_NO_UNROLL _Pragma("unroll 1")
 #else
@@ -23,6 +24,7 @@
 #define CERTKV_LANES_NAMESPACE emulated
 #define CERTKV_LANES_FUNCTION inline
 #define CERTKV_UNROLL
+#define CERTKV_UNROLL_BY_2
 #define CERTKV_UNROLL_BY_8
 #define CERTKV_NO_UNROLL
 #endif

@@ -213,6 +213,12 @@ CERTKV_LANE void store4_where(B which, std::byte* base, I at, const U (&in)[4]) 
 CERTKV_LANE F load_float(const float* base, I index) {
   return base[index];
 }
+CERTKV_LANE F load_float(B which, const float* yes, const float* no, I index) {
+  return (which ? yes : no)[index];
+}
+CERTKV_LANE D load_double(const double* base, I index) {
+  return base[index];
+}
 CERTKV_LANE void store(float* base, I index, F x) {
   base[index] = x;
 }
@@ -227,6 +233,9 @@ CERTKV_LANE void store_byte(uint8_t* to, uint8_t byte) {  // one for the warp
 }
 CERTKV_LANE void store_word(uint32_t* to, uint32_t word) {  // one for the warp
   if (threadIdx.x == 0) *to = word;
+}
+CERTKV_LANE void store_where(B which, double* base, I index, D x) {
+  if (which) base[index] = x;
 }
 CERTKV_LANE void raise_flag(uint32_t* flags, uint32_t bit) {
   if (threadIdx.x == 0) atomicOr(flags, bit);

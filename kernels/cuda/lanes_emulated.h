@@ -267,6 +267,12 @@ inline void store4_where(B which, std::byte* base, I at, const U (&in)[4]) {
 inline F load_float(const float* base, I index) {
   return each_lane<F>([&](int i) { return base[index[i]]; });
 }
+inline F load_float(B which, const float* yes, const float* no, I index) {
+  return each_lane<F>([&](int i) { return (which[i] != 0 ? yes : no)[index[i]]; });
+}
+inline D load_double(const double* base, I index) {
+  return each_lane<D>([&](int i) { return base[index[i]]; });
+}
 inline void store(float* base, I index, F x) {
   for (int lane = 0; lane < kLaneCount; ++lane) base[index[lane]] = x[lane];
 }
@@ -274,6 +280,10 @@ inline void store(double* base, I index, D x) {
   for (int lane = 0; lane < kLaneCount; ++lane) base[index[lane]] = x[lane];
 }
 inline void store_where(B which, float* base, I index, F x) {
+  for (int lane = 0; lane < kLaneCount; ++lane)
+    if (which[lane] != 0) base[index[lane]] = x[lane];
+}
+inline void store_where(B which, double* base, I index, D x) {
   for (int lane = 0; lane < kLaneCount; ++lane)
     if (which[lane] != 0) base[index[lane]] = x[lane];
 }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/arith/certificate.h"
 #include "kernels/base/dtype.h"
 #include "kernels/cuda/page.h"
 
@@ -38,6 +39,27 @@ CERTKV_HD constexpr int sums_floats(int head_dim) {
   return kSumsHeader + 2 * head_dim;
 }
 
+// Of a head, over the blocks of a split, weights about the split's reference: what the closing
+// arithmetic asks for (BlockSums), then the largest notes. In double.
+enum Tally {
+  kTallyS,
+  kTallyH2,
+  kTallyABar,
+  kTallyTNu,
+  kTallyFSum,
+  kTallyFNu,
+  kTallyDen,
+  kTallyValue,
+  kTallyGO,
+  kTallyTail,
+  kTallyFlushed,
+  kTallyNuMax,
+  kTallyEtaMax,
+  kTallyVbarMax,
+  kTallyCount
+};
+inline constexpr int kTallyFirstMax = kTallyNuMax;
+
 // One KV head of one sequence.
 struct PassItem {
   const PageEntry* pages = nullptr;
@@ -55,14 +77,26 @@ struct PassItem {
   double* merged = nullptr;             // out [heads, sums_floats(head_dim)]
   float* out = nullptr;                 // out [heads, head_dim] o / l
   uint32_t* flags = nullptr;            // out: or-ed into
+  const std::byte* slots = nullptr;     // [slot_count][16, head_dim] rows of one block's tensor
+  int32_t slot_count = 0;
+
+  // Judging. judged == nullptr: the pass alone.
+  int32_t relative = 0;             // whether the tolerance is relative to S
+  double tolerance = 0;             // method E5; infinite and absolute: every number fits
+  int64_t tokens = 0;               // of the sequence
+  const float* open_nu = nullptr;   // [page_count, 4] largest norm of a value; without codes alone
+  double* tally = nullptr;          // scratch [splits, heads, kTallyCount]
+  Certificate* judged = nullptr;    // out [heads]
+  uint32_t* failing = nullptr;      // out: bit h or-ed in where head h is not within the tolerance
+  uint32_t* any_failing = nullptr;  // out: 1 or-ed in if any is
+  const uint32_t* again = nullptr;  // 0: a repeated pass leaves the item alone
 };
 
 struct PassArgs {
   const PassItem* items = nullptr;  // [grid.y]
   int32_t pages_per_split = 0;
-  DType dtype = DType::BF16;         // of originals
-  const std::byte* slots = nullptr;  // [slot_count][16, head_dim] rows of one block's tensor
-  int32_t slot_count = 0;
+  DType dtype = DType::BF16;  // of originals
+  bool repeated = false;      // only items whose `again` is not 0
 };
 
 }  // namespace certkv::cuda

@@ -2,16 +2,17 @@
 // Included by attend_kernels.cu and attend_emulated.cc alone. See pass_block.h.
 //
 // A block's work is one split of one KV head. begin() of all warps, then walk() of all, then
-// combine() of all, with a barrier between; merge_splits() later, in a launch of its own.
+// combine() and tally() of all, then finish_tally() of all, with a barrier between; merge_splits()
+// and judge_head() later, in a launch of its own.
 #pragma once
 
-#include "kernels/cuda/pass_mixed.h"
+#include "kernels/cuda/pass_judge.h"
 
 namespace certkv::CERTKV_LANES_NAMESPACE {
 
 template <int kDim, int kGroups, bool kCertificate>
-struct Pass : PassMixed<kDim, kGroups, kCertificate> {
-  using Base = PassMixed<kDim, kGroups, kCertificate>;
+struct Pass : PassJudge<kDim, kGroups, kCertificate> {
+  using Base = PassJudge<kDim, kGroups, kCertificate>;
   using Base::args, Base::item, Base::kCells, Base::kHeads, Base::kPage, Base::kSteps;
   using Base::first_page, Base::pages, Base::sums;
   using Base::key_slot, Base::value_slot, Base::state, Base::entries, Base::query, Base::norms;
@@ -129,30 +130,48 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate> {
   }
 };
 
+// What the warps of a merge share about their head.
+struct MergeShared {
+  double dots[kMaxHeadDim / 32][3];  // ||O||^2, O . a / l, ||O - o / l||^2, of each warp's elements
+  double tally[kTallyCount];
+  double header[kSumsHeader];
+};
+
+// Sum, or largest, over the lanes.
+template <typename V, typename Add>
+CERTKV_FN V over_lanes(V x, Add add) {
+  CERTKV_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) x = add(x, shuffle_xor(x, mask));
+  return x;
+}
+
 // The splits of one head in double precision and in a fixed order; out of the unit, which is exact.
 // 32 elements; while factors are computed a lane has a split of its own.
 CERTKV_FN void merge_splits(const PassItem& item, int head_dim, int pages_per_split, int head,
-                            int element) {
+                            int element, MergeShared* shared) {
   const int splits = (item.page_count + pages_per_split - 1) / pages_per_split;
   const int sums = sums_floats(head_dim);
   const float* from = item.splits + head * sums;
   const int stride = item.heads * sums;
   const I lane = lane_index();
+  const bool first_warp = element == 0, judged = item.judged != nullptr;
   const auto own = [&](int first) {  // the lane's split; beyond the end: the first one again
-    return select(lane + first < splits, lane + first, splat_i(0)) * stride;
+    return select(lane + first < splits, lane + first, splat_i(0));
   };
-  F most = load_float(from, own(0) + int(kSumRef));
+  const auto larger_one = [](F a, F b) { return max_nan(a, b); };
+  F most = load_float(from, own(0) * stride + int(kSumRef));
   for (int first = 32; first < splits; first += 32)
-    most = max_nan(most, load_float(from, own(first) + int(kSumRef)));
-  CERTKV_UNROLL
-  for (int mask = 1; mask < 32; mask *= 2) most = max_nan(most, shuffle_xor(most, mask));
-  const double ref = uniform(most, 0), inverse = 1.0 / item.unit;
+    most = max_nan(most, load_float(from, own(first) * stride + int(kSumRef)));
+  const double ref = uniform(over_lanes(most, larger_one), 0), inverse = 1.0 / item.unit;
 
   const D zero = to_double(splat(0));
   D l = zero, m2 = zero, s1 = zero, c_tokens = zero, o_sum = zero, a_sum = zero;
-  F score_max = splat(0);
+  D tally[kTallyFirstMax];
+  CERTKV_EACH (k, kTallyFirstMax) tally[k] = zero;
+  F score_max = splat(0), notes_max[kTallyCount - kTallyFirstMax];
+  CERTKV_EACH (k, kTallyCount - kTallyFirstMax) notes_max[k] = splat(0);
   for (int first = 0; first < splits; first += 32) {
-    const I at = own(first);
+    const I at = own(first) * stride;
     const D here = to_double(select(lane + first < splits, splat(1), splat(0)));
     const D less = exponential(to_double(load_float(from, at + int(kSumRef))) - ref) * here;
     const D scaled = less * inverse;
@@ -161,6 +180,16 @@ CERTKV_FN void merge_splits(const PassItem& item, int head_dim, int pages_per_sp
     s1 = s1 + scaled * to_double(load_float(from, at + int(kSumS1)));
     c_tokens = c_tokens + here * to_double(load_float(from, at + int(kSumCTokens)));
     score_max = max_nan(score_max, load_float(from, at + int(kSumScoreMax)));
+    if (first_warp && judged) {
+      const I split = (own(first) * item.heads + head) * int(kTallyCount);
+      CERTKV_EACH (k, kTallyFirstMax) {
+        const D x = load_double(item.tally, split + k);
+        tally[k] = tally[k] + x * (k == kTallyFlushed ? here : less);
+      }
+      CERTKV_EACH (k, kTallyCount - kTallyFirstMax)
+        notes_max[k] =
+            max_nan(notes_max[k], to_float(load_double(item.tally, split + (kTallyFirstMax + k))));
+    }
     const int count = splits - first < 32 ? splits - first : 32;
     CERTKV_UNROLL_BY_8
     for (int i = 0; i < count; ++i) {
@@ -170,27 +199,75 @@ CERTKV_FN void merge_splits(const PassItem& item, int head_dim, int pages_per_sp
       a_sum = a_sum + to_double(load_float(h, lane + head_dim)) * factor;
     }
   }
-  CERTKV_UNROLL
-  for (int mask = 1; mask < 32; mask *= 2) {
-    l = l + shuffle_xor(l, mask);
-    m2 = m2 + shuffle_xor(m2, mask);
-    s1 = s1 + shuffle_xor(s1, mask);
-    c_tokens = c_tokens + shuffle_xor(c_tokens, mask);
-    score_max = max_nan(score_max, shuffle_xor(score_max, mask));
-  }
+  const auto sum = [](D x) { return over_lanes(x, [](D a, D b) { return a + b; }); };
+  l = sum(l);
+  m2 = sum(m2);
+  s1 = sum(s1);
+  c_tokens = sum(c_tokens);
+  score_max = over_lanes(score_max, larger_one);
   double* to = item.merged + size_t(head) * size_t(sums);
   const I o = lane + (kSumsHeader + element);
   store(to, o, o_sum);
   store(to, o + head_dim, a_sum);
-  if (element == 0) {  // every lane stores the same
-    store(to, splat_i(kSumRef), zero + ref);
-    store(to, splat_i(kSumL), l);
-    store(to, splat_i(kSumM2), m2);
-    store(to, splat_i(kSumS1), s1);
-    store(to, splat_i(kSumCTokens), c_tokens);
-    store(to, splat_i(kSumScoreMax), to_double(score_max));
+  const D header[] = {zero + ref, l, m2, s1, c_tokens, to_double(score_max)};
+  if (first_warp)  // every lane stores the same
+    CERTKV_EACH (i, 6) store(to, splat_i(i), header[i]);
+  const F out = to_float(o_sum / l);
+  store(item.out + head * head_dim, lane + element, out);
+  if (!judged) return;
+
+  const D written = to_double(out), cast = written - o_sum / l;
+  double* dots = shared->dots[element / 32];
+  store(dots, splat_i(0), sum(written * written));
+  store(dots, splat_i(1), sum(written * (a_sum / l)));
+  store(dots, splat_i(2), sum(cast * cast));
+  if (!first_warp) return;
+  CERTKV_EACH (i, 6) store(shared->header, splat_i(i), header[i]);
+  CERTKV_EACH (k, kTallyFirstMax) store(shared->tally, splat_i(k), sum(tally[k]));
+  CERTKV_EACH (k, kTallyCount - kTallyFirstMax)
+    store(shared->tally, splat_i(kTallyFirstMax + k),
+          to_double(over_lanes(notes_max[k], larger_one)));
+}
+
+// One head's certificate and whether it holds; after merge_splits() of all its elements. All lanes
+// compute the same.
+CERTKV_FN void judge_head(const PassItem& item, int head_dim, int head, const MergeShared& shared) {
+  if (item.judged == nullptr) return;
+  const double* t = shared.tally;
+  ClosingSums x;
+  x.head_dim = head_dim;
+  x.tokens = double(item.tokens);
+  x.unit = item.unit;
+  x.l = shared.header[kSumL];
+  x.m2 = shared.header[kSumM2];
+  x.s1 = shared.header[kSumS1];
+  x.c_tokens = shared.header[kSumCTokens];
+  x.score_max = shared.header[kSumScoreMax];
+  for (int w = 0; w < head_dim / 32; ++w) {
+    x.o2 += shared.dots[w][0];
+    x.oa += shared.dots[w][1];
+    x.cast2 += shared.dots[w][2];
   }
-  store(item.out + head * head_dim, lane + element, to_float(o_sum / l));
+  x.nu_max = t[kTallyNuMax];
+  x.eta_max = t[kTallyEtaMax];
+  x.vbar_max = t[kTallyVbarMax];
+  x.notes_sound = x.nu_max >= 0 && x.eta_max >= 0 && x.vbar_max >= 0;
+  x.blocks.s = t[kTallyS];
+  x.blocks.h2 = t[kTallyH2];
+  x.blocks.a_bar = t[kTallyABar];
+  x.blocks.t_nu = t[kTallyTNu];
+  x.blocks.f_sum = t[kTallyFSum];
+  x.blocks.f_nu = t[kTallyFNu];
+  x.blocks.den = t[kTallyDen];
+  x.blocks.value = t[kTallyValue];
+  x.blocks.g_o = t[kTallyGO];
+  x.blocks.tail = t[kTallyTail];
+  x.blocks.flushed = t[kTallyFlushed];
+  const Certificate c = close_certificate(x, {});
+  item.judged[head] = c;
+  if (within_tolerance(c, item.relative != 0, item.tolerance)) return;
+  raise_flag(item.failing, 1u << head);
+  raise_flag(item.any_failing, 1u);
 }
 
 }  // namespace certkv::CERTKV_LANES_NAMESPACE

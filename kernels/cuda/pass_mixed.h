@@ -18,11 +18,11 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
   }
   // Rows of a block in the slot pool; nullptr if no slot holds them.
   CERTKV_FN const std::byte* rows(int slot) const {
-    if (slot < 0 || slot >= args.slot_count) {
+    if (slot < 0 || slot >= item.slot_count) {
       raise_flag(item.flags, kFlagMissing);
       return nullptr;
     }
-    return args.slots + size_t(slot) * size_t(16 * kDim * 2);
+    return item.slots + size_t(slot) * size_t(16 * kDim * 2);
   }
   CERTKV_FN void mma_original(F (&sum)[4], const U (&a)[4], U b0, U b1) const {
     if (args.dtype == DType::BF16)
@@ -173,8 +173,8 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate> {
       const U values = load1(reinterpret_cast<const std::byte*>(item.value_slot), block);
       for (int i = 0; i < count - first && i < 32; ++i)
         for (const int slot : {int(uniform(keys, i)), int(uniform(values, i))})
-          if (slot >= 0 && slot < args.slot_count)
-            prefetch(args.slots + size_t(slot) * size_t(16 * kDim * 2), lane * kDim);
+          if (slot >= 0 && slot < item.slot_count)
+            prefetch(item.slots + size_t(slot) * size_t(16 * kDim * 2), lane * kDim);
     }
 
     CERTKV_NO_UNROLL

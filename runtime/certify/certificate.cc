@@ -10,30 +10,10 @@
 namespace certkv {
 namespace {
 
-constexpr double kMaxBlockTokens = 32;
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kRoundDown =
-    1 - 0x1p-40;  // sums of at most 2^12 doubles a lane, rounded to nearest
-
 // What a block's terms are computed from.
 uint8_t sources(const BlockRef& block) {
   return uint8_t((block.k != nullptr ? kUsedKey : 0) | (block.v != nullptr ? kUsedValue : 0));
 }
-
-// Sums over blocks of one head, weights about the pass's reference m. T: blocks with quantised
-// keys.
-struct BlockSums {
-  double s = 0, h2 = 0, a_bar = 0, t_nu = 0;  // over T: c w times 1, eta^2, vbar, nu
-  double f_sum = 0, f_nu = 0;                 // over the rest: c w times 1, nu
-  double den = 0;                             // w exp(-Delta)
-  double value = 0, g_o = 0;                  // w times eta, vbar, of the values used
-  double tail = 0;                            // over T: w
-  // What flushed weights may be in truth, over kExpAbsolute: a weight that the exponential flushed
-  // is below kExpAbsolute exp(ref - m) as scored, and below exp(Delta_b) = 1 + c_b times that in
-  // truth; c_b rho'_b has nothing of it.
-  double flushed = 0;
-  bool sound = true;  // every weight and c is a number >= 0
-};
 
 typedef double Lanes __attribute__((vector_size(64)));
 typedef int64_t Masks __attribute__((vector_size(64)));
@@ -154,87 +134,28 @@ void finish_output(const PassState& state, int head, float* out) {
 
 Certificate certify(const PassState& state, int head, const CorrectionLog& log, const float* out) {
   const HeadSums& sums = state.head[size_t(head)];
-  const int d = state.head_dim;
-  const double l = sums.l;
-  Certificate c;
-
-  double o2 = 0, oa = 0, cast2 = 0;
-  for (int i = 0; i < d; ++i) {
-    const double o = out[i], cast = o - sums.o[size_t(i)] / l;
-    o2 += o * o;
-    oa += o * (sums.a[size_t(i)] / l);
-    cast2 += cast * cast;
+  ClosingSums x;
+  x.head_dim = state.head_dim;
+  x.tokens = double(state.tokens);
+  x.unit = state.unit;
+  x.l = sums.l;
+  x.m2 = sums.m2;
+  x.s1 = sums.s1;
+  x.c_tokens = sums.c_tokens;
+  x.score_max = double(sums.score_max);
+  for (int i = 0; i < state.head_dim; ++i) {
+    const double o = out[i], cast = o - sums.o[size_t(i)] / sums.l;
+    x.o2 += o * o;
+    x.oa += o * (sums.a[size_t(i)] / sums.l);
+    x.cast2 += cast * cast;
   }
-  c.out_norm = std::sqrt(o2) * (1 + 0x1p-40);
-
-  // Sums over all blocks. expm1(Delta) = c, exp(-Delta) = 1 / (1 + c).
-  const BlockSums b = sum_blocks(state, head);
-  const double s = b.s / l, e_val = b.value / l;
-  c.den = b.den / l * kRoundDown;
-
-  // E2 over T; what has original keys enters by the sum over its blocks. What corrections removed
-  // has left its rounding behind, so r_fp counts everything that ever entered m2 and a.
-  const bool corrected = log.count > 0;
-  const double m2 = sums.m2 / l;
-  const double g_s = corrected ? log.g_s / l : s, g_m2 = corrected ? log.g_m2 / l : m2;
-  const double g_a = (corrected ? log.g_a : b.a_bar) / l;
-  // Beside a value 2^60 times larger, squares vanish in the pass's unit, and products of steps, codes
-  // and weights do beside one 2^120 times larger: at most 2^-149 is lost by each square, product and
-  // sum, and 2^8 times that where a step is lost before its code.
-  const bool any_value = state.nu_max > 0 || state.vbar_max > 0;  // all zero: nothing was rounded
-  const double unit = state.unit;
-  const double lost = any_value ? (d + 64) * 0x1p-138 * (1 + 2.0 * log.count) : 0.0;
-  const double tokens_l = double(state.tokens) / l;
-  // Skipped values count with their norm where the largest eta is asked for.
-  const double eta_max = std::max(state.eta_max, state.skips ? state.nu_max : 0.0f);
-  const double m2_lost = lost * (s + tokens_l + sums.c_tokens / l) / (unit * unit);
-  const double n_m2 = kChainOutput + chain_norm(d) + d + 8 + 2.0 * log.count;
-  const double r_fp = gamma_n(n_m2) * (g_m2 + 2 * c.out_norm * g_a + g_s * o2) + m2_lost;
-  c.r_term = std::sqrt(positive_part(m2 - 2 * oa + s * o2) + r_fp);
-  c.h_term = std::sqrt(b.h2 / l);
-  c.s_term = s;
-  const double originals = (b.f_nu + b.f_sum * c.out_norm) / l;
-  c.key_sqrt = std::sqrt(s) * (c.r_term + c.h_term) + originals;
-  c.key_sum = (b.t_nu + b.s * c.out_norm) / l + originals;
-
-  // E3 / 4b. The sums run over |base| + code step where values are codes.
-  const double g_l = corrected ? log.g_l : l, g_o = corrected ? log.g_o : b.g_o;
-  const double n_out = kChainOutput + 2.0 * log.count + 3;
-  c.e_acc = (gamma_n(n_out) * (g_o + c.out_norm * g_l) +
-             b.flushed * double(kExpAbsolute) * (state.nu_max + eta_max + c.out_norm)) /
-                l +
-            lost * tokens_l / unit + 3 * kUnit * c.out_norm + std::sqrt(cast2);
-
-  // Either is a bound by itself: where a or m2 overflowed, key_sqrt is inf or NaN and the sum
-  // counts.
-  const double key = c.key_sqrt <= c.key_sum ? c.key_sqrt : c.key_sum;
-  c.bound = kRaise * (key + e_val + c.e_acc) / c.den;
-  c.e_key = key / c.den;
-  c.e_val = e_val / c.den;
-  c.e_fp = c.bound - c.e_key - c.e_val;
-  const double score_max = double(sums.score_max);
-  c.e_key_paper =
-      2 * state.nu_max * std::exp(2 * score_max) * (b.tail / l) * std::expm1(2 * score_max);
-
-  // E5. Every term of S is positive, so its error is relative.
-  c.s = sums.s1 / l;
-  c.s_lo = c.s * (1 - 2 * gamma_n(kChainOutput + 16)) * kRoundDown;
-  if (corrected)  // a sum from which terms were subtracted: absolute error of what passed through
-    c.s_lo = c.s - 2 * gamma_n(n_out + 16) * (g_l / l) * (state.nu_max + state.eta_max);
-  // Squares below 2^-126 round to multiples of 2^-149, which may be more than they are.
-  if (any_value) c.s_lo -= std::sqrt(double(d)) * 0x1p-74 / unit * (g_l / l);
-  c.relative = c.bound / c.s;
-  if (c.bound == 0 && c.s == 0) c.relative = 0;
-
-  const bool finite = std::isfinite(c.bound) && std::isfinite(c.s) && std::isfinite(key) &&
-                      std::isfinite(c.out_norm) && std::isfinite(e_val) && std::isfinite(c.den);
-  if (!(finite && b.sound && state.notes_sound && l > 0 && c.den > 0)) c.bound = c.relative = kNaN;
-  return c;
-}
-
-bool within_tolerance(const Certificate& c, bool relative, double tolerance) {
-  if (relative) return c.bound <= tolerance * c.s_lo;
-  return c.bound <= tolerance;
+  x.nu_max = state.nu_max;
+  x.eta_max = state.eta_max;
+  x.vbar_max = state.vbar_max;
+  x.notes_sound = state.notes_sound;
+  x.skips = state.skips;
+  x.blocks = sum_blocks(state, head);
+  return close_certificate(x, log);
 }
 
 bool correct_block(const AttendContext& context, const QueryGroup& q, size_t b, const BlockRef& was,

@@ -87,8 +87,7 @@ struct HeadStep::Impl {
   }
   // The largest numerator of E4 that would be certified.
   double allowed(const Certificate& c) const {
-    const double limit = rules().tolerance.value * (rules().tolerance.is_relative ? c.s_lo : 1.0);
-    return limit * c.den / kRaise;
+    return allowed_error(c, rules().tolerance.is_relative, rules().tolerance.value);
   }
   bool page_in(std::span<const uint32_t> blocks, BlockPart part);
   bool check_canary(uint32_t block, const BlockTerms& before, const BlockTerms& after,

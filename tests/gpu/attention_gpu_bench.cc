@@ -116,8 +116,7 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
   };
   std::vector<uint16_t> rows(size_t(kSlots) * 16 * kDim);
   for (uint16_t& x : rows) x = float_to_bf16(draw());
-  s.args.slots = reinterpret_cast<const std::byte*>(hold(device(rows)));
-  s.args.slot_count = kSlots;
+  const auto* slots = reinterpret_cast<const std::byte*>(hold(device(rows)));
   const std::byte* source = hold(device(made_pages()));
   std::vector<float> scaled(kHeads * kDim), norm;
   for (float& x : scaled) x = draw() / std::sqrt(float(kDim));
@@ -173,6 +172,18 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
       item.merged = hold(device<double>(sums));
       item.out = hold(device<float>(kHeads * kDim));
       item.flags = flags;
+      item.slots = slots;
+      item.slot_count = kSlots;
+      if (certificate) {  // and judged
+        item.relative = 1;
+        item.tolerance = 0.05;
+        item.tokens = tokens + kOpenTokens;
+        item.open_nu = k_norm_at;
+        item.tally = hold(device<double>(size_t(plan.splits) * kHeads * cuda::kTallyCount));
+        item.judged = hold(device<Certificate>(kHeads));
+        item.failing = flags;
+        item.any_failing = flags;
+      }
       items.push_back(item);
     }
     s.copies.push_back({hold(device(items)), pages});

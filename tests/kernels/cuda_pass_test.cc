@@ -215,6 +215,7 @@ TEST_F(OnDevice, TakesOriginalsInPlaceOfCodes) {
         const Drawn x(d, d == 64 ? 8 : 4, 64 * 4 + 33, uint64_t(7 * d + one_in), dtype);
         const std::vector<BlockRef> blocks = mixed(x, 5, one_in);
         const DevicePass pass(x.head.context(), x.group(), blocks);
+        EXPECT_TRUE(pass.judged_alike());
         EXPECT_EQ(pass.flags, 0u);
         expect_as_served(x, blocks, pass);
         for (size_t b = 0; b < blocks.size(); ++b)
@@ -232,6 +233,7 @@ TEST_F(OnDevice, DealsManyBlocksOfOriginalsToItsWarps) {
     const Drawn x(64, 2, 64 * 40 + 5, 21, dtype);
     for (const auto& blocks : {mixed(x, 9, 3), x.head.originals()}) {
       const DevicePass pass(x.head.context(), x.group(), blocks, {.pages_per_split = 132});
+      EXPECT_TRUE(pass.judged_alike());
       expect_as_served(x, blocks, pass);
       expect_certificates_hold(x, pass);
     }
@@ -246,6 +248,7 @@ TEST_F(OnDevice, HoldsAtTheEdgesOfBlocksPagesAndSplits) {
       if (pages_per_split == 1 && tokens > 600) continue;
       const DevicePass pass(x.head.context(), x.group(), x.head.blocks,
                             {.pages_per_split = pages_per_split});
+      EXPECT_TRUE(pass.judged_alike());
       expect_as_served(x, x.head.blocks, pass);
       expect_certificates_hold(x, pass);
       ASSERT_FALSE(testing::Test::HasFailure()) << tokens << " tokens, " << pages_per_split;
@@ -259,6 +262,7 @@ TEST_F(OnDevice, ChargesEveryBlockItsScoreError) {
     const Drawn x(d, 4, 64 * 3 + 10, uint64_t(d), DType::F16);
     const std::vector<BlockRef> blocks = mixed(x, 3, 4);
     const DevicePass pass(x.head.context(), x.group(), blocks);
+    EXPECT_TRUE(pass.judged_alike());
     for (size_t b = 0; b < blocks.size(); ++b)
       for (int h = 0; h < x.heads; ++h) {
         const size_t i = pass.state.at(h, b);
@@ -284,6 +288,7 @@ TEST_F(OnDevice, ChargesTheExponentialWhereTheScoresAreZero) {
   std::fill(x.q.begin(), x.q.end(), 0.0f);
   for (const auto& blocks : {x.head.blocks, x.head.originals()}) {
     const DevicePass pass(x.head.context(), x.group(), blocks);
+    EXPECT_TRUE(pass.judged_alike());
     for (float delta : pass.state.delta) EXPECT_GE(double(delta), oracle::kLeastEpsW);
     expect_as_served(x, blocks, pass);
     expect_certificates_hold(x, pass);
@@ -295,6 +300,7 @@ TEST_F(OnDevice, BoundsTheFactorOfLargeErrors) {
   for (double q_scale : {5.0, 30.0, 300.0}) {
     const Drawn x(64, 2, 64 * 3, 5, DType::BF16, q_scale);
     const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+    EXPECT_TRUE(pass.judged_alike());
     for (size_t i = 0; i < pass.state.delta.size(); ++i) {
       EXPECT_GE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])));
       EXPECT_LE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])) * (1 + 1e-4));
@@ -321,6 +327,7 @@ struct ExactKeys : Drawn {
   // What the pass itself charges, and nothing else, is what scores may be off.
   void expect_within_charge() const {
     const DevicePass pass(head.context(), group(), head.blocks);
+    EXPECT_TRUE(pass.judged_alike());
     std::vector<double> off;
     for (float bound : pass.state.score_bound) off.push_back(double(bound) + cuda::kEpsWDevice);
     expect_as_served(*this, head.blocks, pass, off);
@@ -367,6 +374,7 @@ TEST_F(OnDevice, SumsTheWeightsThatWeighValues) {
         [](size_t, size_t c) { return 1 + double(c % 7); });
     for (const auto& blocks : {x.head.blocks, x.head.originals()}) {
       const DevicePass pass(x.head.context(), x.group(), blocks);
+      EXPECT_TRUE(pass.judged_alike());
       for (int h = 0; h < x.heads; ++h) {
         const Served served =
             attend_served(x.head, blocks, x.query(h), pass.state.c.data() + pass.state.at(h, 0));
@@ -393,6 +401,7 @@ TEST_F(OnDevice, ChargesWhatAQueryOfSixteenBitsLoses) {
           [](size_t, size_t c) { return double(c % 7); });
       x.expect_within_charge();
       const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+      EXPECT_TRUE(pass.judged_alike());
       for (int h = 0; h < 4; ++h) {
         const double lost = 0.45 * kPlace * 128 * (d - 1) / std::sqrt(double(d));
         EXPECT_GE(double(pass.state.score_bound[pass.state.at(h, 0)]), lost * 0.98);
@@ -418,6 +427,7 @@ TEST_F(OnDevice, ScoresOriginalsWithAllBitsOfTheQuery) {
           x.q[size_t(h * d + c)] = (c % 3 == 0 ? -0x1.fffefep+1f : 0x1.fffefep+1f) * float(h + 1);
       const std::vector<BlockRef> blocks = x.head.originals();
       const DevicePass pass(x.head.context(), x.group(), blocks);
+      EXPECT_TRUE(pass.judged_alike());
       std::vector<double> off;
       for (int h = 0; h < 4; ++h)
         for (size_t b = 0; b < blocks.size(); ++b)
@@ -432,6 +442,7 @@ TEST_F(OnDevice, ScoresOriginalsWithAllBitsOfTheQuery) {
 TEST_F(OnDevice, StatesTheCertificatesTerms) {
   const Drawn x(128, 4, 64 * 5, 99);
   const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+  EXPECT_TRUE(pass.judged_alike());
   const std::vector<Certificate> judged = pass.judge();
   for (int h = 0; h < x.heads; ++h) {
     const Certificate& c = judged[size_t(h)];
@@ -466,6 +477,7 @@ TEST_F(OnDevice, AMissingSlotRaisesTheFlagAndIsNeverReadAsAnother) {
   std::vector<BlockRef> blocks = x.head.blocks;
   for (size_t b : {1, 5}) blocks[b] = x.head.promoted(b, true, true);
   const DevicePass pass(x.head.context(), x.group(), blocks, {.missing_slot = 5});
+  EXPECT_TRUE(pass.judged_alike());
   EXPECT_EQ(pass.flags, cuda::kFlagMissing);
   // The codes stood in, and are charged as what they are.
   blocks[5] = x.head.blocks[5];
@@ -486,6 +498,7 @@ TEST_F(OnDevice, CertifiesNothingOnANonFiniteQuery) {
       x.q[64 + 9] = bad;
       const std::vector<BlockRef> blocks = originals ? x.head.originals() : x.head.blocks;
       const DevicePass pass(x.head.context(), x.group(), blocks);
+      EXPECT_TRUE(pass.judged_alike());
       const std::vector<Certificate> judged = pass.judge();
       EXPECT_FALSE(within_tolerance(judged[1], true, 1e6)) << bad;
       EXPECT_FALSE(within_tolerance(judged[1], false, 1e30)) << bad;

@@ -117,13 +117,29 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
   item.merged = put(*backend, merged);
   item.out = put(*backend, out);
   item.flags = put(*backend, flag);
+  std::vector<float> open_nu(pages * kPageTiles, NAN);
+  for (size_t b = 0; b < n; ++b)
+    if (blocks[b].page == nullptr) open_nu[place[b]] = blocks[b].nu;
+  std::vector<double> tally(size_t(shape.splits) * heads * cuda::kTallyCount, NAN);
+  std::vector<uint32_t> marks(2, 0);
+  if (options.certificate) {
+    judged.assign(heads, {});
+    item.relative = 1;
+    item.tolerance = kTolerance;
+    item.tokens = int64_t(tokens);
+    item.open_nu = put(*backend, open_nu);
+    item.tally = put(*backend, tally);
+    item.judged = put(*backend, judged);
+    item.failing = put(*backend, marks);
+    item.any_failing = item.failing + 1;
+  }
+  item.slots = slots.empty() ? nullptr : put(*backend, slots);
+  item.slot_count = slot_count;
   const std::vector<cuda::PassItem> items{item};
   cuda::PassArgs args;
   args.items = put(*backend, items);
   args.pages_per_split = options.pages_per_split;
   args.dtype = context.dtype;
-  args.slots = slots.empty() ? nullptr : put(*backend, slots);
-  args.slot_count = slot_count;
   backend->run(args, shape);
 
   get(*backend, item.records, &records);
@@ -132,6 +148,12 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
   get(*backend, item.out, &out);
   get(*backend, item.flags, &flag);
   flags = flag[0];
+  if (options.certificate) {
+    get(*backend, item.judged, &judged);
+    get(*backend, item.failing, &marks);
+    failing = marks[0];
+    any_failing = marks[1];
+  }
   cuda::read_state({.heads = q.heads,
                     .head_dim = d,
                     .groups = shape.groups(),
@@ -150,10 +172,41 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
 }
 
 std::vector<Certificate> DevicePass::judge() const {
-  std::vector<Certificate> judged;
+  std::vector<Certificate> closed;
   for (int h = 0; h < state.heads; ++h)
-    judged.push_back(certify(state, h, {}, out.data() + size_t(h) * size_t(state.head_dim)));
-  return judged;
+    closed.push_back(certify(state, h, {}, out.data() + size_t(h) * size_t(state.head_dim)));
+  return closed;
+}
+
+// Both close the same sums, added up in another order, in double. Apart are: c of original keys
+// (two upper bounds of expm1, each with 2^-19 to spare and roundings of less than that),
+// exp(-Delta) (2^-20 taken off; the host rounds it to a float twice). c and den enter a bound and a
+// relative bound to at most the first power each.
+constexpr double kApart = 0x1p-17;
+
+testing::AssertionResult DevicePass::judged_alike() const {
+  const std::vector<Certificate> host = judge();
+  for (size_t h = 0; h < host.size(); ++h) {
+    const Certificate &a = judged[h], &b = host[h];
+    const std::pair<const char*, std::pair<double, double>> pairs[] = {
+        {"bound", {a.bound, b.bound}},       {"S", {a.s, b.s}},
+        {"S_lo", {a.s_lo, b.s_lo}},          {"den", {a.den, b.den}},
+        {"E_key", {a.e_key, b.e_key}},       {"E_val", {a.e_val, b.e_val}},
+        {"||O||", {a.out_norm, b.out_norm}}, {"E_acc", {a.e_acc, b.e_acc}}};
+    for (const auto& [name, x] : pairs) {
+      if (!std::isfinite(b.bound) && !std::isfinite(a.bound)) continue;
+      if (!(std::abs(x.first - x.second) <= kApart * std::abs(x.second)))
+        return testing::AssertionFailure() << "head " << h << ": " << name << " is " << x.first
+                                           << " on the device, " << x.second << " on the host";
+    }
+    const bool failed = (failing >> h & 1) != 0;
+    if (failed == within_tolerance(a, true, kTolerance))
+      return testing::AssertionFailure() << "head " << h << ": bound " << a.bound << ", S_lo "
+                                         << a.s_lo << ", but failing is " << failing;
+  }
+  if ((failing != 0) != (any_failing != 0))
+    return testing::AssertionFailure() << "failing " << failing << ", any " << any_failing;
+  return testing::AssertionSuccess();
 }
 
 }  // namespace certkv

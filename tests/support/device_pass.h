@@ -51,9 +51,16 @@ class DevicePass {
   PassState state;
   uint32_t flags = 0;
   std::vector<float> out;  // [heads, head_dim]
+  // As the device judged them, by a tolerance relative to S.
+  static constexpr double kTolerance = 0.05;
+  std::vector<Certificate> judged;  // [heads]
+  uint32_t failing = 0;             // bit h: head h is not within it
+  uint32_t any_failing = 0;
 
-  // Certificates of its outputs.
+  // Certificates of its outputs from the state, by the host's sums over blocks.
   std::vector<Certificate> judge() const;
+  // Whether the device's and the host's certificates say the same, beside what they round apart.
+  testing::AssertionResult judged_alike() const;
 };
 
 }  // namespace certkv
