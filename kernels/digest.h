@@ -43,11 +43,16 @@ inline constexpr uint64_t kDigestLength = 0x9e3779b97f4a7c15;  // golden ratio, 
 inline constexpr uint64_t kDigestChunk = 0xd1342543de82ef95;   // multiplier of full period, odd
 
 // Key of word i of a chunk, i < kDigestChunkWords: the generator SplitMix64 with one bit set.
-CERTKV_INLINE constexpr uint64_t digest_key(uint32_t i) {
-  uint64_t z = (uint64_t(i) + 1) * 0x9e3779b97f4a7c15;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+// T is uint64_t or a vector of them of the compiler.
+template <typename T>
+CERTKV_INLINE constexpr T digest_keys(T i) {
+  T z = (i + 1) * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return (z ^ (z >> 31)) | 1;
+}
+CERTKV_INLINE constexpr uint64_t digest_key(uint32_t i) {
+  return digest_keys(uint64_t(i));
 }
 
 // Digest of `bytes` bytes; any alignment, any length. THREADS: safe.

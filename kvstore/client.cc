@@ -154,6 +154,10 @@ bool OriginalsSpan::sealed(uint32_t layer, uint32_t kv_head, uint32_t block) con
   return load_seal(state_->slot(layer, kv_head, block)) != 0;
 }
 
+const std::byte* OriginalsSpan::run(uint32_t layer, uint32_t kv_head) const {
+  return state_->slot(layer, kv_head, state_->record.request.first_block);
+}
+
 uint64_t reservation_bytes(const ReserveRequest& request) {
   const uint64_t most = std::numeric_limits<uint64_t>::max();
   uint64_t bytes = 0;
@@ -279,6 +283,11 @@ std::shared_ptr<BlockReader> StoreClient::reader() {
                                        state_->channel.lost());
 }
 
+std::span<const std::byte> StoreClient::arena() const {
+  const Arena& arena = state_->arena;
+  return {arena.at(kArenaDataOffset, arena.bytes() - kArenaDataOffset),
+          size_t(arena.bytes() - kArenaDataOffset)};
+}
 uint64_t StoreClient::boot_nonce() const {
   return state_->channel.attached().boot_nonce;
 }

@@ -85,6 +85,9 @@ class OriginalsSpan {
   void seal_in_place(uint32_t layer, uint32_t kv_head, uint32_t block, uint16_t tokens);
 
   bool sealed(uint32_t layer, uint32_t kv_head, uint32_t block) const;
+  // Where a (layer, KV head)'s slots lie in the mapped arena, one after the other (FORMAT.md): for
+  // readers that check identity and digest themselves, as a device does.
+  const std::byte* run(uint32_t layer, uint32_t kv_head) const;
   void reset() { state_.reset(); }  // drops this handle's share
 
  private:
@@ -124,6 +127,8 @@ class StoreClient {
   // Reads what this client's spans hold, straight from the mapped arena. Lives as long as needed.
   std::shared_ptr<BlockReader> reader();
 
+  // The mapping from the first extent on: to make it known to a device.
+  std::span<const std::byte> arena() const;
   uint64_t boot_nonce() const;
   uint64_t session() const;  // fencing token
   int64_t store_pid() const;

@@ -464,10 +464,7 @@ void CertifiedCache::account(int layer, Sequence& s, size_t head, const GroupRep
   s.report.layers[size_t(layer) * size_t(heads_.count()) + head] = g;
   for (size_t i = 0; i < per_group; ++i) {
     const HeadReport& r = g.heads[i];
-    s.report.figures[size_t(layer) * local_heads + head * per_group + i] = {
-        float_up(r.candidate.bound),   float_up(r.candidate.relative),  float_up(r.returned.bound),
-        float_up(r.returned.relative), float_up(r.returned.e_key),      float_up(r.returned.e_val),
-        float_up(r.returned.e_fp),     float_up(r.returned.e_key_paper)};
+    s.report.figures[size_t(layer) * local_heads + head * per_group + i] = figures_of(r);
     if (r.outcome == Outcome::Failed && !g.broken && !s.failed())
       fail(s, g.digest > 0 ? ErrorKind::OriginalsLost : ErrorKind::Uncertifiable,
            fmt::format("layer {} KV head {}: {}", layer, heads_.begin + int64_t(head),
@@ -478,51 +475,7 @@ void CertifiedCache::account(int layer, Sequence& s, size_t head, const GroupRep
 
 VerdictRecord CertifiedCache::verdict(int64_t sequence) const {
   const Sequence& s = at(sequence);
-  VerdictRecord v;
-  v.sum.votes = 1;
-  set_step(v, step_);
-  for (const GroupReport& g : s.report.layers) {
-    for (const HeadReport& r : g.heads) {
-      const Outcome outcome = s.failed() ? Outcome::Failed : r.outcome;
-      v.max.severity = std::max(v.max.severity, severity(outcome));
-      v.max.bound = std::max(v.max.bound, bound_key(float_up(r.returned.bound)));
-      v.max.relative = std::max(v.max.relative, bound_key(float_up(r.returned.relative)));
-      v.max.candidate = std::max(v.max.candidate, bound_key(float_up(r.candidate.bound)));
-      v.max.candidate_relative =
-          std::max(v.max.candidate_relative, bound_key(float_up(r.candidate.relative)));
-      switch (outcome) {
-        case Outcome::Certified:
-          ++v.sum.certified;
-          break;
-        case Outcome::Exact:
-          ++v.sum.exact;
-          break;
-        case Outcome::Over:
-          ++v.sum.over;
-          break;
-        case Outcome::Failed:
-          ++v.sum.failed;
-          break;
-      }
-      ++v.sum.rungs[size_t(r.rung)];
-      v.sum.promoted_keys += uint64_t(r.promoted_keys);
-      v.sum.promoted_values += uint64_t(r.promoted_values);
-    }
-    v.sum.scratch_hits += g.scratch_hits;
-    v.sum.scratch_misses += g.scratch_misses;
-    v.sum.paged_bytes += g.paged_bytes;
-    v.sum.read_bytes += g.read_bytes;
-    v.sum.attended_tokens += g.attended_tokens;
-    v.sum.dense_bytes += g.attended_tokens * 4 * uint64_t(format_->head_dim);
-    v.sum.canary += g.canary;
-    v.sum.digest += g.digest;
-  }
-  v.sum.digest += s.report.damaged_pages + s.report.lost_reads;
-  if (s.report.error) {
-    v.max.error = 1 + uint64_t(*s.report.error);
-    v.max.severity = severity(Outcome::Failed);
-  }
-  return v;
+  return verdict_of(s.report, s.failed(), step_, format_->head_dim);
 }
 
 std::span<const HeadState> CertifiedCache::heads(int64_t sequence) const {

@@ -23,6 +23,7 @@
 #include "runtime/certify/split_list.h"
 #include "runtime/kv_attention.h"
 #include "runtime/model_config.h"
+#include "runtime/sequence_cache.h"
 
 namespace certkv {
 
@@ -36,23 +37,6 @@ struct CertifiedCacheOptions {
   std::chrono::milliseconds read_deadline{5000};
 };
 
-// Figures of one query head at one layer of one step, as they travel to the leader: rounded up.
-struct HeadFigures {
-  float candidate, candidate_relative, returned, returned_relative;
-  float e_key, e_val, e_fp, e_key_paper;
-};
-static_assert(sizeof(HeadFigures) == 8 * sizeof(float));
-
-// What one sequence's step did on this rank.
-struct SequenceReport {
-  std::vector<GroupReport> layers;   // [layers, local_kv_heads]
-  std::vector<HeadFigures> figures;  // [layers, local_query_heads]
-  std::optional<ErrorKind> error;    // first one; the request must fail
-  std::string error_text;
-  uint64_t damaged_pages = 0;  // of tier 1, found by this or a sharing sequence's scrub
-  uint64_t lost_reads = 0;     // KV heads whose re-encoding ended for want of originals
-};
-
 // Room that a request takes on a rank that holds `kv_heads` of the model's KV heads, at its
 // largest: its prompt, and `forks` decodes of it. UNITS: bytes
 struct CacheNeed {
@@ -62,7 +46,7 @@ CacheNeed cache_need(const ModelConfig& config, int64_t kv_heads,
                      const CertifiedCacheOptions& options, int64_t prompt_tokens,
                      int64_t max_tokens, int forks);
 
-class CertifiedCache : public KvAttention {
+class CertifiedCache : public KvAttention, public SequenceCache {
  public:
   // heads: the KV heads of this rank, global indices. `store` may be null only where no sequence
   // ever holds a sealed block (tests). All references must outlive the cache.
@@ -74,29 +58,29 @@ class CertifiedCache : public KvAttention {
 
   // A sequence that will be prefilled with `prompt_tokens`: reserves its originals. max_tokens:
   // that a decode of it will have at most. Throws OutOfMemory where the arena has no room.
-  int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens);
+  int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) override;
   // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more. With a
   // scrub, the prompt's pages are verified at its first fork. Under policy budget and layout
   // `classes` every KV head is re-encoded into the class that its last queries ask for.
-  int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules);
+  int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) override;
   // After a sequence's last step: verifies all of its pages. Returns how many damaged ones it held
   // that no step has reported; they are repaired for the sequences that share them.
-  uint64_t close(int64_t sequence);
-  void drop(int64_t sequence, bool failed = false);  // failed: of a decode, for its audit
+  uint64_t close(int64_t sequence) override;
+  void drop(int64_t sequence, bool failed = false) override;  // failed: of a decode, for its audit
 
   // Starts a step: clears the reports of the sequences named, and verifies the share of their pages
   // that is due (cache.scrub_steps). A damaged page is rebuilt, for all sequences that share it,
   // before any pass reads it; where that cannot be, they fail by name.
-  void begin_step(uint64_t step, std::span<const int64_t> sequences);
+  void begin_step(uint64_t step, std::span<const int64_t> sequences) override;
   // After the last layer of a step.
-  void end_step();
-  const SequenceReport& report(int64_t sequence) const;
+  void end_step() override;
+  const SequenceReport& report(int64_t sequence) const override;
   // This rank's vote on the step, counted over local query heads.
-  VerdictRecord verdict(int64_t sequence) const;
+  VerdictRecord verdict(int64_t sequence) const override;
 
-  uint64_t tier1_bytes() const;  // all sequences, shared pages once
-  uint64_t tier1_bytes(int64_t sequence) const;
-  uint64_t dense_bytes(int64_t sequence) const;
+  uint64_t tier1_bytes() const override;  // all sequences, shared pages once
+  uint64_t tier1_bytes(int64_t sequence) const override;
+  uint64_t dense_bytes(int64_t sequence) const override;
   // Of the first class, where heads have classes: their formats differ in bytes, not in tokens.
   const PageFormat& format() const { return *format_; }
   // [layers, local_kv_heads], for audits and tests.

@@ -25,6 +25,7 @@ struct EngineParts {
   std::shared_ptr<StoreClient> store;            // attached
   int threads = 1;
   int local_ranks = 1;                           // that share this node's memory
+  int local_rank = 0;                            // among them; picks the device
   std::optional<AuditSetup> audit;               // where head-steps are audited
 };
 

@@ -169,6 +169,7 @@ EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, C
   parts.store = out.store;
   parts.threads = options.parallel.threads > 0 ? options.parallel.threads : topology.threads;
   parts.local_ranks = topology.local_size;
+  parts.local_rank = topology.local_rank;
   if (options.audit.sample > 0) parts.audit = audit_setup(options, world, group);
   world.barrier({});  // loading takes each rank its own time
   world.wait(std::chrono::minutes(10));

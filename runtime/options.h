@@ -99,6 +99,7 @@ struct AuditOptions {
 
 struct RunOptions {
   std::string input;                   // JSONL
+  std::string backend = "cpu";         // cpu, cuda, or emulated: cuda's kernels on the CPU
   std::string output = "runs/latest";  // folder for manifest, results, steps, summary
   bool resume = false;
   int64_t max_batch = 8;  // sequences decoded together; more: more memory, more tokens/s

@@ -302,6 +302,10 @@ inline void visit_options(RunOptions& o, OptionVisitor& v) {
                       "from the working folder, then from the configuration file's folder",
            .path = true,
            .flags = "input"});
+  v.field("backend", &o.backend,
+          {.meaning = "what attention runs on; emulated: the kernels of cuda on the CPU, to test",
+           .allowed = "cpu cuda emulated",
+           .flags = "backend"});
   v.field("output", &o.output,
           {.meaning = "folder for results, steps, summary and manifest, made if missing",
            .flags = "output"});

@@ -30,7 +30,7 @@ const HeadFigures* StepFigures::figures(size_t rank, size_t sequence) const {
                                               sequence * per_sequence_);
 }
 
-void StepFigures::gather(const CertifiedCache& cache, std::span<const int64_t> sequences,
+void StepFigures::gather(const SequenceCache& cache, std::span<const int64_t> sequences,
                          Communicator& group) {
   sequences_ = sequences.size();
   std::vector<float> mine;

@@ -5,17 +5,20 @@
 #include <vector>
 
 #include "parallel/shard.h"
-#include "runtime/certified_cache.h"
 #include "runtime/engine.h"
+#include "runtime/model_config.h"
+#include "runtime/sequence_cache.h"
 
 namespace certkv {
+
+class Communicator;
 
 class StepFigures {
  public:
   StepFigures(const ModelConfig& config, ShardRange heads, int ranks);
 
   // Collective: every rank brings the figures of its heads.
-  void gather(const CertifiedCache& cache, std::span<const int64_t> sequences, Communicator& group);
+  void gather(const SequenceCache& cache, std::span<const int64_t> sequences, Communicator& group);
 
   // Adds the head-steps of one sequence of the step.
   void add_to(size_t sequence, Completion::Distribution* returned,

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "kernels/base/dtype.h"
+#include "runtime/forward_pass.h"
 #include "runtime/layers.h"
 
 namespace certkv {
@@ -38,43 +39,24 @@ struct TransformerOptions {
   DType originals = DType::BF16;  // of keys and values: BF16 or F16
 };
 
-struct DecodeInput {
-  int64_t sequence = 0;  // handle of the cache
-  int32_t token = 0;     // the newest token
-  int64_t position = 0;  // its position: tokens the sequence had before it
-};
-
-struct DecodeOutput {
-  std::vector<float> logits;  // [rows, vocab]
-  // Per row: the first layer with a NaN or an infinity, -1 if none. Such a row's logits are not to
-  // be used: its request fails with NonFinite, the others go on.
-  std::vector<int> nonfinite_layer;  // [rows]
-  std::vector<int> fallback_layers;  // [rows]: layers that took rung 4
-};
-
-class Transformer {
+class Transformer : public ForwardPass {
  public:
-  // Called after every chunk of a layer with the tokens of that layer done so far. It may throw:
-  // prefill then ends with that exception (the other ranks are not told).
-  using Progress = std::function<void(int layer, size_t tokens)>;
-
   // All references must outlive this object.
   Transformer(const ModelConfig& config, const Weights& weights, Communicator& group,
               KvAttention& cache, ThreadPool& pool, TransformerOptions options);
 
-  // Runs the whole prompt of a sequence that the cache knows and that is empty. Returns the last
-  // token's logits [vocab].
   std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens,
-                             const Progress& progress = {});
-
-  // Runs one token of each row. Rows of different sequences; the cache appends their originals.
-  DecodeOutput decode(std::span<const DecodeInput> rows);
+                             const Progress& progress) override;
+  std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens) {
+    return prefill(sequence, tokens, {});
+  }
+  DecodeOutput decode(std::span<const DecodeInput> rows) override;
 
   // Host memory that prefill of so many tokens takes on this rank. UNITS: bytes
   static uint64_t prefill_bytes(const ModelConfig& config, int64_t tensor, int64_t tokens);
 
-  ForwardPhases phases() const { return layers_.phases; }
-  void clear_phases() { layers_.phases = {}; }
+  ForwardPhases phases() const override { return layers_.phases; }
+  void clear_phases() override { layers_.phases = {}; }
 
  private:
   struct Prompt;  // activations and originals of a prefill

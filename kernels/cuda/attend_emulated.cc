@@ -17,7 +17,7 @@ void run(const PassArgs& args, const PassShape& shape) {
     const PassItem& item = args.items[i];
     if (args.repeated && *item.again == 0) continue;
     for (int split = 0; split < shape.splits; ++split) {
-      if (split * args.pages_per_split >= item.page_count) continue;
+      if (split * pages_per_split(args, item) >= item.page_count) continue;
       // Of its own for each block, and poison: what a block reads it must have written.
       std::vector<std::byte, boost::alignment::aligned_allocator<std::byte, 128>> shared(
           bytes, std::byte(0xff));
@@ -37,7 +37,7 @@ void run(const PassArgs& args, const PassShape& shape) {
       emulated::MergeShared shared;
       std::memset(&shared, 0xff, sizeof shared);
       for (int element = 0; element < kDim; element += 32)
-        emulated::merge_splits(item, kDim, args.pages_per_split, head, element, &shared);
+        emulated::merge_splits(item, kDim, pages_per_split(args, item), head, element, &shared);
       emulated::judge_head(item, kDim, head, shared);
     }
   }

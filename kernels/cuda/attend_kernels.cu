@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const PassArgs a
   extern __shared__ __align__(128) std::byte shared[];
   const int split = int(blockIdx.x);
   const PassItem item = args.items[blockIdx.y];
-  if (split * args.pages_per_split >= item.page_count) return;
+  if (split * pages_per_split(args, item) >= item.page_count) return;
   if (args.repeated && *item.again == 0) return;
   const Pass<kDim, kGroups, kCertificate> block{args, item, shared, split, int(threadIdx.y)};
   block.begin();
@@ -33,7 +33,7 @@ __global__ void merge_kernel(const PassArgs args, int head_dim) {
   const int head = int(blockIdx.x);
   if (head >= item.heads || (args.repeated && *item.again == 0)) return;
   __shared__ MergeShared shared;
-  merge_splits(item, head_dim, args.pages_per_split, head, int(threadIdx.y) * 32, &shared);
+  merge_splits(item, head_dim, pages_per_split(args, item), head, int(threadIdx.y) * 32, &shared);
   __syncthreads();
   if (threadIdx.y == 0) judge_head(item, head_dim, head, shared);
 }

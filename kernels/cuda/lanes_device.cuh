@@ -17,6 +17,7 @@ using I = int32_t;
 using U = uint32_t;
 using B = bool;
 using D = double;
+using W = uint64_t;
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -239,6 +240,52 @@ CERTKV_LANE void store_where(B which, double* base, I index, D x) {
 }
 CERTKV_LANE void raise_flag(uint32_t* flags, uint32_t bit) {
   if (threadIdx.x == 0) atomicOr(flags, bit);
+}
+
+template <typename Entry>
+CERTKV_LANE F load_note_of(const Entry* entries, I entry, I index, uint32_t offset) {
+  const std::byte* page = entries[entry].page;
+  return page == nullptr ? 0.0f : reinterpret_cast<const float*>(page + offset)[index];
+}
+CERTKV_LANE uint32_t ballot(B x) {
+  return __ballot_sync(kAllLanes, x);
+}
+CERTKV_LANE I rank_in(uint32_t mask) {
+  return __popc(mask & ((1u << threadIdx.x) - 1));
+}
+CERTKV_LANE int population(uint32_t mask) {
+  return __popc(mask);
+}
+CERTKV_LANE W splat_w(uint64_t x) {
+  return x;
+}
+CERTKV_LANE W widen(U x) {
+  return x;
+}
+CERTKV_LANE uint64_t sum_lanes(W x) {
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+  return x;
+}
+CERTKV_LANE I load_int(const int32_t* base, I index) {
+  return base[index];
+}
+CERTKV_LANE void store_where(B which, int32_t* base, I index, I x) {
+  if (which) base[index] = x;
+}
+CERTKV_LANE void or_where(B which, uint32_t* base, I index, U bits) {
+  if (which) atomicOr(base + index, bits);
+}
+CERTKV_LANE void and_where(B which, uint32_t* base, I index, U bits) {
+  if (which) atomicAnd(base + index, bits);
+}
+CERTKV_LANE void add_where(B which, uint64_t* base, I index, D amount) {
+  if (which)
+    atomicAdd(reinterpret_cast<unsigned long long*>(base + index),
+              static_cast<unsigned long long>(amount));
+}
+CERTKV_LANE void add_count(uint32_t* to, uint32_t count) {
+  if (threadIdx.x == 0) atomicAdd(to, count);
 }
 
 // One asynchronous copy at a time into one place of shared memory. All calls by the whole warp.

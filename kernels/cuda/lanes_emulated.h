@@ -1,6 +1,7 @@
 // Lanes of a warp as vectors of 32 elements on the CPU. See lanes.h.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +18,7 @@ typedef float F __attribute__((vector_size(128)));
 typedef int32_t I __attribute__((vector_size(128)));
 typedef uint32_t U __attribute__((vector_size(128)));
 typedef double D __attribute__((vector_size(256)));
+typedef uint64_t W __attribute__((vector_size(256)));
 using B = I;  // 0 or -1
 
 inline constexpr int kLaneCount = 32;
@@ -295,6 +297,64 @@ inline void store_word(uint32_t* to, uint32_t word) {
 }
 inline void raise_flag(uint32_t* flags, uint32_t bit) {
   *flags |= bit;
+}
+
+// A float of the page that a lane names, `offset` bytes and `index` floats into it.
+template <typename Entry>
+inline F load_note_of(const Entry* entries, I entry, I index, uint32_t offset) {
+  return each_lane<F>([&](int i) {
+    const std::byte* page = entries[entry[i]].page;
+    if (page == nullptr) return 0.0f;
+    float x;
+    std::memcpy(&x, page + offset + 4 * index[i], sizeof x);
+    return x;
+  });
+}
+// Bit l: lane l's.
+inline uint32_t ballot(B x) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLaneCount; ++lane) bits |= uint32_t(x[lane] != 0) << lane;
+  return bits;
+}
+inline I rank_in(uint32_t mask) {  // bits below the lane's own
+  return each_lane<I>([&](int i) { return std::popcount(mask & ((1u << i) - 1)); });
+}
+inline int population(uint32_t mask) {
+  return std::popcount(mask);
+}
+inline W splat_w(uint64_t x) {
+  return W{} + x;
+}
+inline W widen(U x) {
+  return __builtin_convertvector(x, W);
+}
+inline uint64_t sum_lanes(W x) {
+  uint64_t sum = 0;
+  for (int lane = 0; lane < kLaneCount; ++lane) sum += x[lane];
+  return sum;
+}
+inline I load_int(const int32_t* base, I index) {
+  return each_lane<I>([&](int i) { return base[index[i]]; });
+}
+inline void store_where(B which, int32_t* base, I index, I x) {
+  for (int lane = 0; lane < kLaneCount; ++lane)
+    if (which[lane] != 0) base[index[lane]] = x[lane];
+}
+inline void or_where(B which, uint32_t* base, I index, U bits) {
+  for (int lane = 0; lane < kLaneCount; ++lane)
+    if (which[lane] != 0) base[index[lane]] |= bits[lane];
+}
+inline void and_where(B which, uint32_t* base, I index, U bits) {
+  for (int lane = 0; lane < kLaneCount; ++lane)
+    if (which[lane] != 0) base[index[lane]] &= bits[lane];
+}
+// Adds whole numbers: in any order the same. REQUIRES 0 <= amount < 2^63
+inline void add_where(B which, uint64_t* base, I index, D amount) {
+  for (int lane = 0; lane < kLaneCount; ++lane)
+    if (which[lane] != 0) base[index[lane]] += uint64_t(amount[lane]);
+}
+inline void add_count(uint32_t* to, uint32_t count) {
+  *to += count;
 }
 
 struct CopyState {

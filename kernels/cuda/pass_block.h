@@ -110,10 +110,10 @@ struct PassBlock {
   // Whether the warp that has the entry reads its page.
   CERTKV_FN static bool coded(const PageEntry& e) { return e.page != nullptr && mixed(e) != 0xfu; }
 
-  CERTKV_FN int first_page() const { return split * args.pages_per_split; }
+  CERTKV_FN int first_page() const { return split * pages_per_split(args, item); }
   CERTKV_FN int pages() const {
     const int left = item.page_count - first_page();
-    return left < args.pages_per_split ? left : args.pages_per_split;
+    return left < pages_per_split(args, item) ? left : pages_per_split(args, item);
   }
 
   // 16-byte pieces [0, count) of `from`, zeros up to `padded`; by `others` warps, this one `at`.

@@ -34,7 +34,7 @@ void check_shape(const PassArgs& args, const PassShape& s) {
                 "head_dim is {}: the device serves 64 and 128", s.head_dim);
   CERTKV_EXPECT(s.heads >= 1 && s.heads <= 8, InvalidArgument,
                 "{} query heads share a KV head: the device serves 1 to 8", s.heads);
-  CERTKV_EXPECT(args.pages_per_split >= 1 && args.pages_per_split <= kWarps * kMaxPagesPerWarp,
+  CERTKV_EXPECT(args.pages_per_split >= 0 && args.pages_per_split <= kWarps * kMaxPagesPerWarp,
                 InvalidArgument, "{} pages a split: 1 to {} are what the rounding analysis allows",
                 args.pages_per_split, kWarps * kMaxPagesPerWarp);
 }

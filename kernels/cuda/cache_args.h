@@ -1,0 +1,114 @@
+// What the kernels around the pass read and write: a new token's keys and values, the ladder, and
+// what stays near the compute. Pointers are the device's. Plain data, the same for both compilers.
+//
+// An *item* is one KV head of one sequence at one layer of a step; arrays of items of one layer go
+// together: PassItem (pass_args.h), AppendItem, LadderItem, index by index.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/pass_args.h"
+
+namespace certkv::cuda {
+
+inline constexpr uint32_t kFlagNonFinite = 2;  // a query, key or value is no finite number
+inline constexpr uint32_t kFlagDigest = 4;     // originals did not match what was asked for
+inline constexpr int kMaxHeads = 8;            // query heads of a KV head
+inline constexpr int kOpenBlocks = kPageTiles;
+
+// Where a new token goes, and what a pass needs of its query.
+struct AppendItem {
+  std::byte* keys = nullptr;  // rows of the open blocks, [64, head_dim] of 16 bits
+  std::byte* values = nullptr;
+  PageEntry* entries = nullptr;  // [4] of the open blocks
+  float* k_norm = nullptr;       // [4, 4] of the entries
+  float* open_nu = nullptr;      // [4, 4]
+  float sealed_nu = 0;           // largest norm of a sealed value
+  int32_t open = 0;              // open tokens before this one, 0 to 63
+  float* scaled = nullptr;       // out, what PassItem reads: [heads, head_dim]
+  float* norm = nullptr;         // out [heads]
+};
+
+struct AppendArgs {
+  const AppendItem* items = nullptr;  // [rows * kv_heads], row-major
+  PassItem* passes = nullptr;         // unit is written, flags are raised
+  // [rows, (heads + 2) * kv_heads * head_dim]: queries, keys, values, after RoPE, not yet rounded.
+  const float* qkv = nullptr;
+  int32_t rows = 0, kv_heads = 0, heads = 0;  // heads: of a KV head
+  int32_t head_dim = 0;
+  DType dtype = DType::BF16;
+};
+
+// A stretch of blocks in the arena, as the device reads it. SOURCE: kvstore/FORMAT.md.
+struct OriginalsRun {
+  const std::byte* slots = nullptr;
+  int32_t blocks = 0;
+  uint32_t id[10] = {};  // BlockId of its blocks, with 0 for the block
+};
+// What a slot of the arena must say of its block, and where its parts lie.
+struct SlotShape {
+  uint32_t slot_bytes = 0, k_offset = 0, v_offset = 0;
+  uint32_t header[2] = {};  // words 14 and 15: dtype and tokens, block_tokens and head_dim
+};
+
+// How many of what a step did for an item.
+struct LadderCounts {
+  uint32_t rounds = 0;                              // of promotions
+  uint32_t dense = 0;                               // 1: went to rung 3
+  uint32_t promoted_keys = 0, promoted_values = 0;  // blocks
+  uint32_t paged = 0;                               // blocks of one tensor read from the arena
+  uint32_t digest = 0;                              // of them, not what was asked for
+  uint32_t resident_keys = 0, resident_values = 0;  // blocks, when the step's last pass began
+};
+
+inline constexpr int kKeys = 0, kValues = 1;  // parts
+
+struct LadderItem {
+  // Scratch of the KV head, by part: slots are numbers within PassItem::slots.
+  int32_t* block_of[2] = {};      // [quota] block a slot holds, -1: none
+  float* score[2] = {};           // [quota]
+  int32_t* free_slots[2] = {};    // [quota], the first free_count[part] of them
+  int32_t* free_count = nullptr;  // [2]
+  int32_t first_slot[2] = {};
+  int32_t quota[2] = {};
+  std::byte* slots = nullptr;        // as PassItem::slots, to write
+  PageEntry* pages = nullptr;        // as PassItem::pages, to write
+  int32_t* slot_of[2] = {};          // as PassItem::key_slot, value_slot
+  int32_t coded_pages = 0;           // entries with codes; the open ones follow
+  OriginalsRun run[2];               // blocks from 0 on, and those that follow
+  uint32_t* again = nullptr;         // as PassItem::again
+  Certificate* candidate = nullptr;  // out [heads]: as judged before the ladder; else untouched
+  LadderCounts* counts = nullptr;
+};
+
+struct PageInRequest {
+  int32_t item = 0, block = 0, part = 0, slot = 0;
+};
+
+struct LadderArgs {
+  PassItem* passes = nullptr;
+  const LadderItem* items = nullptr;
+  int32_t count = 0;  // items
+  int32_t head_dim = 0, groups = 1;
+  SlotShape shape;
+  double value_share = 0.5, max_share = 0.25;  // as LadderOptions
+  PageInRequest* list = nullptr;               // [sum of the items' quotas]
+  uint32_t* listed = nullptr;
+  int32_t* dense = nullptr;  // [count] items that go to rung 3
+  uint32_t* dense_count = nullptr;
+};
+
+// Rung 3 for one item: all of its originals, verified, into a staging area.
+struct DenseArgs {
+  PassItem* pass = nullptr;      // out: the item to attend to
+  std::byte* slots = nullptr;    // [2 * blocks][16, head_dim]: of block b keys 2 b, values 2 b + 1
+  PageEntry* entries = nullptr;  // [entries]
+  int32_t* slot_of[2] = {};      // [entries, 4]
+  float *k_norm = nullptr, *open_nu = nullptr;  // [entries, 4]
+  float* out = nullptr;                         // [heads, head_dim]
+  Certificate* judged = nullptr;                // [heads]
+  uint32_t* failing = nullptr;                  // [2]: of the heads, any
+};
+
+}  // namespace certkv::cuda

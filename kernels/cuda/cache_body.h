@@ -1,0 +1,620 @@
+// The kernels around the pass, warp by warp: appending, climbing, paging in, learning.
+// Included by cache_kernels.cu and cache_emulated.cc alone. See lanes.h and DESIGN.md.
+// SOURCE: method sections 5 and 7.
+#pragma once
+
+#include "kernels/cuda/cache_args.h"
+#include "kernels/cuda/chains.h"
+#include "kernels/cuda/lanes.h"
+#include "kernels/digest.h"
+
+#define CERTKV_FN CERTKV_LANES_FUNCTION
+
+namespace certkv::CERTKV_LANES_NAMESPACE {
+
+using namespace certkv::cuda;  // NOLINT: plain data and constants
+
+CERTKV_FN double total(D x) {
+  CERTKV_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) x = x + shuffle_xor(x, mask);
+  return uniform(x, 0);
+}
+
+// ---- append -------------------------------------------------------------------------------------
+
+// A norm from its square, rounded up. 2^-20: of the sum in double, of the root, and to the float;
+// 2^-149: where that one is subnormal.
+CERTKV_FN float norm_up(double square) {
+  const double norm = std::sqrt(square) * (1 + 0x1p-20);
+  return norm > 0 ? float(norm) + 0x1p-149f : (norm == 0 ? 0.0f : __builtin_nanf(""));
+}
+CERTKV_FN float larger_or_nan(float a, float b) {
+  return a > b ? a : (a <= b ? b : __builtin_nanf(""));
+}
+
+// Two floats to 16 bits, to nearest even, as float_to_bf16 and float_to_f16; a in the lower half.
+CERTKV_FN U brain_of(F x) {
+  const U bits = bits_of(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return select((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded);
+}
+CERTKV_FN U pack_originals(DType dtype, F a, F b) {
+  return dtype == DType::BF16 ? brain_of(a) | brain_of(b) << 16 : pack_halves(a, b);
+}
+CERTKV_FN F unpack_original(DType dtype, U pair, bool second) {
+  if (dtype == DType::BF16) return float_of_bits(second ? pair & 0xffff0000u : pair << 16);
+  return second ? high_half(pair) : low_half(pair);
+}
+
+// Rounds one row of keys or values into the open blocks; returns its norm, and NaN where an element
+// is not finite once rounded.
+CERTKV_FN float append_row(const AppendArgs& args, const float* from, std::byte* rows, int row) {
+  const I lane = lane_index();
+  D square = to_double(splat(0));
+  bool bad = false;
+  for (int first = 0; first < args.head_dim; first += 64) {
+    const I at = lane * 2 + first;
+    const U pair = pack_originals(args.dtype, load_float(from, at), load_float(from, at + 1));
+    const F a = unpack_original(args.dtype, pair, false);
+    const F b = unpack_original(args.dtype, pair, true);
+    bad = bad || any(!(magnitude(a) <= 3.4e38f)) || any(!(magnitude(b) <= 3.4e38f));
+    square = square + to_double(a) * to_double(a) + to_double(b) * to_double(b);
+    store(reinterpret_cast<float*>(rows + size_t(row) * size_t(args.head_dim) * 2),
+          lane + first / 2, float_of_bits(pair));
+  }
+  const double sum = total(square);
+  return bad ? __builtin_nanf("") : norm_up(sum);
+}
+
+// One warp for each item.
+CERTKV_FN void append_item(const AppendArgs& args, int index) {
+  const AppendItem& item = args.items[index];
+  PassItem& pass = args.passes[index];
+  const I lane = lane_index();
+  const int d = args.head_dim, row = index / args.kv_heads, kv = index % args.kv_heads;
+  const float* of_row = args.qkv + size_t(row) * size_t((args.heads + 2) * args.kv_heads * d);
+  const float* k = of_row + size_t(args.heads * args.kv_heads + kv) * size_t(d);
+  const float* v = k + size_t(args.kv_heads) * size_t(d);
+
+  bool bad = false;
+  const double inverse = 1.0 / std::sqrt(double(d));
+  for (int h = 0; h < args.heads; ++h) {
+    const float* q = of_row + size_t(kv * args.heads + h) * size_t(d);
+    D square = to_double(splat(0));
+    for (int first = 0; first < d; first += 32) {
+      const F x = load_float(q, lane + first);
+      bad = bad || any(!(magnitude(x) <= 3.4e38f));
+      square = square + to_double(x) * to_double(x);
+      store(item.scaled + h * d, lane + first, to_float(to_double(x) * inverse));
+    }
+    const double sum = total(square);
+    store(item.norm, splat_i(h), splat(norm_up(sum * (inverse * inverse) * (1 + 0x1p-50))));
+  }
+
+  const int block = item.open / 16, in_block = item.open % 16;
+  const float key_norm = append_row(args, k, item.keys, item.open);
+  const float value_norm = append_row(args, v, item.values, item.open);
+  bad = bad || !(key_norm >= 0) || !(value_norm >= 0);
+  const int note = block * kPageTiles;
+  const float k_norm = in_block == 0 ? key_norm : larger_or_nan(item.k_norm[note], key_norm);
+  const float nu = in_block == 0 ? value_norm : larger_or_nan(item.open_nu[note], value_norm);
+  float largest = larger_or_nan(item.sealed_nu, nu);
+  for (int b = 0; b < block; ++b) largest = larger_or_nan(largest, item.open_nu[b * kPageTiles]);
+  sync_lanes();  // all have read before any writes
+  store(item.k_norm, splat_i(note), splat(k_norm));
+  store(item.open_nu, splat_i(note), splat(nu));
+  item.entries[block] = {nullptr, 0xffu, in_block + 1};
+  // The power of two that brings the largest norm to [1/2, 1), within 2^-120 to 2^120.
+  float unit = 1;
+  if (largest > 0 && largest <= 3.4e38f) {
+    const int exponent = int(uniform(bits_of(splat(largest)), 0) >> 23) - 126;
+    const int within = exponent < -120 ? -120 : (exponent > 120 ? 120 : exponent);
+    unit = uniform(float_of_bits(splat_u(uint32_t(127 - within) << 23)), 0);
+  }
+  pass.unit = unit;
+  if (bad) raise_flag(pass.flags, kFlagNonFinite);
+}
+
+// ---- the ladder: what to promote ----------------------------------------------------------------
+
+inline constexpr int kClimbWarps = 32;
+// Eighths of octaves of a contribution over what a head may spend, from 2^-12 to 2^4.
+inline constexpr int kBins = 128, kBinBits = 3, kLowestExponent = -12;
+inline constexpr double kFixed = 0x1p40;  // of a contribution: whole numbers add up in any order
+inline constexpr float kMostShare = 256;  // 2^15 blocks of it still fit
+inline constexpr double kAim = 0.9;  // below the limit: the estimate errs, and the next step drifts
+
+struct ClimbShared {
+  uint64_t bins[2][kMaxHeads][kBins];
+  double may[kMaxHeads], norm[kMaxHeads];  // what a head may spend; ||O||
+  float least[2][kMaxHeads];               // contributions from here on are promoted
+  int32_t chosen[2][kClimbWarps];
+};
+
+// Each item has a stretch of the list, as long as its quotas.
+CERTKV_FN PageInRequest* list_of(const LadderArgs& args, int index) {
+  PageInRequest* list = args.list;
+  for (int i = 0; i < index; ++i) list += args.items[i].quota[0] + args.items[i].quota[1];
+  return list;
+}
+// One block of warps for an item some of whose heads are failing.
+struct Climb {
+  const LadderArgs& args;
+  int index, warp;
+  ClimbShared* shared;
+
+  CERTKV_FN const PassItem& pass() const { return args.passes[index]; }
+  CERTKV_FN const LadderItem& item() const { return args.items[index]; }
+  CERTKV_FN int together() const { return args.groups == 1 ? 2 : 1; }
+
+  CERTKV_FN void clear() const {
+    auto* words = reinterpret_cast<int32_t*>(shared->bins);
+    constexpr int kWords = int(sizeof shared->bins / 4);
+    for (int at = warp * 32; at < kWords; at += kClimbWarps * 32)
+      store_where(lane_index() + at < kWords, words, lane_index() + at, splat_i(0));
+    if (warp >= pass().heads) return;
+    const Certificate& j = pass().judged[warp];
+    shared->may[warp] = allowed_error(j, pass().relative != 0, pass().tolerance);
+    shared->norm[warp] = j.out_norm;
+  }
+
+  // Contributions of the blocks of one page (or two), over what each head may spend; -1 where there
+  // is nothing to promote. A lane is a head and a tile of one of the pages.
+  struct Cell {
+    F key, value;
+    I head, block;
+    B failing;
+  };
+  CERTKV_FN Cell cell(int page) const {
+    const PassItem& p = pass();
+    const int d = args.head_dim, both = together();
+    const int m = both == 2 && page + 1 < item().coded_pages ? page + 1 : page;
+    const I lane = lane_index(), quad = lane & 3, tile = (lane >> 2) & 3;
+    const B second = lane >= 16;
+    Cell x;
+    x.head = both == 2 ? quad : quad + (lane >> 4) * 4;
+    const I which = both == 2 ? select(second, splat_i(m), splat_i(page)) : splat_i(page);
+    x.block = which * kPageTiles + tile;
+    const I head = select(x.head < p.heads, x.head, splat_i(0));
+    B there = x.head < p.heads;
+    if (both == 2 && m == page) there = there & (lane < 16);
+    const auto record = [&](int n, int group) {
+      return p.records + (size_t(n) * size_t(args.groups) + size_t(group)) * kRecordFloats;
+    };
+    const float* ra = record(page, 0);
+    const float* rb = both == 2 ? record(m, 0) : record(page, 1 < args.groups ? 1 : 0);
+    const auto notes = [&](int n) {
+      return reinterpret_cast<const float*>(p.pages[n].page + page_layout(d).notes);
+    };
+    const float *na = notes(page), *nb = notes(m);
+    const I c4 = tile * 4 + quad, note = tile * 6 + 8;
+    const F sum = load_float(second, rb, ra, c4);
+    const F ref = load_float(second, rb, ra, c4 + kRecordRef);
+    const F delta = load_float(second, rb, ra, c4 + kRecordDelta);
+    const F c = load_float(second, rb, ra, quad + kRecordC);
+    const F eta = load_float(second, nb, na, note), nu = load_float(second, nb, na, note + 1);
+    const U word_a = load1(reinterpret_cast<const std::byte*>(p.used), splat_i(page * kPageTiles));
+    const U word_b = load1(reinterpret_cast<const std::byte*>(p.used), splat_i(m * kPageTiles));
+    const U used = (both == 2 ? select(second, word_b, word_a) : word_a) >> word_of(tile * 8);
+    const I sums = head * sums_floats(d);
+    const D m_ref = load_double(p.merged, sums + int(kSumRef));
+    const D l = load_double(p.merged, sums + int(kSumL));
+    const D may = load_double(shared->may, head), norm = load_double(shared->norm, head);
+    const D rho = to_double(sum) * exponential(to_double(ref) - m_ref) / l;
+    const F key = to_float(to_double(c) * rho * (to_double(nu) + norm) / may);
+    const F value = to_float(rho * to_double(eta) / may);
+    x.failing = there & ((splat_u(p.failing[0]) >> word_of(head) & 1u) != 0u);
+    // Not servable from codes for this query (method 3): promoted whatever it contributes.
+    const F forced = select(delta <= 8.0f, key, splat(__builtin_inff()));
+    x.key = select(x.failing & ((used & kUsedOriginalKey) == 0u), forced, splat(-1));
+    x.value = select(x.failing & ((used & kUsedOriginalValue) == 0u), value, splat(-1));
+    return x;
+  }
+
+  template <typename Body>
+  CERTKV_FN void own_pages(Body body) const {  // a stretch of pages for each warp, in order
+    const int pages = item().coded_pages, each0 = (pages + kClimbWarps - 1) / kClimbWarps;
+    const int each = (each0 + 1) / 2 * 2, first = warp * each;
+    const int last = first + each < pages ? first + each : pages;
+    for (int page = first; page < last; page += together()) body(page);
+  }
+
+  CERTKV_FN static I bin_of(F x) {  // NaN and what is beyond: the last
+    const I raw =
+        index_of(bits_of(x) >> (23 - kBinBits)) - (127 + kLowestExponent) * (1 << kBinBits);
+    return select(raw < 0, splat_i(0), select(raw < kBins, raw, splat_i(kBins - 1)));
+  }
+
+  CERTKV_FN void rate() const {
+    own_pages([&](int page) {
+      const Cell x = cell(page);
+      const auto add = [&](int part, F share) {
+        const B counts = x.failing & !(share < 0);
+        const F within = select(share < kMostShare, share, splat(kMostShare));
+        const D amount = to_double(within) * kFixed;
+        add_where(counts, &shared->bins[part][0][0], x.head * kBins + bin_of(share), amount);
+      };
+      add(kKeys, x.key);
+      add(kValues, x.value);
+    });
+  }
+
+  // A warp for each head: the fewest whole bins of values that bring E_val to its share, then the
+  // fewest of keys that bring the bound below the limit.
+  CERTKV_FN void choose() const {
+    const PassItem& p = pass();
+    const int h = warp;
+    if (h >= p.heads) return;
+    float least[2] = {__builtin_inff(), __builtin_inff()};
+    bool feasible = true;
+    if ((p.failing[0] >> h & 1u) != 0) {
+      const Certificate& j = p.judged[h];
+      const double may = shared->may[h];
+      double left[2] = {0, 0};
+      for (int part = 0; part < 2; ++part)
+        for (int b = 0; b < kBins; ++b) left[part] += double(shared->bins[part][h][b]) / kFixed;
+      const auto take = [&](int part, auto fits) {
+        int b = kBins;
+        while (b > 0 && !fits(left[part])) {
+          --b;
+          left[part] -= double(shared->bins[part][h][b]) / kFixed;
+        }
+        const uint32_t edge = uint32_t(b + (127 + kLowestExponent) * (1 << kBinBits));
+        if (b == 0)
+          least[part] = 0;  // everything
+        else if (b < kBins)
+          least[part] = uniform(float_of_bits(splat_u(edge << (23 - kBinBits))), 0);
+        return fits(left[part]);
+      };
+      const double value_limit = kAim * args.value_share;
+      take(kValues, [&](double x) { return x <= value_limit; });
+      // Both forms of the key term shrink about as the sum over blocks does.
+      const double key_now = (j.key_sqrt <= j.key_sum ? j.key_sqrt : j.key_sum) / may;
+      const double all = left[kKeys] > 0 ? left[kKeys] : 1;
+      const double limit = kAim - (left[kValues] > 0 ? left[kValues] : 0) - j.e_acc / may;
+      feasible = take(kKeys, [&](double x) { return key_now * (x / all) <= limit; }) && may > 0;
+    }
+    for (int part = 0; part < 2; ++part)
+      store(&shared->least[part][0], splat_i(h), splat(feasible ? least[part] : __builtin_inff()));
+  }
+
+  // Tiles whose part is to be promoted for some head: in the lanes of that tile's first head.
+  CERTKV_FN B chosen(const Cell& x, int part) const {
+    const F share = part == kKeys ? x.key : x.value;
+    const F least =
+        load_float(&shared->least[part][0], select(x.head < kMaxHeads, x.head, splat_i(0)));
+    U wanted = select(x.failing & !(share < 0) & !(share < least), splat_u(1), splat_u(0));
+    wanted = wanted | shuffle_xor(wanted, 1);
+    wanted = wanted | shuffle_xor(wanted, 2);
+    if (together() == 1) wanted = wanted | shuffle_xor(wanted, 16);
+    const B first = (lane_index() & 3) == 0;
+    return first & (wanted != 0u) & (together() == 2 ? lane_index() >= 0 : lane_index() < 16);
+  }
+
+  CERTKV_FN void count() const {
+    int counts[2] = {0, 0};
+    own_pages([&](int page) {
+      const Cell x = cell(page);
+      for (int part = 0; part < 2; ++part) counts[part] += population(ballot(chosen(x, part)));
+    });
+    for (int part = 0; part < 2; ++part) shared->chosen[part][warp] = counts[part];
+  }
+
+  // All or nothing: an item whose blocks do not all fit goes to rung 3.
+  CERTKV_FN void place() const {
+    const LadderItem& to = item();
+    int before[2] = {0, 0}, all[2] = {0, 0};
+    for (int part = 0; part < 2; ++part)
+      for (int w = 0; w < kClimbWarps; ++w) {
+        if (w < warp) before[part] += shared->chosen[part][w];
+        all[part] += shared->chosen[part][w];
+      }
+    const int blocks = to.coded_pages * kPageTiles;
+    // A head for which promotions are not predicted to do chose none: it goes to rung 3.
+    int heads = 0;
+    for (int h = 0; h < pass().heads; ++h) heads += int(pass().failing[0] >> h & 1u);
+    const bool fits = all[0] + all[1] > 0 && all[0] <= to.free_count[0] &&
+                      all[1] <= to.free_count[1] &&
+                      double(all[0] + all[1]) <= args.max_share * blocks * heads;
+    if (warp == 0) {
+      const bool first = to.counts->rounds == 0;
+      sync_lanes();
+      if (first)
+        for (int h = 0; h < pass().heads; ++h) to.candidate[h] = pass().judged[h];
+      add_count(&to.counts->rounds, 1);
+      *to.again = fits ? 1 : 0;
+      args.listed[index] = fits ? uint32_t(all[0] + all[1]) : 0;
+      if (fits) {
+        add_count(&to.counts->promoted_keys, uint32_t(all[0]));
+        add_count(&to.counts->promoted_values, uint32_t(all[1]));
+      }
+    }
+    if (!fits) return;
+    // Places in the list by the number of the block within all that were chosen.
+    auto* list = reinterpret_cast<int32_t*>(list_of(args, index));
+    own_pages([&](int page) {
+      const Cell x = cell(page);
+      for (int part = 0; part < 2; ++part) {
+        const uint32_t mask = ballot(chosen(x, part));
+        if (mask == 0) continue;
+        const B mine = (splat_u(mask) >> word_of(lane_index()) & 1u) != 0u;
+        const I number = rank_in(mask) + before[part];
+        const I from_top = splat_i(to.free_count[part] - 1) - number;
+        const I slot = load_int(to.free_slots[part], select(mine, from_top, splat_i(0)));
+        const I at = (number + (part == kValues ? all[0] : 0)) * 4;
+        store_where(mine, list, at, splat_i(0));
+        store_where(mine, list, at + 1, x.block);
+        store_where(mine, list, at + 2, splat_i(part));
+        store_where(mine, list, at + 3, slot);
+        store_where(mine, to.block_of[part], slot, x.block);
+        before[part] += population(mask);
+      }
+    });
+  }
+  CERTKV_FN void close() const {
+    if (warp != 0) return;
+    const LadderItem& to = item();
+    if (*to.again == 0) return;  // its heads stay failing
+    int left[2];
+    for (int part = 0; part < 2; ++part) {
+      left[part] = to.free_count[part];
+      for (int w = 0; w < kClimbWarps; ++w) left[part] -= shared->chosen[part][w];
+    }
+    sync_lanes();
+    to.free_count[0] = left[0];
+    to.free_count[1] = left[1];
+    pass().failing[0] = 0;
+  }
+};
+
+// ---- paging in ----------------------------------------------------------------------------------
+
+// Reads one tensor of a block from the arena into a slot. True if the slot of the arena is the one
+// that was asked for and what has arrived matches its digest.
+CERTKV_FN bool fetch_block(const LadderArgs& args, const LadderItem& item, int block, int part,
+                           std::byte* to) {
+  const I lane = lane_index();
+  const int first_blocks = item.run[0].blocks;
+  const OriginalsRun& run = block < first_blocks ? item.run[0] : item.run[1];
+  const int in_run = block < first_blocks ? block : block - first_blocks;
+  if (in_run >= run.blocks) return false;
+  const std::byte* slot = run.slots + size_t(in_run) * args.shape.slot_bytes;
+  const U header = load1(slot, lane * 4);
+  // Words 2 to 11 of a header are the block's identity, 14 and 15 its shape, 30 and 31 its seal.
+  const I at = select((lane > 1) & (lane < 12), lane - 2, splat_i(0));
+  U expected = load1(reinterpret_cast<const std::byte*>(run.id), at * 4);
+  expected = select(lane == 10, splat_u(uint32_t(block)), expected);
+  expected = select(lane == 14, splat_u(args.shape.header[0]), expected);
+  expected = select(lane == 15, splat_u(args.shape.header[1]), expected);
+  const B compared = ((lane > 1) & (lane < 12)) | (lane == 14) | (lane == 15);
+  const bool sealed = (uniform(header, 30) | uniform(header, 31)) != 0;
+  if (any(compared & (header != expected)) || !sealed) return false;
+
+  const int bytes = 16 * args.head_dim * 2;
+  const std::byte* from = slot + (part == kKeys ? args.shape.k_offset : args.shape.v_offset);
+  W sum = splat_w(0);
+  CERTKV_UNROLL_BY_8
+  for (int first = 0; first < bytes; first += 512) {
+    U words[4];
+    load4(from + first, lane * 16, words);
+    store4_where(lane >= 0, to + first, lane * 16, words);
+    const W index = widen(word_of(lane * 4 + first / 4));
+    CERTKV_EACH (e, 4) sum = sum + digest_keys(index + uint64_t(e)) * widen(words[e]);
+  }
+  const uint64_t digest = kDigestStart + uint64_t(bytes) * kDigestLength + sum_lanes(sum);
+  const int word = part == kKeys ? 16 : 18;
+  const uint64_t written = uint64_t(uniform(header, word)) | uint64_t(uniform(header, word + 1))
+                                                                 << 32;
+  return digest == written;
+}
+
+// Uses a block's originals from now on.
+CERTKV_FN void want(const LadderItem& item, int block, int part, int slot) {
+  const B one = lane_index() < 1;
+  auto* wants = reinterpret_cast<uint32_t*>(item.pages);
+  const int page = block / kPageTiles, bit = block % kPageTiles + 4 * part;
+  store_where(one, item.slot_of[part], splat_i(block), splat_i(slot));
+  or_where(one, wants, splat_i(page * 4 + 2), splat_u(1u << bit));
+}
+
+// Warp `at` of `warps` that work for one item.
+CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
+  const LadderItem& item = args.items[index];
+  const PageInRequest* list = list_of(args, index);
+  const int count = int(args.listed[index]);
+  for (int n = at; n < count; n += warps) {
+    const PageInRequest r = list[n];
+    const int slot = item.first_slot[r.part] + r.slot;
+    const bool sound = fetch_block(args, item, r.block, r.part,
+                                   item.slots + size_t(slot) * size_t(16 * args.head_dim * 2));
+    add_count(&item.counts->paged, 1);
+    if (sound) {
+      want(item, r.block, r.part, slot);
+      continue;
+    }
+    // The codes stand in for it, and are charged as they are; learn() frees the slot.
+    store_where(lane_index() < 1, item.block_of[r.part], splat_i(r.slot), splat_i(-1));
+    add_count(&item.counts->digest, 1);
+    raise_flag(args.passes[index].flags, kFlagDigest);
+  }
+}
+
+// ---- rung 3 -------------------------------------------------------------------------------------
+
+// One warp: the items with failing heads, in order.
+CERTKV_FN void list_dense(const LadderArgs& args) {
+  uint32_t count = 0;
+  for (int i = 0; i < args.count; ++i) {
+    if (args.passes[i].failing[0] == 0) continue;
+    args.dense[count++] = i;
+    if (args.items[i].counts->rounds == 0)
+      for (int h = 0; h < args.passes[i].heads; ++h)
+        args.items[i].candidate[h] = args.passes[i].judged[h];
+    args.items[i].counts->dense = 1;
+  }
+  *args.dense_count = count;
+}
+
+// Everything of the n-th listed item into the staging area, originals all; warp `at` of `warps`.
+CERTKV_FN void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n, int at,
+                           int warps) {
+  const int index = args.dense[n];
+  const PassItem& pass = args.passes[index];
+  const LadderItem& item = args.items[index];
+  const int block_bytes = 16 * args.head_dim * 2;
+  const B one = lane_index() < 1;
+  for (int page = at; page < pass.page_count; page += warps) {
+    const PageEntry entry = pass.pages[page];
+    const bool coded = entry.page != nullptr;
+    const int tiles = coded ? kPageTiles : (entry.tokens + 15) / 16;
+    for (int t = 0; t < kPageTiles; ++t) {
+      const int block = page * kPageTiles + t;
+      float k_norm = 0, nu = 0;
+      int slot[2] = {-1, -1};
+      if (t < tiles) {
+        if (coded) {
+          const auto* notes = reinterpret_cast<const PageNotesDevice*>(
+              entry.page + page_layout(args.head_dim).notes);
+          k_norm = notes->block[t].k_norm;
+          nu = notes->block[t].nu;
+        } else {
+          k_norm = pass.k_norm[block];
+          nu = pass.open_nu[block];
+        }
+        for (int part = 0; part < 2; ++part) {
+          std::byte* to = dense.slots + (size_t(block) * 2 + size_t(part)) * size_t(block_bytes);
+          bool sound = true;
+          if (coded) {
+            sound = fetch_block(args, item, block, part, to);
+            add_count(&item.counts->paged, 1);
+            if (!sound) add_count(&item.counts->digest, 1);
+          } else {
+            const int from = (part == kKeys ? pass.key_slot : pass.value_slot)[block];
+            const std::byte* rows = pass.slots + size_t(from) * size_t(block_bytes);
+            for (int first = 0; first < block_bytes; first += 512) {
+              U words[4];
+              load4(rows + first, lane_index() * 16, words);
+              store4_where(lane_index() >= 0, to + first, lane_index() * 16, words);
+            }
+          }
+          if (sound) slot[part] = block * 2 + part;
+        }
+      }
+      for (int part = 0; part < 2; ++part)
+        store_where(one, dense.slot_of[part], splat_i(block), splat_i(slot[part]));
+      store_where(one, dense.k_norm, splat_i(block), splat(k_norm));
+      store_where(one, dense.open_nu, splat_i(block), splat(nu));
+    }
+    dense.entries[page] = {nullptr, 0xffu, entry.tokens};
+  }
+  if (at != 0) return;
+  PassItem p = pass;
+  p.pages = dense.entries;
+  p.key_slot = dense.slot_of[kKeys];
+  p.value_slot = dense.slot_of[kValues];
+  p.k_norm = dense.k_norm;
+  p.open_nu = dense.open_nu;
+  p.slots = dense.slots;
+  p.slot_count = 2 * kPageTiles * pass.page_count;
+  p.out = dense.out;
+  p.judged = dense.judged;
+  p.relative = 0;
+  p.tolerance = double(__builtin_inff());  // whatever is a number: the output is exact
+  p.failing = dense.failing;
+  p.any_failing = dense.failing + 1;
+  *dense.pass = p;
+}
+
+// One warp: outputs of the n-th listed item's failing heads.
+CERTKV_FN void take_dense(const LadderArgs& args, const DenseArgs& dense, int n) {
+  const int index = args.dense[n];
+  const PassItem& pass = args.passes[index];
+  const uint32_t failing = pass.failing[0];
+  const I lane = lane_index();
+  for (int h = 0; h < pass.heads; ++h) {
+    if ((failing >> h & 1u) == 0) continue;
+    const bool lost = !(dense.judged[h].bound >= 0);
+    for (int first = 0; first < args.head_dim; first += 32) {
+      const I at = lane + (h * args.head_dim + first);
+      store(pass.out, at, lost ? splat(0) : load_float(dense.out, at));
+    }
+    pass.judged[h] = dense.judged[h];
+  }
+}
+
+// ---- what stays near the compute ----------------------------------------------------------------
+
+inline constexpr double kDecay = 0.85;  // as runtime/certify/learn.cc
+inline constexpr double kKeepShare = 0.25;
+
+CERTKV_FN F select_larger(F a, F b) {  // NaN stays
+  return select(a > b, a, select(a <= b, b, a + b));
+}
+// A note of a block that a lane names.
+CERTKV_FN F load_note(const PassItem& pass, int head_dim, I page, I tile, int which) {
+  return load_note_of(pass.pages, page, tile * 6 + (8 + which), page_layout(head_dim).notes);
+}
+
+// One warp for each item: scores what is resident by what its codes would have cost, drops what
+// costs little, and lists the free slots anew.
+CERTKV_FN void learn(const LadderArgs& args, int index) {
+  const LadderItem& item = args.items[index];
+  const PassItem& pass = args.passes[index];
+  const I lane = lane_index();
+  const int d = args.head_dim;
+  const auto* wants = reinterpret_cast<uint32_t*>(item.pages);
+  for (int part = 0; part < 2; ++part) {
+    const double keep = kKeepShare / (item.quota[part] > 0 ? item.quota[part] : 1);
+    int free = 0, resident = 0;
+    for (int first = 0; first < item.quota[part]; first += 32) {
+      const I slot = lane + first;
+      const B exists = slot < item.quota[part];
+      const I held = load_int(item.block_of[part], select(exists, slot, splat_i(0)));
+      const B holds = exists & (held >= 0);
+      const I block = select(holds, held, splat_i(0));
+      const I tile = block & (kPageTiles - 1), page = block >> 2;
+      D most = to_double(splat(0));
+      for (int h = 0; h < pass.heads; ++h) {
+        const Certificate& j = pass.judged[h];
+        const double may = allowed_error(j, pass.relative != 0, pass.tolerance);
+        const double* merged = pass.merged + h * sums_floats(d);
+        const I record = page * (args.groups * kRecordFloats) + (h / 4) * kRecordFloats;
+        const D rho = to_double(load_float(pass.records, record + tile * 4 + h % 4)) *
+                      exponential(to_double(load_float(pass.records,
+                                                       record + tile * 4 + (kRecordRef + h % 4))) -
+                                  merged[kSumRef]) /
+                      merged[kSumL];
+        D cost = rho;
+        if (part == kKeys) {
+          const F bound = load_float(pass.records, record + (kRecordBound + h % 4));
+          cost = cost * to_double(c_of_large(bound + float(kEpsWDevice))) *
+                 to_double(load_note(pass, d, page, tile, 1)) * 2.0;
+        } else {
+          cost = cost * to_double(load_note(pass, d, page, tile, 0));
+        }
+        cost = cost / may;
+        most = to_double(select_larger(to_float(most), to_float(cost)));
+      }
+      const F before = load_float(item.score[part], select(exists, slot, splat_i(0)));
+      const F aged = before * float(kDecay);
+      const F now = select_larger(to_float(most), select(aged > 0, aged, splat(0)));
+      const B drop = holds & (now < float(keep));
+      store_where(exists, item.score[part], slot, select(holds, now, splat(0)));
+      store_where(drop, item.block_of[part], slot, splat_i(-1));
+      store_where(drop, item.slot_of[part], block, splat_i(-1));
+      and_where(drop, const_cast<uint32_t*>(wants), page * 4 + 2,
+                ~(splat_u(1) << word_of(tile + 4 * part)));
+      const B empty = exists & ((held < 0) | drop);
+      const uint32_t mask = ballot(empty);
+      store_where(empty, item.free_slots[part], rank_in(mask) + free, slot);
+      free += population(mask);
+      resident += population(ballot(holds));
+    }
+    item.free_count[part] = free;
+    (part == kKeys ? item.counts->resident_keys : item.counts->resident_values) =
+        uint32_t(resident);
+  }
+}
+
+}  // namespace certkv::CERTKV_LANES_NAMESPACE
+
+#undef CERTKV_FN

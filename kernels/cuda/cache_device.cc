@@ -1,0 +1,60 @@
+#include "kernels/cuda/attend_device.h"
+#include "kernels/cuda/cache_kernels.h"
+#include "kernels/cuda/cache_ops.h"
+#include "kernels/cuda/cuda_device.h"
+
+namespace certkv::cuda {
+namespace {
+
+class CudaCacheOps final : public CacheOps {
+ public:
+  explicit CudaCacheOps(Device& device)
+      : device_(CudaDevice::of(device)), word_(device, 1, "a word read back") {}
+
+  void append(const AppendArgs& args) override {
+    check_cuda(launch_append(args, stream()), "appending a token cannot be launched");
+  }
+  void attend(const PassArgs& args, const PassShape& shape) override {
+    const int kind = (shape.head_dim == 128) * 4 + (shape.groups() - 1) * 2 + shape.certificate;
+    if ((prepared_ >> kind & 1) == 0) prepare_attend(shape);
+    prepared_ |= 1 << kind;
+    cuda::attend(args, shape, stream());
+  }
+  void climb(const LadderArgs& args) override {
+    check_cuda(launch_climb(args, stream()), "the ladder cannot be launched");
+  }
+  void page_in(const LadderArgs& args) override {
+    check_cuda(launch_page_in(args, stream()), "paging in cannot be launched");
+  }
+  void list_dense(const LadderArgs& args) override {
+    check_cuda(launch_list_dense(args, stream()), "rung 3 cannot be launched");
+  }
+  void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n) override {
+    check_cuda(launch_stage_dense(args, dense, n, stream()), "rung 3's copies cannot be launched");
+  }
+  void take_dense(const LadderArgs& args, const DenseArgs& dense, int n) override {
+    check_cuda(launch_take_dense(args, dense, n, stream()), "rung 3's end cannot be launched");
+  }
+  void learn(const LadderArgs& args) override {
+    check_cuda(launch_learn(args, stream()), "the memory of a step cannot be launched");
+  }
+  uint32_t read(const uint32_t* word, Deadline deadline) override {
+    device_.copy(word_.data(), word, sizeof *word);
+    device_.synchronize(deadline);
+    return word_[0];
+  }
+
+ private:
+  cudaStream_t stream() const { return device_.stream(); }
+  CudaDevice& device_;
+  HostArray<uint32_t> word_;
+  int prepared_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<CacheOps> make_cuda_cache_ops(Device& device) {
+  return std::make_unique<CudaCacheOps>(device);
+}
+
+}  // namespace certkv::cuda

@@ -1,0 +1,64 @@
+#include <cstring>
+
+#include "kernels/cuda/cache_body.h"
+#include "kernels/cuda/cache_ops.h"
+
+namespace certkv::cuda {
+namespace {
+
+class EmulatedCacheOps final : public CacheOps {
+ public:
+  void append(const AppendArgs& args) override {
+    for (int i = 0; i < args.rows * args.kv_heads; ++i) emulated::append_item(args, i);
+  }
+  void attend(const PassArgs& args, const PassShape& shape) override {
+    attend_emulated(args, shape);
+  }
+  void climb(const LadderArgs& args) override {
+    for (int i = 0; i < args.count; ++i) {
+      *args.items[i].again = 0;
+      args.listed[i] = 0;
+      if (args.passes[i].failing[0] == 0) continue;
+      emulated::ClimbShared shared;
+      std::memset(&shared, 0xff, sizeof shared);
+      const auto all = [&](void (emulated::Climb::*part)() const) {
+        for (int warp = 0; warp < emulated::kClimbWarps; ++warp)
+          (emulated::Climb{args, i, warp, &shared}.*part)();
+      };
+      all(&emulated::Climb::clear);
+      all(&emulated::Climb::rate);
+      all(&emulated::Climb::choose);
+      all(&emulated::Climb::count);
+      all(&emulated::Climb::place);
+      all(&emulated::Climb::close);
+    }
+  }
+  void page_in(const LadderArgs& args) override {
+    for (int i = 0; i < args.count; ++i)
+      for (int warp = 0; warp < kWarpsEach; ++warp) emulated::page_in(args, i, warp, kWarpsEach);
+  }
+  void list_dense(const LadderArgs& args) override { emulated::list_dense(args); }
+  void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n) override {
+    if (n >= int(*args.dense_count)) return;
+    for (int warp = 0; warp < kWarpsEach; ++warp)
+      emulated::stage_dense(args, dense, n, warp, kWarpsEach);
+  }
+  void take_dense(const LadderArgs& args, const DenseArgs& dense, int n) override {
+    if (n < int(*args.dense_count)) emulated::take_dense(args, dense, n);
+  }
+  void learn(const LadderArgs& args) override {
+    for (int i = 0; i < args.count; ++i) emulated::learn(args, i);
+  }
+  uint32_t read(const uint32_t* word, Deadline) override { return *word; }
+
+ private:
+  static constexpr int kWarpsEach = 3;  // any number does
+};
+
+}  // namespace
+
+std::unique_ptr<CacheOps> make_emulated_cache_ops(Device&) {
+  return std::make_unique<EmulatedCacheOps>();
+}
+
+}  // namespace certkv::cuda

@@ -1,0 +1,109 @@
+#include "kernels/cuda/cache_body.h"
+#include "kernels/cuda/cache_kernels.h"
+
+namespace certkv::cuda {
+
+// ---- kernels ------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int kBlockWarps = 4;     // of blocks that read the arena
+constexpr int kPageInBlocks = 32;  // for each item: enough to keep PCIe busy
+constexpr int kStageBlocks = 256;
+
+__global__ void append_kernel(const AppendArgs args) {
+  append_item(args, int(blockIdx.x));
+}
+
+__global__ void __launch_bounds__(32 * kClimbWarps) climb_kernel(const LadderArgs args) {
+  __shared__ ClimbShared shared;
+  const int index = int(blockIdx.x);
+  const Climb climb{args, index, int(threadIdx.y), &shared};
+  const bool failing = args.passes[index].failing[0] != 0;
+  __syncthreads();  // all have seen it before anyone changes it
+  if (!failing) {
+    if (threadIdx.y == 0) {
+      *args.items[index].again = 0;
+      args.listed[index] = 0;
+    }
+    return;
+  }
+  climb.clear();
+  __syncthreads();
+  climb.rate();
+  __syncthreads();
+  climb.choose();
+  __syncthreads();
+  climb.count();
+  __syncthreads();
+  climb.place();
+  __syncthreads();
+  climb.close();
+}
+
+__global__ void page_in_kernel(const LadderArgs args) {
+  page_in(args, int(blockIdx.y), int(blockIdx.x * kBlockWarps + threadIdx.y),
+          int(gridDim.x) * kBlockWarps);
+}
+
+__global__ void list_dense_kernel(const LadderArgs args) {
+  list_dense(args);
+}
+
+__global__ void stage_dense_kernel(const LadderArgs args, const DenseArgs dense, int n) {
+  if (n >= int(*args.dense_count)) return;
+  stage_dense(args, dense, n, int(blockIdx.x * kBlockWarps + threadIdx.y),
+              int(gridDim.x) * kBlockWarps);
+}
+
+__global__ void take_dense_kernel(const LadderArgs args, const DenseArgs dense, int n) {
+  if (n < int(*args.dense_count)) take_dense(args, dense, n);
+}
+
+__global__ void learn_kernel(const LadderArgs args) {
+  learn(args, int(blockIdx.x));
+}
+
+}  // namespace
+
+// ---- launchers ----------------------------------------------------------------------------------
+
+cudaError_t launch_append(const AppendArgs& args, cudaStream_t stream) {
+  append_kernel<<<unsigned(args.rows * args.kv_heads), 32, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_climb(const LadderArgs& args, cudaStream_t stream) {
+  climb_kernel<<<unsigned(args.count), dim3(32, kClimbWarps), 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_page_in(const LadderArgs& args, cudaStream_t stream) {
+  page_in_kernel<<<dim3(kPageInBlocks, unsigned(args.count)), dim3(32, kBlockWarps), 0, stream>>>(
+      args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_list_dense(const LadderArgs& args, cudaStream_t stream) {
+  list_dense_kernel<<<1, 32, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_stage_dense(const LadderArgs& args, const DenseArgs& dense, int n,
+                               cudaStream_t stream) {
+  stage_dense_kernel<<<kStageBlocks, dim3(32, kBlockWarps), 0, stream>>>(args, dense, n);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_take_dense(const LadderArgs& args, const DenseArgs& dense, int n,
+                              cudaStream_t stream) {
+  take_dense_kernel<<<1, 32, 0, stream>>>(args, dense, n);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_learn(const LadderArgs& args, cudaStream_t stream) {
+  learn_kernel<<<unsigned(args.count), 32, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace certkv::cuda

@@ -1,0 +1,20 @@
+// What nvcc compiles of the cache's operations, for cache_device.cc.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/cache_args.h"
+
+namespace certkv::cuda {
+
+cudaError_t launch_append(const AppendArgs& args, cudaStream_t stream);
+cudaError_t launch_climb(const LadderArgs& args, cudaStream_t stream);
+cudaError_t launch_page_in(const LadderArgs& args, cudaStream_t stream);
+cudaError_t launch_list_dense(const LadderArgs& args, cudaStream_t stream);
+cudaError_t launch_stage_dense(const LadderArgs& args, const DenseArgs& dense, int n,
+                               cudaStream_t stream);
+cudaError_t launch_take_dense(const LadderArgs& args, const DenseArgs& dense, int n,
+                              cudaStream_t stream);
+cudaError_t launch_learn(const LadderArgs& args, cudaStream_t stream);
+
+}  // namespace certkv::cuda

@@ -1,0 +1,43 @@
+// The operations of a certified cache on a device: append, attend and judge, climb, learn.
+//
+// Everything is enqueued on the device's stream; nothing is allocated, and only raised() waits.
+// A step of one layer, for all its items (cache_args.h):
+//   append; attend; while any head fails and rounds are left: climb, page_in, attend again;
+//   where heads still fail: list_dense, then for each item of the list stage_dense, attend to the
+//   staged item, take_dense; learn.
+// SOURCE: method section 5.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/base/deadline.h"
+#include "kernels/cuda/cache_args.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/pass.h"
+
+namespace certkv::cuda {
+
+class CacheOps {
+ public:
+  virtual ~CacheOps() = default;
+
+  virtual void append(const AppendArgs& args) = 0;
+  virtual void attend(const PassArgs& args, const PassShape& shape) = 0;
+  // Chooses what the items with failing heads promote: their `again`, and lists for page_in().
+  virtual void climb(const LadderArgs& args) = 0;
+  virtual void page_in(const LadderArgs& args) = 0;
+  virtual void list_dense(const LadderArgs& args) = 0;
+  virtual void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n) = 0;
+  virtual void take_dense(const LadderArgs& args, const DenseArgs& dense, int n) = 0;
+  virtual void learn(const LadderArgs& args) = 0;
+
+  // The word's value once all work so far is done. Throws as Device::synchronize.
+  virtual uint32_t read(const uint32_t* word, Deadline deadline) = 0;
+};
+
+std::unique_ptr<CacheOps> make_emulated_cache_ops(Device& device);
+// Of a device that is no emulation; in certkv::kernels_cuda.
+std::unique_ptr<CacheOps> make_cuda_cache_ops(Device& device);
+
+}  // namespace certkv::cuda

@@ -1,0 +1,25 @@
+// The device's KV cache as its forward pass sees it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace certkv {
+
+class DeviceAttention {
+ public:
+  virtual ~DeviceAttention() = default;
+  // As KvAttention::store_prefill: host memory, [local_kv_heads, tokens, head_dim] 16-bit originals
+  // after RoPE.
+  virtual void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
+                             const uint16_t* v, std::span<const float> last_q) = 0;
+  // The step's rows, before the first layer: row r of every later call belongs to sequences[r].
+  virtual void begin_rows(std::span<const int64_t> sequences) = 0;
+  // Enqueued on the device's stream. qkv: device [rows, (heads + 2 kv_heads) * head_dim] float,
+  // after norms and RoPE: queries of all local heads (head = kv_head * heads_per_group + j), then
+  // keys, then values, not yet rounded. out: device [rows, heads * head_dim] float.
+  virtual void decode(int layer, const float* qkv, float* out) = 0;
+};
+
+}  // namespace certkv

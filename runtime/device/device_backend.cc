@@ -1,0 +1,31 @@
+#include "runtime/device/device_backend.h"
+
+#include "kernels/base/error.h"
+#ifdef CERTKV_WITH_CUDA
+#include "kernels/cuda/cuda_device.h"
+#endif
+
+namespace certkv {
+
+DeviceBackend make_device_backend(const std::string& backend, int ordinal) {
+  DeviceBackend b;
+  if (backend == "emulated") {
+    b.device = cuda::make_emulated_device();
+    b.cache = cuda::make_emulated_cache_ops(*b.device);
+    return b;
+  }
+  CERTKV_EXPECT(backend == "cuda", InvalidArgument,
+                "run.backend is '{}': cpu, cuda and emulated are known", backend);
+#ifdef CERTKV_WITH_CUDA
+  b.device = cuda::make_cuda_device(ordinal);
+  b.cache = cuda::make_cuda_cache_ops(*b.device);
+  return b;
+#else
+  (void)ordinal;
+  CERTKV_THROW(InvalidArgument,
+               "this build has no CUDA backend: configure with -DCERTKV_CUDA=ON where the CUDA "
+               "toolkit is installed, or use run.backend cpu");
+#endif
+}
+
+}  // namespace certkv

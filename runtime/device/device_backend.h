@@ -1,0 +1,22 @@
+// What a rank computes with on a device: the device, and the operations on it.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "kernels/cuda/cache_ops.h"
+#include "kernels/cuda/device.h"
+
+namespace certkv {
+
+struct DeviceBackend {
+  std::unique_ptr<cuda::Device> device;  // outlives the operations
+  std::unique_ptr<cuda::CacheOps> cache;
+};
+
+// backend: cuda, or emulated (the same kernels on the CPU, lane by lane: for tests). ordinal: among
+// the visible devices. Throws InvalidArgument where this build has no such backend, DeviceError
+// where no device answers.
+DeviceBackend make_device_backend(const std::string& backend, int ordinal);
+
+}  // namespace certkv

@@ -1,0 +1,447 @@
+#include "runtime/device/device_cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+
+#include "kernels/base/log.h"
+#include "kernels/quantize.h"
+#include "parallel/communicator.h"
+#include "runtime/device/device_sequence.h"
+
+namespace certkv {
+
+using cuda::kPageTiles;
+using cuda::kPageTokens;
+
+namespace {
+
+constexpr size_t kMarks = 3;  // failing, again, flags
+constexpr auto kDeviceDeadline = std::chrono::seconds(60);
+
+void require(bool holds, const char* what) {
+  CERTKV_EXPECT(holds, InvalidArgument,
+                "the device backend does not support {} yet: change it, or use run.backend cpu",
+                what);
+}
+
+// A group's 64 rows of one cell as blocks of the arena.
+constexpr uint32_t kBlocksPerPage = kPageTiles;
+
+}  // namespace
+
+DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedCacheOptions options,
+                         cuda::Device& device, cuda::CacheOps& ops, ThreadPool& pool,
+                         std::shared_ptr<StoreClient> store, Communicator& group)
+    : config_(config),
+      heads_(heads),
+      options_(std::move(options)),
+      device_(device),
+      ops_(ops),
+      pool_(pool),
+      store_(std::move(store)),
+      group_(group),
+      step_(std::make_unique<StepBuffers>()) {
+  require(options_.cache.layout == "compact" || options_.cache.layout == "k8v4",
+          "cache.layout other than compact and k8v4");
+  require(options_.cache.block_tokens == 16, "cache.block_tokens other than 16");
+  require(config.head_dim == 64 || config.head_dim == 128, "a head_dim other than 64 and 128");
+  require(config.heads_per_group() <= cuda::kMaxHeads, "more than 8 query heads a KV head");
+  format_ = make_page_format(layout_by_name(options_.cache.layout), int(config.head_dim), 16);
+  cuda::check_device_format(format_);
+  block_ = {options_.dtype, 16, uint16_t(config.head_dim)};
+  page_bytes_ = cuda::page_layout(int(config.head_dim)).page_bytes();
+  block_bytes_ = block_.payload_bytes();
+  if (store_ != nullptr) {
+    arena_host_ = store_->arena();
+    arena_ = device_.map_host(arena_host_.data(), arena_host_.size());
+  }
+}
+
+DeviceCache::~DeviceCache() {
+  sequences_.clear();
+  if (arena_ != nullptr) device_.unmap_host(arena_host_.data());
+}
+
+DeviceCache::Sequence& DeviceCache::at(int64_t sequence) const {
+  const auto it = sequences_.find(sequence);
+  CERTKV_EXPECT(it != sequences_.end(), InvalidArgument, "no sequence {} in the cache", sequence);
+  return *it->second;
+}
+
+OriginalsSpan DeviceCache::reserve(uint32_t first_block, uint32_t blocks) {
+  if (blocks == 0 || store_ == nullptr) return {};
+  ReserveRequest r;
+  r.owner = private_owner();
+  r.shape = block_;
+  r.layers = uint32_t(config_.layers);
+  r.first_kv_head = uint32_t(heads_.begin);
+  r.kv_heads = uint32_t(heads_.count());
+  r.first_block = first_block;
+  r.blocks = blocks;
+  return store_->reserve(r);
+}
+
+const std::byte* DeviceCache::on_device(const std::byte* in_arena) const {
+  return arena_ + (in_arena - arena_host_.data());
+}
+
+uint64_t DeviceCache::sequence_bytes(const ModelConfig& config, int64_t kv_heads,
+                                     const CertifiedCacheOptions& options, int64_t prompt_tokens,
+                                     int64_t max_tokens, int forks) {
+  const uint64_t d = uint64_t(config.head_dim), block = 16 * d * 2;
+  const uint64_t cells = uint64_t(config.layers) * uint64_t(kv_heads), n = uint64_t(forks);
+  const uint64_t prompt = uint64_t(prompt_tokens) / kPageTokens;
+  const uint64_t own = uint64_t(prompt_tokens % kPageTokens + max_tokens) / kPageTokens;
+  const uint64_t page = cuda::page_layout(int(d)).page_bytes();
+  const uint64_t entries = prompt + own + kPageTiles;
+  const uint64_t quota = uint64_t(options.scratch.key_blocks / config.kv_heads) +
+                         uint64_t(options.scratch.value_blocks / config.kv_heads);
+  const uint64_t tables = entries * (sizeof(cuda::PageEntry) + 4 * 16);
+  const uint64_t staged = 2 * kPageTiles * entries * block;
+  return cells * (prompt * page + n * (own * page + tables + (8 + quota) * block)) + staged;
+}
+
+int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t) {
+  auto s = std::make_unique<Sequence>();
+  s->handle = next_++;
+  s->id = sequence_id;
+  s->prompt = std::make_shared<Prompt>();
+  Prompt& p = *s->prompt;
+  p.pages = size_t(prompt_tokens) / kPageTokens;
+  p.span = reserve(0, uint32_t(p.pages) * kBlocksPerPage);
+  p.page = {device_, cells() * p.pages * page_bytes_, "tier 1: a prompt's pages"};
+  p.k_norm.assign(cells() * p.pages * kPageTiles, 0);
+  p.nu = p.k_norm;
+  p.open_k.resize(cells());
+  p.open_v.resize(cells());
+  const int64_t handle = s->handle;
+  sequences_[handle] = std::move(s);
+  return handle;
+}
+
+// Quantises one scale group for the device and hands its originals to the arena.
+void DeviceCache::seal_page(const OriginalsSpan& span, size_t cell, uint32_t first_block,
+                            const uint16_t* k, const uint16_t* v, std::byte* out) {
+  const size_t heads = size_t(heads_.count()), rows = block_.elements();
+  const uint32_t layer = uint32_t(cell / heads), kv_head = uint32_t(heads_.begin) + cell % heads;
+  alignas(64) thread_local std::vector<std::byte> page;
+  page.resize(format_.page_bytes + 64);
+  auto* aligned = reinterpret_cast<std::byte*>((uintptr_t(page.data()) + 63) / 64 * 64);
+  const SealStatus status = certkv::seal_page(format_, options_.dtype, k, v, aligned);
+  CERTKV_EXPECT(status != SealStatus::NonFinite, NonFinite,
+                "a key or value of tokens {} to {} is NaN or infinite", first_block * 16,
+                first_block * 16 + kPageTokens - 1);
+  CERTKV_EXPECT(status == SealStatus::Sealed, Uncertifiable,
+                "tokens {} to {} of layer {}, KV head {} cannot be quantised (a scale leaves the "
+                "range of FP16), and the device backend keeps no page as originals yet: use "
+                "run.backend cpu",
+                first_block * 16, first_block * 16 + kPageTokens - 1, layer, kv_head);
+  cuda::convert_page(format_, aligned, out);
+  OriginalsSpan shared = span;
+  if (!shared.empty())
+    for (uint32_t b = 0; b < kBlocksPerPage; ++b)
+      shared.seal_block(layer, kv_head, first_block + b, k + b * rows, v + b * rows);
+}
+
+void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
+                                const uint16_t* v, std::span<const float>) {
+  Prompt& p = *at(sequence).prompt;
+  const size_t d = size_t(config_.head_dim), heads = size_t(heads_.count());
+  const size_t first_cell = size_t(layer) * heads;
+  // As many pages at a time as the staging memory holds, of all heads of the layer.
+  constexpr size_t kTogether = 64;
+  if (step_->page_host.count() < heads * kTogether * page_bytes_)
+    step_->page_host = {device_, heads * kTogether * page_bytes_, "pages on their way"};
+  std::byte* staging = step_->page_host.data();
+  for (size_t first = 0; first < p.pages; first += kTogether) {
+    const size_t count = std::min(kTogether, p.pages - first);
+    pool_.parallel_for(heads * count, [&](size_t task) {
+      const size_t h = task / count, page = first + task % count;
+      const size_t row = h * tokens + page * kPageTokens;
+      std::byte* out = staging + (h * kTogether + task % count) * page_bytes_;
+      seal_page(p.span, first_cell + h, uint32_t(page) * kBlocksPerPage, k + row * d, v + row * d,
+                out);
+      const cuda::PageNotesDevice& notes = cuda::device_notes(int(d), out);
+      for (size_t t = 0; t < kPageTiles; ++t) {
+        const size_t note = ((first_cell + h) * p.pages + page) * kPageTiles + t;
+        p.k_norm[note] = notes.block[t].k_norm;
+        p.nu[note] = notes.block[t].nu;
+      }
+      group_.alive();
+      if (store_ != nullptr) store_->stamp_progress();
+    });
+    for (size_t h = 0; h < heads; ++h)
+      device_.copy(p.page.data() + ((first_cell + h) * p.pages + first) * page_bytes_,
+                   staging + h * kTogether * page_bytes_, count * page_bytes_);
+    device_.synchronize(Deadline::after(kDeviceDeadline));
+  }
+  for (size_t h = 0; h < heads; ++h) {
+    const size_t from = (h * tokens + p.pages * kPageTokens) * d, end = (h + 1) * tokens * d;
+    p.open_k[first_cell + h].assign(k + from, k + end);
+    p.open_v[first_cell + h].assign(v + from, v + end);
+  }
+  p.tokens = tokens;
+}
+
+int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
+  Sequence& from = at(sequence);
+  require(rules.policy != Policy::Paper, "policy paper");
+  require(rules.ranking() == 0, "ladder.ranking");
+  require(!(rules.skip.share > 0), "skip.share");
+  require(!(rules.ladder.exploration > 0), "ladder.exploration");
+  auto s = std::make_unique<Sequence>();
+  s->handle = next_++;
+  s->id = from.id;
+  s->decoding = true;
+  s->rules = rules;
+  s->prompt = from.prompt;
+  s->tokens = from.prompt->tokens;
+  s->pages = from.prompt->pages;
+  const size_t open = s->tokens - s->pages * kPageTokens;
+  s->own_capacity = (open + size_t(max_tokens)) / kPageTokens;
+  s->own = reserve(uint32_t(s->pages) * kBlocksPerPage, uint32_t(s->own_capacity) * kBlocksPerPage);
+  lay_out(s.get());
+  const int64_t handle = s->handle;
+  sequences_[handle] = std::move(s);
+  return handle;
+}
+
+// A cell's slots: under policy dense all keys, then all values, block by block; else the open rows
+// of keys and of values, 4 slots each, then the scratch of keys and of values.
+void DeviceCache::lay_out(Sequence* s) {
+  const Prompt& p = *s->prompt;
+  const size_t n = cells(), per_group = size_t(config_.heads_per_group());
+  s->capacity = p.pages + s->own_capacity + kPageTiles;
+  const size_t blocks = s->capacity * kPageTiles;
+  const auto quota = [&](int64_t blocks_of_layer) {
+    const size_t most = (p.pages + s->own_capacity) * kPageTiles;
+    return int32_t(std::min(size_t(blocks_of_layer / config_.kv_heads), most));
+  };
+  if (s->dense()) {
+    s->slots_each = 2 * blocks;
+    s->open_slot[0] = int32_t(p.pages * kPageTiles);
+    s->open_slot[1] = int32_t(blocks + p.pages * kPageTiles);
+  } else {
+    s->quota[0] = quota(options_.scratch.key_blocks);
+    s->quota[1] = quota(options_.scratch.value_blocks);
+    s->slots_each = size_t(2 * kPageTiles + s->quota[0] + s->quota[1]);
+    s->open_slot[0] = 0;
+    s->open_slot[1] = kPageTiles;
+    s->own_page = {device_, n * s->own_capacity * page_bytes_, "tier 1: an answer's pages"};
+  }
+  s->slots = {device_, n * s->slots_each * block_bytes_,
+              s->dense() ? "originals of policy dense"
+                         : "scratch (scratch.key_blocks, "
+                           "scratch.value_blocks)"};
+  std::vector<cuda::PageEntry> entries(n * s->capacity);
+  std::vector<int32_t> slot_of[2];
+  slot_of[0].assign(n * blocks, -1);
+  slot_of[1] = slot_of[0];
+  std::vector<float> k_norm(n * blocks, 0), open_nu(n * blocks, 0);
+  s->sealed_nu.assign(n, 0);
+  const size_t d = size_t(config_.head_dim);
+  for (size_t cell = 0; cell < n; ++cell) {
+    for (size_t page = 0; page < p.pages; ++page) {
+      cuda::PageEntry& e = entries[cell * s->capacity + page];
+      e.page = s->dense() ? nullptr : p.page.data() + (cell * p.pages + page) * page_bytes_;
+      e.wants = s->dense() ? 0xffu : 0;
+      e.tokens = kPageTokens;
+      for (size_t t = 0; t < kPageTiles; ++t) {
+        const size_t note = (cell * p.pages + page) * kPageTiles + t;
+        const size_t to = (cell * s->capacity + page) * kPageTiles + t;
+        k_norm[to] = p.k_norm[note];
+        open_nu[to] = p.nu[note];
+        s->sealed_nu[cell] = std::max(s->sealed_nu[cell], p.nu[note]);
+        for (size_t part = 0; part < 2 && s->dense(); ++part)
+          slot_of[part][to] = int32_t(part * blocks + page * kPageTiles + t);
+      }
+    }
+    // The open entries: a block each.
+    const size_t open_rows = p.open_k[cell].size() / d;
+    for (size_t o = 0; o < kPageTiles; ++o) {
+      const size_t entry = cell * s->capacity + p.pages + o;
+      for (size_t part = 0; part < 2; ++part)
+        slot_of[part][entry * kPageTiles] = s->open_slot[part] + int32_t(o);
+      const size_t first = o * 16;
+      if (first >= open_rows) continue;
+      const int rows = int(std::min<size_t>(16, open_rows - first));
+      entries[entry] = {nullptr, 0xffu, rows};
+      BlockAnnotations notes;
+      (void)annotate_originals(format_, options_.dtype, p.open_k[cell].data() + first * d,
+                               p.open_v[cell].data() + first * d, rows, &notes);
+      k_norm[entry * kPageTiles] = notes.k_norm;
+      open_nu[entry * kPageTiles] = notes.nu;
+    }
+    for (size_t part = 0; part < 2 && open_rows > 0; ++part)
+      device_.copy(
+          s->slots.data() + (cell * s->slots_each + size_t(s->open_slot[part])) * block_bytes_,
+          (part == 0 ? p.open_k : p.open_v)[cell].data(), open_rows * d * 2);
+  }
+  const auto put = [&](auto* array, const auto& values, const char* what) {
+    *array = {device_, values.size(), what};
+    device_.copy(array->data(), values.data(), array->bytes());
+  };
+  put(&s->entries, entries, "page table");
+  for (size_t part = 0; part < 2; ++part) {
+    put(&s->slot_of[part], slot_of[part], "slot table");
+    if (s->dense()) continue;
+    const size_t q = size_t(s->quota[part]);
+    const std::vector<int32_t> none(n * q, -1);
+    std::vector<int32_t> all_free(n * q);
+    for (size_t i = 0; i < all_free.size(); ++i) all_free[i] = int32_t(i % q);
+    put(&s->block_of[part], none, "scratch table");
+    put(&s->free_slots[part], all_free, "scratch table");
+    put(&s->score[part], std::vector<float>(n * q, 0), "scratch table");
+  }
+  std::vector<int32_t> free_count(n * 2);
+  for (size_t i = 0; i < free_count.size(); ++i) free_count[i] = s->quota[i % 2];
+  put(&s->free_count, free_count, "scratch table");
+  put(&s->k_norm, k_norm, "notes of originals");
+  put(&s->open_nu, open_nu, "notes of originals");
+  put(&s->marks, std::vector<uint32_t>(n * kMarks, 0), "marks of a step");
+  put(&s->counts, std::vector<cuda::LadderCounts>(n), "counts of a step");
+  put(&s->judged, std::vector<Certificate>(n * per_group), "certificates");
+  put(&s->candidate, std::vector<Certificate>(n * per_group), "certificates");
+  s->marks_host = {device_, s->marks.count(), "marks of a step"};
+  s->counts_host = {device_, s->counts.count(), "counts of a step"};
+  s->judged_host = {device_, s->judged.count(), "certificates"};
+  s->candidate_host = {device_, s->candidate.count(), "certificates"};
+  if (s->dense()) fill_dense(s);
+  device_.synchronize(Deadline::after(kDeviceDeadline));
+}
+
+// Policy dense: the prompt's originals, from the arena.
+void DeviceCache::fill_dense(Sequence* s) {
+  const Prompt& p = *s->prompt;
+  const size_t heads = size_t(heads_.count()), blocks = s->capacity * kPageTiles;
+  const size_t sealed = p.pages * kPageTiles;
+  if (sealed == 0) return;
+  std::vector<std::byte> rows(2 * sealed * block_bytes_);
+  for (size_t cell = 0; cell < cells(); ++cell) {
+    const std::byte* run =
+        p.span.run(uint32_t(cell / heads), uint32_t(heads_.begin) + uint32_t(cell % heads));
+    pool_.parallel_for(sealed, [&](size_t b) {
+      const std::byte* slot = run + b * block_.slot_bytes();
+      std::memcpy(rows.data() + b * block_bytes_, slot + block_.k_offset(), block_bytes_);
+      std::memcpy(rows.data() + (sealed + b) * block_bytes_, slot + block_.v_offset(),
+                  block_bytes_);
+    });
+    std::byte* to = s->slots.data() + cell * s->slots_each * block_bytes_;
+    device_.copy(to, rows.data(), sealed * block_bytes_);
+    device_.copy(to + blocks * block_bytes_, rows.data() + sealed * block_bytes_,
+                 sealed * block_bytes_);
+    device_.synchronize(Deadline::after(kDeviceDeadline));
+    group_.alive();
+  }
+}
+
+void DeviceCache::drop(int64_t sequence, bool) {
+  sequences_.erase(sequence);
+}
+
+void DeviceCache::begin_step(uint64_t step, std::span<const int64_t> sequences) {
+  step_number_ = step;
+  const size_t figures = cells() * size_t(config_.heads_per_group());
+  for (int64_t handle : sequences) {
+    Sequence& s = at(handle);
+    const auto error = s.report.error;  // a failed sequence stays failed
+    const std::string text = s.report.error_text;
+    s.report = {};
+    s.report.error = error;
+    s.report.error_text = text;
+    s.report.figures.assign(figures, HeadFigures{});
+    s.report.layers.resize(cells());
+  }
+}
+
+// Rows that have filled their page: it is sealed, and the open end begins anew behind it.
+void DeviceCache::seal_open(Sequence* s) {
+  const size_t n = cells(), page = s->pages, d = size_t(config_.head_dim);
+  const size_t part_bytes = kPageTokens * d * 2, each = 2 * part_bytes + page_bytes_;
+  if (step_->page_host.count() < n * each)
+    step_->page_host = {device_, n * each, "pages on their way"};
+  std::byte* staging = step_->page_host.data();
+  for (size_t cell = 0; cell < n; ++cell)
+    for (size_t part = 0; part < 2; ++part)
+      device_.copy(
+          staging + cell * each + part * part_bytes,
+          s->slots.data() + (cell * s->slots_each + size_t(s->open_slot[part])) * block_bytes_,
+          part_bytes);
+  device_.synchronize(Deadline::after(kDeviceDeadline));
+  pool_.parallel_for(n, [&](size_t cell) {
+    std::byte* at = staging + cell * each;
+    seal_page(s->own, cell, uint32_t(page) * kBlocksPerPage, reinterpret_cast<uint16_t*>(at),
+              reinterpret_cast<uint16_t*>(at + part_bytes), at + 2 * part_bytes);
+    group_.alive();
+  });
+  const size_t own = page - s->prompt->pages;
+  for (int32_t& slot : s->open_slot) slot += s->dense() ? kPageTiles : 0;
+  for (size_t cell = 0; cell < n; ++cell) {
+    const std::byte* sealed = staging + cell * each + 2 * part_bytes;
+    const cuda::PageNotesDevice& notes = cuda::device_notes(int(d), sealed);
+    cuda::PageEntry entries[1 + kPageTiles];
+    int32_t slot_of[2][(1 + kPageTiles) * kPageTiles];
+    float k_norm[kPageTiles], nu[kPageTiles];
+    std::fill_n(&slot_of[0][0], 2 * (1 + kPageTiles) * kPageTiles, -1);
+    for (size_t t = 0; t < kPageTiles; ++t) {
+      k_norm[t] = notes.block[t].k_norm;
+      nu[t] = notes.block[t].nu;
+      s->sealed_nu[cell] = std::max(s->sealed_nu[cell], nu[t]);
+      for (size_t part = 0; part < 2; ++part) {
+        if (s->dense()) slot_of[part][t] = s->open_slot[part] - kPageTiles + int32_t(t);
+        slot_of[part][(1 + t) * kPageTiles] = s->open_slot[part] + int32_t(t);
+      }
+    }
+    if (s->dense()) {
+      entries[0] = {nullptr, 0xffu, kPageTokens};
+    } else {
+      std::byte* to = s->own_page.data() + (cell * s->own_capacity + own) * page_bytes_;
+      device_.copy(to, sealed, page_bytes_);
+      entries[0] = {to, 0, kPageTokens};
+    }
+    const size_t entry = cell * s->capacity + page;
+    device_.copy(s->entries.data() + entry, entries, sizeof entries);
+    for (size_t part = 0; part < 2; ++part)
+      device_.copy(s->slot_of[part].data() + entry * kPageTiles, slot_of[part],
+                   sizeof slot_of[part]);
+    device_.copy(s->k_norm.data() + entry * kPageTiles, k_norm, sizeof k_norm);
+    device_.copy(s->open_nu.data() + entry * kPageTiles, nu, sizeof nu);
+  }
+  device_.synchronize(Deadline::after(kDeviceDeadline));
+  ++s->pages;
+}
+
+const SequenceReport& DeviceCache::report(int64_t sequence) const {
+  return at(sequence).report;
+}
+
+VerdictRecord DeviceCache::verdict(int64_t sequence) const {
+  const Sequence& s = at(sequence);
+  return verdict_of(s.report, s.failed(), step_number_, int(config_.head_dim));
+}
+
+uint64_t DeviceCache::tier1_bytes() const {
+  uint64_t sum = 0;
+  std::vector<const Prompt*> seen;
+  for (const auto& [handle, s] : sequences_) {
+    if (s->decoding) sum += s->dense() ? s->slots.bytes() : s->own_page.bytes();
+    if (std::find(seen.begin(), seen.end(), s->prompt.get()) != seen.end()) continue;
+    seen.push_back(s->prompt.get());
+    sum += s->prompt->page.bytes();
+  }
+  return sum;
+}
+
+uint64_t DeviceCache::tier1_bytes(int64_t sequence) const {
+  const Sequence& s = at(sequence);
+  const uint64_t open = (s.tokens - s.pages * kPageTokens) * 4 * uint64_t(config_.head_dim);
+  return cells() * (s.pages * page_bytes_ + open);
+}
+
+uint64_t DeviceCache::dense_bytes(int64_t sequence) const {
+  return cells() * at(sequence).tokens * 4 * uint64_t(config_.head_dim);
+}
+
+}  // namespace certkv

@@ -1,0 +1,98 @@
+// The certified KV cache of one rank with tier 1 on a device (method section 5): sealed pages and
+// scratch in the device's memory, originals in the node's arena, which the device reads itself.
+//
+// A step of a layer is one stretch of work on the device: append, the certified pass, judging; and
+// where a head does not fit its tolerance, the ladder: rungs 1 and 2 by passes repeated over what
+// was promoted, rung 3 over originals alone. The host learns at the end of the step what became of
+// every head.
+//
+// What it does not do yet is refused by the constructor or by fork(), by name: policy `paper`,
+// layouts but `compact`, blocks but of 16 tokens, ranking, skipping, exploration; and tier 1 is not
+// scrubbed. THREADS: calls come from one thread.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/base/thread_pool.h"
+#include "kernels/cuda/cache_ops.h"
+#include "kernels/cuda/device.h"
+#include "runtime/certified_cache.h"
+#include "runtime/device/device_attention.h"
+
+namespace certkv {
+
+class DeviceCache : public SequenceCache, public DeviceAttention {
+ public:
+  // heads: the KV heads of this rank, global indices. All references must outlive the cache.
+  // Throws InvalidArgument for what is not supported.
+  DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedCacheOptions options,
+              cuda::Device& device, cuda::CacheOps& ops, ThreadPool& pool,
+              std::shared_ptr<StoreClient> store, Communicator& group);
+  ~DeviceCache() override;
+
+  int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) override;
+  int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) override;
+  uint64_t close(int64_t) override { return 0; }
+  void drop(int64_t sequence, bool failed = false) override;
+
+  void begin_step(uint64_t step, std::span<const int64_t> sequences) override;
+  void end_step() override;
+  const SequenceReport& report(int64_t sequence) const override;
+  VerdictRecord verdict(int64_t sequence) const override;
+
+  uint64_t tier1_bytes() const override;
+  uint64_t tier1_bytes(int64_t sequence) const override;
+  uint64_t dense_bytes(int64_t sequence) const override;
+
+  void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
+                     const uint16_t* v, std::span<const float> last_q) override;
+  void begin_rows(std::span<const int64_t> sequences) override;
+  void decode(int layer, const float* qkv, float* out) override;
+
+  // What a decode of a prompt takes on the device at most. UNITS: bytes
+  static uint64_t sequence_bytes(const ModelConfig& config, int64_t kv_heads,
+                                 const CertifiedCacheOptions& options, int64_t prompt_tokens,
+                                 int64_t max_tokens, int forks);
+
+ private:
+  struct Prompt;
+  struct Sequence;
+  struct StepBuffers;
+  Sequence& at(int64_t sequence) const;
+  size_t cells() const { return size_t(config_.layers) * size_t(heads_.count()); }
+  OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
+  const std::byte* on_device(const std::byte* in_arena) const;
+  void seal_page(const OriginalsSpan& span, size_t cell, uint32_t first_block, const uint16_t* k,
+                 const uint16_t* v, std::byte* out);
+  void lay_out(Sequence* s);
+  void fill_dense(Sequence* s);
+  void seal_open(Sequence* s);
+  void climb(const cuda::PassArgs& pass, const cuda::PassShape& shape,
+             const cuda::LadderArgs& ladder);
+  void read_reports(Sequence* s);
+
+  const ModelConfig& config_;
+  ShardRange heads_;
+  CertifiedCacheOptions options_;
+  cuda::Device& device_;
+  cuda::CacheOps& ops_;
+  ThreadPool& pool_;
+  std::shared_ptr<StoreClient> store_;
+  Communicator& group_;
+  PageFormat format_;
+  BlockShape block_;
+  size_t page_bytes_, block_bytes_;
+  const std::byte* arena_ = nullptr;  // where the device finds the arena
+  std::span<const std::byte> arena_host_;
+  std::map<int64_t, std::unique_ptr<Sequence>> sequences_;
+  std::unique_ptr<StepBuffers> step_;
+  std::vector<int64_t> rows_;  // of the step under way
+  uint64_t step_number_ = 0;
+  int64_t next_ = 1;
+};
+
+}  // namespace certkv

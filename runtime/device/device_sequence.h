@@ -1,0 +1,87 @@
+// What the device's cache keeps of a prompt and of its decodes. For runtime/device/device_*.cc
+// alone.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "runtime/device/device_cache.h"
+
+namespace certkv {
+
+using cuda::DeviceArray;
+using cuda::HostArray;
+
+// A prefilled prompt, shared by its decodes. A cell is (layer, local KV head).
+struct DeviceCache::Prompt {
+  OriginalsSpan span;                                 // of the sealed blocks
+  size_t pages = 0;                                   // sealed, of every cell
+  size_t tokens = 0;                                  // 0 until prefilled
+  DeviceArray<std::byte> page;                        // [cells, pages, page_bytes]
+  std::vector<float> k_norm;                          // [cells, pages * 4]
+  std::vector<float> nu;                              // [cells, pages * 4]
+  std::vector<std::vector<uint16_t>> open_k, open_v;  // [cells] of [open tokens, head_dim]
+};
+
+// A decode of a prompt; or, with decoding == false, the prompt itself.
+struct DeviceCache::Sequence {
+  int64_t handle = 0, id = 0;
+  bool decoding = false;
+  StepRules rules;
+  std::shared_ptr<Prompt> prompt;
+  OriginalsSpan own;             // blocks after the prompt's
+  size_t tokens = 0, pages = 0;  // so far; sealed pages of every cell
+  SequenceReport report;
+  bool failed() const { return report.error.has_value(); }
+
+  // On the device. capacity: entries of a cell; a cell has slots_each slots.
+  size_t capacity = 0, own_capacity = 0, slots_each = 0;
+  int32_t open_slot[2] = {};  // first slot of the open rows, by part; see lay_out()
+  int32_t quota[2] = {};
+  std::vector<float> sealed_nu;  // [cells]
+  DeviceArray<std::byte> own_page, slots;
+  DeviceArray<cuda::PageEntry> entries;             // [cells, capacity]
+  DeviceArray<int32_t> slot_of[2];                  // [cells, capacity, 4]
+  DeviceArray<float> k_norm, open_nu;               // [cells, capacity, 4]
+  DeviceArray<int32_t> block_of[2], free_slots[2];  // [cells, quota]
+  DeviceArray<float> score[2];
+  DeviceArray<int32_t> free_count;             // [cells, 2]
+  DeviceArray<uint32_t> marks;                 // [cells, 3]: failing, again, flags
+  DeviceArray<cuda::LadderCounts> counts;      // [cells]
+  DeviceArray<Certificate> judged, candidate;  // [cells, heads]
+  // Read back at the end of a step.
+  HostArray<uint32_t> marks_host;
+  HostArray<cuda::LadderCounts> counts_host;
+  HostArray<Certificate> judged_host, candidate_host;
+
+  bool dense() const { return rules.policy == Policy::Dense; }
+};
+
+// Of the rows under way, for all layers or, where a layer leaves nothing behind, for one at a time.
+struct DeviceCache::StepBuffers {
+  size_t rows = 0, pages = 0, splits = 0;  // capacities; splits of a KV head
+  int most_splits[2] = {1, 1};             // of this step's rows, in a first and a repeated pass
+  HostArray<cuda::PassItem> pass_host;
+  HostArray<cuda::AppendItem> append_host;
+  HostArray<cuda::LadderItem> ladder_host;
+  DeviceArray<cuda::PassItem> pass;  // [layers, rows, kv_heads]
+  DeviceArray<cuda::AppendItem> append;
+  DeviceArray<cuda::LadderItem> ladder;
+  DeviceArray<float> scaled, norm, records, split_sums, out;
+  DeviceArray<double> merged, tally;
+  DeviceArray<uint8_t> used;
+  DeviceArray<cuda::PageInRequest> list;
+  DeviceArray<uint32_t> listed, words;  // words: any failing, count of dense items, and two
+  DeviceArray<int32_t> dense;
+  // Rung 3's staging area, for one KV head.
+  size_t staged_pages = 0;
+  DeviceArray<std::byte> stage;
+  DeviceArray<cuda::PageEntry> stage_entries;
+  DeviceArray<int32_t> stage_slot[2];
+  DeviceArray<float> stage_k_norm, stage_nu, stage_out;
+  DeviceArray<Certificate> stage_judged;
+  DeviceArray<cuda::PassItem> stage_pass;
+  HostArray<std::byte> page_host;  // pages and rows on their way
+};
+
+}  // namespace certkv

@@ -1,0 +1,385 @@
+// The device's cache, second part: the steps of its sequences.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/base/log.h"
+#include "parallel/communicator.h"
+#include "runtime/device/device_sequence.h"
+
+namespace certkv {
+
+using cuda::kKeys;
+using cuda::kPageTiles;
+using cuda::kPageTokens;
+using cuda::kValues;
+
+namespace {
+
+constexpr size_t kMarks = 3;  // failing, again, flags
+constexpr size_t kFailing = 0, kAgain = 1, kFlags = 2;
+constexpr size_t kAnyFailing = 0, kDenseCount = 1, kStageFailing = 2, kWords = 4;
+constexpr auto kDeviceDeadline = std::chrono::seconds(60);
+
+template <typename Array>
+void grow(Array* array, cuda::Device& device, size_t count, const char* what) {
+  if (array->count() >= count) return;
+  *array = {};
+  *array = Array(device, count, what);
+}
+
+cuda::OriginalsRun run_of(const OriginalsSpan& span, const std::byte* first, uint32_t layer,
+                          uint32_t kv_head) {
+  cuda::OriginalsRun run;
+  if (span.empty()) return run;
+  const ReserveRequest& r = span.request();
+  run.slots = first;
+  run.blocks = int32_t(r.blocks);
+  BlockId id = span.id(layer, kv_head, r.first_block);
+  id.block = 0;
+  static_assert(sizeof id == sizeof run.id);
+  std::memcpy(run.id, &id, sizeof id);
+  return run;
+}
+
+}  // namespace
+
+void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
+  rows_.assign(sequences.begin(), sequences.end());
+  StepBuffers& b = *step_;
+  const size_t layers = size_t(config_.layers), heads = size_t(heads_.count());
+  const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
+  const size_t groups = (n + 3) / 4, sums = size_t(cuda::sums_floats(int(d)));
+  const size_t items = rows_.size() * heads, all = layers * items;
+  size_t pages = 1, quotas = 1, staged = 0;
+  b.most_splits[0] = b.most_splits[1] = 1;
+  std::vector<std::array<cuda::SplitPlan, 2>> plans;
+  for (int64_t handle : rows_) {
+    const Sequence& s = at(handle);
+    CERTKV_EXPECT(s.decoding && s.rules.policy == at(rows_[0]).rules.policy, InvalidArgument,
+                  "a step decodes sequences of one policy");
+    const size_t open = s.tokens - s.pages * kPageTokens;
+    const int entries = int(s.pages + (open + 16) / 16);
+    pages = std::max(pages, s.capacity);
+    quotas += heads * size_t(s.quota[0] + s.quota[1]);
+    if (s.rules.policy == Policy::Budget) staged = std::max(staged, s.capacity);
+    // By the sequence's own length alone, so that its bits do not depend on its neighbours; a pass
+    // that is repeated for a few KV heads spreads each over the whole device.
+    plans.push_back({cuda::plan_splits(device_.shape(), int(d), int(groups), entries, int(heads)),
+                     cuda::plan_splits(device_.shape(), int(d), int(groups), entries, 1)});
+    for (size_t i = 0; i < 2; ++i)
+      b.most_splits[i] = std::max(b.most_splits[i], plans.back()[i].splits);
+  }
+  const size_t splits = size_t(std::max(b.most_splits[0], b.most_splits[1]));
+  grow(&b.pass_host, device_, all, "items of a step");
+  grow(&b.append_host, device_, all, "items of a step");
+  grow(&b.ladder_host, device_, all, "items of a step");
+  grow(&b.pass, device_, all, "items of a step");
+  grow(&b.append, device_, all, "items of a step");
+  grow(&b.ladder, device_, all, "items of a step");
+  grow(&b.scaled, device_, items * n * d, "queries");
+  grow(&b.norm, device_, items * n, "queries");
+  grow(&b.records, device_, items * pages * groups * cuda::kRecordFloats, "records of a pass");
+  grow(&b.used, device_, items * pages * kPageTiles, "records of a pass");
+  grow(&b.split_sums, device_, items * splits * n * sums, "sums of a pass");
+  grow(&b.tally, device_, items * splits * n * cuda::kTallyCount, "sums of a pass");
+  grow(&b.merged, device_, items * n * sums, "sums of a pass");
+  grow(&b.out, device_, items * n * d, "outputs of a pass");
+  grow(&b.list, device_, quotas, "list of blocks to page in");
+  grow(&b.listed, device_, items, "list of blocks to page in");
+  grow(&b.words, device_, kWords, "marks of a step");
+  grow(&b.dense, device_, items, "list of heads for rung 3");
+  if (staged > b.staged_pages) {  // of one KV head: the others wait
+    b.staged_pages = staged;
+    grow(&b.stage, device_, 2 * kPageTiles * staged * block_bytes_, "staging of rung 3");
+    grow(&b.stage_entries, device_, staged, "staging of rung 3");
+    for (auto& slot_of : b.stage_slot) grow(&slot_of, device_, staged * kPageTiles, "staging");
+    grow(&b.stage_k_norm, device_, staged * kPageTiles, "staging of rung 3");
+    grow(&b.stage_nu, device_, staged * kPageTiles, "staging of rung 3");
+    grow(&b.stage_out, device_, n * d, "staging of rung 3");
+    grow(&b.stage_judged, device_, n, "staging of rung 3");
+    grow(&b.stage_pass, device_, 1, "staging of rung 3");
+  }
+
+  for (size_t row = 0; row < rows_.size(); ++row) {
+    Sequence& s = at(rows_[row]);
+    const size_t open = s.tokens - s.pages * kPageTokens;
+    const bool dense = s.dense();
+    device_.fill(s.marks.data(), 0, s.marks.bytes());
+    device_.fill(s.counts.data(), 0, s.counts.bytes());
+    for (size_t layer = 0; layer < layers; ++layer)
+      for (size_t h = 0; h < heads; ++h) {
+        const size_t cell = layer * heads + h, item = row * heads + h, at = layer * items + item;
+        const size_t entry = cell * s.capacity;
+        std::byte* slots = s.slots.data() + cell * s.slots_each * block_bytes_;
+        uint32_t* marks = s.marks.data() + cell * kMarks;
+        cuda::PassItem p;
+        p.pages = s.entries.data() + entry;
+        p.page_count = int32_t(s.pages + (open + 16) / 16);
+        p.heads = int32_t(n);
+        p.pages_per_split[0] = plans[row][0].pages_per_split;
+        p.pages_per_split[1] = plans[row][1].pages_per_split;
+        p.scaled = b.scaled.data() + item * n * d;
+        p.norm = b.norm.data() + item * n;
+        p.key_slot = s.slot_of[kKeys].data() + entry * kPageTiles;
+        p.value_slot = s.slot_of[kValues].data() + entry * kPageTiles;
+        p.k_norm = s.k_norm.data() + entry * kPageTiles;
+        p.open_nu = s.open_nu.data() + entry * kPageTiles;
+        p.records = b.records.data() + item * pages * groups * cuda::kRecordFloats;
+        p.used = b.used.data() + item * pages * kPageTiles;
+        p.splits = b.split_sums.data() + item * splits * n * sums;
+        p.tally = b.tally.data() + item * splits * n * cuda::kTallyCount;
+        p.merged = b.merged.data() + item * n * sums;
+        p.out = b.out.data() + item * n * d;
+        p.flags = marks + kFlags;
+        p.slots = slots;
+        p.slot_count = int32_t(s.slots_each);
+        p.relative = s.rules.tolerance.is_relative && !dense;
+        p.tolerance = dense ? std::numeric_limits<double>::infinity() : s.rules.tolerance.value;
+        p.tokens = int64_t(s.tokens) + 1;
+        p.judged = s.judged.data() + cell * n;
+        p.failing = marks + kFailing;
+        p.any_failing = b.words.data() + kAnyFailing;
+        p.again = marks + kAgain;
+        b.pass_host[at] = p;
+
+        cuda::AppendItem a;
+        a.keys = slots + size_t(s.open_slot[kKeys]) * block_bytes_;
+        a.values = slots + size_t(s.open_slot[kValues]) * block_bytes_;
+        a.entries = s.entries.data() + entry + s.pages;
+        a.k_norm = s.k_norm.data() + (entry + s.pages) * kPageTiles;
+        a.open_nu = s.open_nu.data() + (entry + s.pages) * kPageTiles;
+        a.sealed_nu = s.sealed_nu[cell];
+        a.open = int32_t(open);
+        a.scaled = b.scaled.data() + item * n * d;
+        a.norm = b.norm.data() + item * n;
+        b.append_host[at] = a;
+
+        cuda::LadderItem l;
+        const uint32_t kv_head = uint32_t(heads_.begin) + uint32_t(h);
+        int32_t first_slot = 2 * kPageTiles;
+        for (int part = 0; part < 2 && !dense; ++part) {
+          const size_t q = size_t(s.quota[part]);
+          l.block_of[part] = s.block_of[part].data() + cell * q;
+          l.score[part] = s.score[part].data() + cell * q;
+          l.free_slots[part] = s.free_slots[part].data() + cell * q;
+          l.first_slot[part] = first_slot;
+          l.quota[part] = s.quota[part];
+          first_slot += s.quota[part];
+        }
+        l.free_count = s.free_count.data() + cell * 2;
+        l.slots = slots;
+        l.pages = s.entries.data() + entry;
+        l.slot_of[kKeys] = s.slot_of[kKeys].data() + entry * kPageTiles;
+        l.slot_of[kValues] = s.slot_of[kValues].data() + entry * kPageTiles;
+        l.coded_pages = dense ? 0 : int32_t(s.pages);
+        const OriginalsSpan* spans[2] = {&s.prompt->span, &s.own};
+        for (size_t i = 0; i < 2; ++i)
+          if (!spans[i]->empty())
+            l.run[i] = run_of(*spans[i], on_device(spans[i]->run(uint32_t(layer), kv_head)),
+                              uint32_t(layer), kv_head);
+        l.again = marks + kAgain;
+        l.candidate = s.candidate.data() + cell * n;
+        l.counts = s.counts.data() + cell;
+        b.ladder_host[at] = l;
+      }
+  }
+  device_.copy(b.pass.data(), b.pass_host.data(), all * sizeof(cuda::PassItem));
+  device_.copy(b.append.data(), b.append_host.data(), all * sizeof(cuda::AppendItem));
+  device_.copy(b.ladder.data(), b.ladder_host.data(), all * sizeof(cuda::LadderItem));
+}
+
+void DeviceCache::decode(int layer, const float* qkv, float* out) {
+  StepBuffers& b = *step_;
+  const size_t heads = size_t(heads_.count()), items = rows_.size() * heads;
+  const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
+  const size_t first = size_t(layer) * items;
+  const Policy policy = at(rows_[0]).rules.policy;
+  ops_.append({.items = b.append.data() + first,
+               .passes = b.pass.data() + first,
+               .qkv = qkv,
+               .rows = int32_t(rows_.size()),
+               .kv_heads = int32_t(heads),
+               .heads = int32_t(n),
+               .head_dim = int32_t(d),
+               .dtype = options_.dtype});
+  device_.fill(b.words.data(), 0, b.words.bytes());
+  cuda::PassArgs pass;
+  pass.items = b.pass.data() + first;
+  pass.dtype = options_.dtype;
+  cuda::PassShape shape{.head_dim = int(d),
+                        .heads = int(n),
+                        .items = int(items),
+                        .splits = b.most_splits[0],
+                        .certificate = true};
+  ops_.attend(pass, shape);
+  if (policy == Policy::Budget) {
+    const LadderOptions& rules = at(rows_[0]).rules.ladder;
+    cuda::LadderArgs ladder;
+    ladder.passes = b.pass.data() + first;
+    ladder.items = b.ladder.data() + first;
+    ladder.count = int32_t(items);
+    ladder.head_dim = int32_t(d);
+    ladder.groups = shape.groups();
+    ladder.shape = {uint32_t(block_.slot_bytes()),
+                    uint32_t(block_.k_offset()),
+                    uint32_t(block_.v_offset()),
+                    {uint32_t(block_.dtype) | 16u << 16, 16u | uint32_t(block_.head_dim) << 16}};
+    ladder.value_share = rules.value_share;
+    ladder.max_share = rules.max_share;
+    ladder.list = b.list.data();
+    ladder.listed = b.listed.data();
+    ladder.dense = b.dense.data();
+    ladder.dense_count = b.words.data() + kDenseCount;
+    climb(pass, shape, ladder);
+    ops_.learn(ladder);
+  }
+  device_.copy(out, b.out.data(), items * n * d * sizeof(float));
+  group_.alive();
+}
+
+void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape& first_shape,
+                        const cuda::LadderArgs& ladder) {
+  StepBuffers& b = *step_;
+  const auto read = [&](size_t word) {
+    return ops_.read(b.words.data() + word, Deadline::after(kDeviceDeadline));
+  };
+  cuda::PassArgs pass = first_pass;
+  cuda::PassShape shape = first_shape;
+  pass.repeated = true;
+  shape.splits = b.most_splits[1];
+  bool failing = read(kAnyFailing) != 0;
+  for (int round = 0; failing && round < at(rows_[0]).rules.ladder.max_rounds; ++round) {
+    ops_.climb(ladder);
+    ops_.page_in(ladder);
+    device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
+    ops_.attend(pass, shape);
+    failing = read(kAnyFailing) != 0;
+  }
+  // Heads that found nothing to promote, or no room, are failing still, though no pass said so.
+  ops_.list_dense(ladder);
+  const uint32_t count = read(kDenseCount);
+  cuda::DenseArgs dense;
+  dense.pass = b.stage_pass.data();
+  dense.slots = b.stage.data();
+  dense.entries = b.stage_entries.data();
+  for (int part = 0; part < 2; ++part) dense.slot_of[part] = b.stage_slot[part].data();
+  dense.k_norm = b.stage_k_norm.data();
+  dense.open_nu = b.stage_nu.data();
+  dense.out = b.stage_out.data();
+  dense.judged = b.stage_judged.data();
+  dense.failing = b.words.data() + kStageFailing;
+  cuda::PassArgs all = first_pass;
+  all.items = b.stage_pass.data();
+  all.repeated = false;
+  shape.items = 1;
+  for (uint32_t i = 0; i < count; ++i) {
+    device_.fill(dense.failing, 0, 2 * sizeof(uint32_t));
+    ops_.stage_dense(ladder, dense, int(i));
+    ops_.attend(all, shape);
+    ops_.take_dense(ladder, dense, int(i));
+  }
+}
+
+void DeviceCache::end_step() {
+  for (int64_t handle : rows_) {
+    Sequence& s = at(handle);
+    device_.copy(s.marks_host.data(), s.marks.data(), s.marks.bytes());
+    device_.copy(s.counts_host.data(), s.counts.data(), s.counts.bytes());
+    device_.copy(s.judged_host.data(), s.judged.data(), s.judged.bytes());
+    device_.copy(s.candidate_host.data(), s.candidate.data(), s.candidate.bytes());
+  }
+  device_.synchronize(Deadline::after(kDeviceDeadline));
+  for (int64_t handle : rows_) {
+    Sequence& s = at(handle);
+    ++s.tokens;
+    read_reports(&s);
+    if (s.failed() || s.tokens - s.pages * kPageTokens < kPageTokens) continue;
+    try {
+      seal_open(&s);
+    } catch (const Error& e) {  // ends its request; losing the store or the device ends the job
+      if (e.kind() == ErrorKind::StoreLost || e.kind() == ErrorKind::DeviceError) throw;
+      s.report.error = e.kind();
+      s.report.error_text = e.what();
+    }
+  }
+}
+
+// What the device left of the step, as reports of the CPU's cache. Promotions are the KV head's:
+// they count for its first head that needed them.
+void DeviceCache::read_reports(Sequence* s) {
+  const size_t heads = size_t(heads_.count()), n = size_t(config_.heads_per_group());
+  const Tolerance& tolerance = s->rules.tolerance;
+  const uint64_t originals = 4 * uint64_t(config_.head_dim);  // of a token
+  const auto fits = [&](const Certificate& c) {
+    return within_tolerance(c, tolerance.is_relative, tolerance.value);
+  };
+  const auto fail = [&](ErrorKind kind, const std::string& text) {
+    if (s->failed()) return;
+    s->report.error = kind;
+    s->report.error_text = text;
+  };
+  for (size_t cell = 0; cell < cells(); ++cell) {
+    const uint32_t* marks = s->marks_host.data() + cell * kMarks;
+    const cuda::LadderCounts& counts = s->counts_host[cell];
+    GroupReport& g = s->report.layers[cell];
+    g.clear(n);
+    // What this step promoted was not there for its first pass.
+    const auto before = [](uint32_t resident, uint32_t promoted) {
+      return resident > promoted ? resident - promoted : 0;
+    };
+    g.f_blocks = before(counts.resident_keys, counts.promoted_keys);
+    g.x_blocks = before(counts.resident_values, counts.promoted_values);
+    g.scratch_hits = g.f_blocks + g.x_blocks;
+    g.scratch_misses = counts.paged;
+    g.paged_bytes = uint64_t(counts.paged) * block_bytes_;
+    g.digest = counts.digest;
+    g.attended_tokens = s->tokens;
+    const uint64_t coded = s->dense() ? 0 : s->pages;
+    const uint64_t pass_bytes = coded * page_bytes_ +
+                                (s->tokens - coded * kPageTokens) * originals +
+                                (g.f_blocks + g.x_blocks) * block_bytes_;
+    g.read_bytes = pass_bytes * (1 + counts.rounds) + counts.dense * s->tokens * originals;
+    const std::string where =
+        fmt::format("layer {} KV head {}", cell / heads, size_t(heads_.begin) + cell % heads);
+    bool first = true;
+    for (size_t h = 0; h < n; ++h) {
+      HeadReport& r = g.heads[h];
+      r.returned = s->judged_host[cell * n + h];
+      const bool climbed = counts.rounds > 0 || counts.dense > 0;
+      r.candidate = climbed ? s->candidate_host[cell * n + h] : r.returned;
+      const bool dense = s->dense() || (counts.dense > 0 && (marks[kFailing] >> h & 1) != 0);
+      if (dense) {
+        r.rung = 3;
+        r.outcome = std::isfinite(r.returned.bound) ? Outcome::Exact : Outcome::Failed;
+      } else {
+        r.outcome = fits(r.returned) ? Outcome::Certified : Outcome::Over;
+        if (climbed && !fits(r.candidate))
+          r.rung = counts.promoted_values > 0 ? 2 : counts.promoted_keys > 0 ? 1 : 0;
+      }
+      if (climbed && first && !fits(r.candidate)) {
+        first = false;
+        r.promoted_keys = counts.promoted_keys;
+        r.promoted_values = counts.promoted_values;
+      }
+      if (r.outcome == Outcome::Over &&
+          (s->rules.policy == Policy::Budget || !std::isfinite(r.returned.out_norm)))
+        r.outcome = Outcome::Failed;  // never an output that nothing is known of
+      if (r.outcome == Outcome::Failed)
+        fail(counts.digest > 0 ? ErrorKind::OriginalsLost : ErrorKind::Uncertifiable,
+             where + (counts.digest > 0 ? ": originals are corrupt or lost, and no copy is left"
+                                        : ": no finite output with a finite bound exists"));
+      s->report.figures[cell * n + h] = figures_of(r);
+    }
+    if ((marks[kFlags] & cuda::kFlagNonFinite) != 0)
+      fail(ErrorKind::NonFinite, where + ": a query, key or value is NaN or infinite");
+    if ((marks[kFlags] & cuda::kFlagMissing) != 0)
+      fail(ErrorKind::DeviceError, where + ": the page table names originals that no slot holds");
+    if (counts.digest > 0)
+      log_warning("sequence {} {}: {} blocks of originals did not match what was asked for", s->id,
+                  where, counts.digest);
+  }
+}
+
+}  // namespace certkv

@@ -1,0 +1,48 @@
+// The model's forward pass as the engine sees it, wherever it runs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "runtime/layers.h"
+
+namespace certkv {
+
+struct DecodeInput {
+  int64_t sequence = 0;  // handle of the cache
+  int32_t token = 0;     // the newest token
+  int64_t position = 0;  // its position: tokens the sequence had before it
+};
+
+struct DecodeOutput {
+  std::vector<float> logits;  // [rows, vocab]
+  // Per row: the first layer with a NaN or an infinity, -1 if none. Such a row's logits are not to
+  // be used: its request fails with NonFinite, the others go on.
+  std::vector<int> nonfinite_layer;  // [rows]
+  std::vector<int> fallback_layers;  // [rows]: layers that took rung 4
+};
+
+class ForwardPass {
+ public:
+  virtual ~ForwardPass() = default;
+
+  // Called after every chunk of a layer with the tokens of that layer done so far. It may throw:
+  // prefill then ends with that exception (the other ranks are not told).
+  using Progress = std::function<void(int layer, size_t tokens)>;
+
+  // Runs the whole prompt of a sequence that the cache knows and that is empty. Returns the last
+  // token's logits [vocab].
+  virtual std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens,
+                                     const Progress& progress) = 0;
+
+  // Runs one token of each row. Rows of different sequences; the cache appends their originals.
+  virtual DecodeOutput decode(std::span<const DecodeInput> rows) = 0;
+
+  virtual ForwardPhases phases() const = 0;  // since they were last cleared
+  virtual void clear_phases() = 0;
+};
+
+}  // namespace certkv

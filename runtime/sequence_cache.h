@@ -1,0 +1,66 @@
+// The KV cache of one rank as the engine sees it: sequences that come, decode and go, and what each
+// step did for them. Attention itself goes between the forward pass and the cache
+// (runtime/kv_attention.h, runtime/device/device_attention.h).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/arith/verdict.h"
+#include "kernels/base/error.h"
+#include "runtime/certify/head_step.h"
+
+namespace certkv {
+
+// Figures of one query head at one layer of one step, as they travel to the leader: rounded up.
+struct HeadFigures {
+  float candidate, candidate_relative, returned, returned_relative;
+  float e_key, e_val, e_fp, e_key_paper;
+};
+static_assert(sizeof(HeadFigures) == 8 * sizeof(float));
+HeadFigures figures_of(const HeadReport& report);
+
+// What one sequence's step did on this rank.
+struct SequenceReport {
+  std::vector<GroupReport> layers;   // [layers, local_kv_heads]
+  std::vector<HeadFigures> figures;  // [layers, local_query_heads]
+  std::optional<ErrorKind> error;    // first one; the request must fail
+  std::string error_text;
+  uint64_t damaged_pages = 0;  // of tier 1, found by this or a sharing sequence's scrub
+  uint64_t lost_reads = 0;     // KV heads whose re-encoding ended for want of originals
+};
+
+// A rank's vote on a sequence's step, counted over local query heads.
+VerdictRecord verdict_of(const SequenceReport& report, bool failed, uint64_t step, int head_dim);
+
+class SequenceCache {
+ public:
+  virtual ~SequenceCache() = default;
+
+  // A sequence that will be prefilled with `prompt_tokens`: reserves its originals. max_tokens:
+  // that a decode of it will have at most. Throws OutOfMemory where there is no room.
+  virtual int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) = 0;
+  // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more.
+  virtual int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) = 0;
+  // After a sequence's last step: verifies all of its pages, where the cache can. Returns how many
+  // damaged ones it held that no step has reported; they are repaired for those that share them.
+  virtual uint64_t close(int64_t sequence) = 0;
+  virtual void drop(int64_t sequence,
+                    bool failed = false) = 0;  // failed: of a decode, for its audit
+
+  // Starts a step: clears the reports of the sequences named.
+  virtual void begin_step(uint64_t step, std::span<const int64_t> sequences) = 0;
+  virtual void end_step() = 0;  // after the last layer
+  virtual const SequenceReport& report(int64_t sequence) const = 0;
+  virtual VerdictRecord verdict(int64_t sequence) const = 0;
+
+  // UNITS: bytes
+  virtual uint64_t tier1_bytes() const = 0;  // all sequences, shared pages once
+  virtual uint64_t tier1_bytes(int64_t sequence) const = 0;
+  virtual uint64_t dense_bytes(int64_t sequence) const = 0;
+};
+
+}  // namespace certkv

@@ -1,0 +1,184 @@
+// The engine with its cache on a device: in emulation, or, as a program of tests/gpu, on a GPU
+// (CERTKV_TEST_ON_GPU).
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "kvstore/block.h"
+#include "kvstore/client.h"
+#include "runtime/certified_engine.h"
+#include "tests/support/engine_run.h"
+#include "tests/support/random_model.h"
+#ifdef CERTKV_TEST_ON_GPU
+#include "kernels/cuda/cuda_device.h"
+#endif
+
+namespace certkv {
+namespace {
+
+using test::expect_same;
+using test::random_request;
+using test::run;
+using test::RunResult;
+
+constexpr size_t kPrompt = 500;  // 7 sealed pages, and an open one
+constexpr int64_t kAnswer = 40;  // seals another one
+
+class DeviceEngineTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+#ifdef CERTKV_TEST_ON_GPU
+    if (cuda::cuda_device_count() == 0) GTEST_SKIP() << "no device answers";
+#endif
+  }
+  static JobOptions options() {
+    JobOptions o = test::deterministic_options();
+#ifdef CERTKV_TEST_ON_GPU
+    o.run.backend = "cuda";
+#else
+    o.run.backend = "emulated";
+#endif
+    return o;
+  }
+  Request request(uint64_t id, double tolerance, size_t prompt = kPrompt) const {
+    Request r = random_request(id, vocab, prompt, kAnswer);
+    r.sampling.temperature = 0;
+    r.tolerance.value = tolerance;
+    return r;
+  }
+  uint64_t head_steps() const {
+    return uint64_t(kAnswer - 1) * uint64_t(config.layers * config.heads);
+  }
+  static const Completion& only(const RunResult& r) {
+    return r.completions.begin()->second;
+  }
+
+  const int64_t vocab = test::random_model_config().vocab;
+  const ModelConfig config = test::random_model_config();
+};
+
+// The heads of random weights are diffuse: what each tolerance asks of the ladder is known.
+TEST_F(DeviceEngineTest, EveryHeadStepIsCertifiedOrExact) {
+  const auto counts = [&](double tolerance) {
+    const RunResult r = run(options(), 1, 2, {request(0, tolerance)});
+    const Completion& c = only(r);
+    EXPECT_FALSE(c.failed) << c.error;
+    EXPECT_EQ(c.tokens.size(), size_t(kAnswer));
+    EXPECT_EQ(c.counts.head_steps, head_steps());
+    EXPECT_EQ(c.counts.certified + c.counts.exact, head_steps()) << tolerance;
+    EXPECT_EQ(c.counts.rungs[3], c.counts.exact);
+    EXPECT_EQ(c.counts.digest, 0u);
+    EXPECT_LE(c.outcome == Outcome::Certified ? c.relative_max : 0.0, tolerance * (1 + 1e-6));
+    return c.counts;
+  };
+  const HeadStepCounts loose = counts(0.2);
+  EXPECT_EQ(loose.rungs[0], head_steps());
+  EXPECT_EQ(loose.paged_bytes, 0u);
+  // Promotions do, and what was promoted is used again.
+  const HeadStepCounts middle = counts(0.1);
+  EXPECT_GT(middle.rungs[1] + middle.rungs[2], 0u);
+  EXPECT_GT(middle.promoted_values, 0u);
+  EXPECT_GT(middle.paged_bytes, 0u);
+  EXPECT_GT(middle.scratch_hits, 5 * (middle.promoted_keys + middle.promoted_values));
+  EXPECT_GT(middle.rungs[0], head_steps() / 2);
+  // Nothing but originals will do.
+  const HeadStepCounts tight = counts(0.001);
+  EXPECT_EQ(tight.rungs[3], head_steps());
+}
+
+// Outputs of one policy may differ from the CPU's in their last places only: the greedy tokens of
+// the exact policies agree.
+TEST_F(DeviceEngineTest, AnswersAsTheCpuDoesOverOriginals) {
+  JobOptions o = options();
+  Request r = request(1, 0.05);
+  r.compare = {Policy::Dense, Policy::Budget};
+  r.tolerance.value = 0.001;  // rung 3 throughout
+  const RunResult device = run(o, 1, 2, {r});
+  o.run.backend = "cpu";
+  const RunResult cpu = run(o, 1, 2, {r});
+  ASSERT_EQ(device.completions.size(), 2u);
+  for (const auto& [key, c] : device.completions) {
+    EXPECT_FALSE(c.failed) << c.error;
+    EXPECT_EQ(c.tokens, cpu.completions.at(key).tokens);
+    EXPECT_EQ(c.outcome, Outcome::Exact);
+    EXPECT_EQ(c.counts.exact, head_steps());
+  }
+}
+
+TEST_F(DeviceEngineTest, WithoutEnforcementWhatDoesNotFitIsOver) {
+  JobOptions o = options();
+  Request r = request(2, 0.1);
+  r.compare = {Policy::Naive};
+  const RunResult naive = run(o, 1, 2, {r});
+  const Completion& c = only(naive);
+  EXPECT_FALSE(c.failed) << c.error;
+  EXPECT_EQ(c.outcome, Outcome::Over);
+  EXPECT_GT(c.counts.over, 0u);
+  EXPECT_EQ(c.counts.rungs[0], head_steps());
+  EXPECT_EQ(c.counts.paged_bytes, 0u);
+}
+
+TEST_F(DeviceEngineTest, BitsDoNotDependOnNeighboursOrThreads) {
+  const std::vector<Request> requests = {request(3, 0.1), request(4, 0.11, 130),
+                                         request(5, 0.1, 64)};
+  const RunResult together = run(options(), 1, 2, requests);
+  ASSERT_EQ(together.completions.size(), 3u);
+  expect_same(together, run(options(), 1, 1, requests), "1 thread");
+  RunResult alone;
+  for (const Request& r : requests) {
+    const RunResult one = run(options(), 1, 2, {r});
+    alone.completions.insert(one.completions.begin(), one.completions.end());
+  }
+  expect_same(together, alone, "alone");
+}
+
+// Everything in the arena changes by a bit: what is paged in is seen to be wrong, and what no
+// original can vouch for fails by name. Codes go on being served: they were never touched.
+TEST_F(DeviceEngineTest, DamagedOriginalsAreNeverServed) {
+  for (const double tolerance : {0.2, 0.05}) {
+    const auto damage = [](const StoreClient& store) {
+      const std::span<const std::byte> arena = store.arena();
+      // Slots begin at multiples of 64, with a header; keys and values follow it.
+      constexpr BlockShape kShape{DType::BF16, 16, 64};
+      auto* bytes = const_cast<std::byte*>(arena.data());
+      for (size_t at = 0; at + kShape.slot_bytes() <= arena.size(); at += kBlockAlignment)
+        if (std::memcmp(bytes + at, "CKVK", 4) == 0) {
+          bytes[at + kShape.k_offset() + 2] ^= std::byte(4);
+          bytes[at + kShape.v_offset() + 5] ^= std::byte(1);
+        }
+    };
+    const RunResult r = run(options(), 1, 2, {request(6, tolerance)}, damage);
+    const Completion& c = only(r);
+    if (tolerance > 0.1) {
+      EXPECT_FALSE(c.failed) << c.error;
+      EXPECT_EQ(c.counts.certified, head_steps());
+    } else {
+      EXPECT_TRUE(c.failed);
+      EXPECT_EQ(c.error_kind, "OriginalsLost");
+      EXPECT_NE(c.error.find("corrupt or lost"), std::string::npos) << c.error;
+      EXPECT_GT(c.counts.digest, 0u);
+    }
+  }
+}
+
+TEST_F(DeviceEngineTest, RefusesByNameWhatItCannotDo) {
+  const auto refused = [&](auto change, const std::string& name, int ranks = 1) {
+    JobOptions o = options();
+    change(&o);
+    try {
+      run(o, ranks, 1, {request(7, 0.1, 64)});
+      ADD_FAILURE() << name << " was not refused";
+    } catch (const std::exception& e) {
+      EXPECT_NE(std::string(e.what()).find(name), std::string::npos) << e.what();
+    }
+  };
+  refused([](JobOptions* o) { o->cache.layout = "classes"; }, "cache.layout");
+  refused([](JobOptions* o) { o->cache.block_tokens = 32; }, "cache.block_tokens");
+  refused([](JobOptions* o) { o->ladder.ranking = 1; }, "ladder.ranking");
+  refused([](JobOptions* o) { o->skip.share = 0.1; }, "skip.share");
+  refused([](JobOptions* o) { o->ladder.exploration = 0.1; }, "ladder.exploration");
+  refused([](JobOptions*) {}, "parallel.tensor", 2);
+}
+
+}  // namespace
+}  // namespace certkv

@@ -1,0 +1,36 @@
+// Jobs of an engine on random weights, as thread ranks with a store in this process.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/certified_engine.h"
+
+namespace certkv {
+class StoreClient;
+}
+
+namespace certkv::test {
+
+Request random_request(uint64_t id, int64_t vocab, size_t prompt, int64_t max_tokens);
+
+struct RunResult {
+  std::map<std::pair<uint64_t, Policy>, Completion> completions;
+  std::vector<StepRecord> steps;
+  std::vector<double> prefilled;  // shares, as they were told
+};
+// after_prefill: called by rank 0 once, with its store, when the first step is done.
+RunResult run(const JobOptions& options, int ranks, int threads,
+              const std::vector<Request>& requests,
+              const std::function<void(const StoreClient&)>& after_prefill = {});
+
+JobOptions deterministic_options();
+
+// Two runs agree bit for bit in tokens and recorded verdicts.
+void expect_same(const RunResult& a, const RunResult& b, const std::string& what);
+
+}  // namespace certkv::test
