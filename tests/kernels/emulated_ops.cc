@@ -1,0 +1,12 @@
+#include "tests/support/device_ops.h"
+
+namespace certkv {
+
+std::unique_ptr<cuda::Device> make_test_device(std::string*) {
+  return cuda::make_emulated_device();
+}
+std::unique_ptr<cuda::LinearOps> make_test_linear_ops(cuda::Device& device) {
+  return cuda::make_emulated_linear_ops(device);
+}
+
+}  // namespace certkv
