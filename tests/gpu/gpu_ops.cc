@@ -13,5 +13,8 @@ std::unique_ptr<cuda::Device> make_test_device(std::string* why) {
 std::unique_ptr<cuda::LinearOps> make_test_linear_ops(cuda::Device& device) {
   return cuda::make_cuda_linear_ops(device);
 }
+std::unique_ptr<cuda::DenseOps> make_test_dense_ops(cuda::Device& device) {
+  return cuda::make_cuda_dense_ops(device);
+}
 
 }  // namespace certkv

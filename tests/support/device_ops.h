@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/dense_ops.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_ops.h"
 
@@ -17,6 +18,7 @@ namespace certkv {
 // nullptr where no device answers; *why then says so.
 std::unique_ptr<cuda::Device> make_test_device(std::string* why);
 std::unique_ptr<cuda::LinearOps> make_test_linear_ops(cuda::Device& device);
+std::unique_ptr<cuda::DenseOps> make_test_dense_ops(cuda::Device& device);
 
 // A test's device with arrays on it.
 class OnTestDevice : public testing::Test {
