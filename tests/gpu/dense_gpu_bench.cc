@@ -197,19 +197,33 @@ class Bench {
   double fastest_ = 0;
 };
 
-void run(int repeats) {
+// What fails is named, and the rest still measured. Returns how much failed.
+int run(int repeats) {
   Bench bench(repeats);
+  int failed = 0;
+  const auto attempt = [&](auto body) {
+    try {
+      body();
+    } catch (const Error& e) {
+      fmt::print("{}: {}\n", error_kind_name(e.kind()), e.what());
+      ++failed;
+    }
+  };
   for (size_t batch : {1, 4})
-    for (size_t tokens : {8192, 32768, 65536, 131072}) bench.decode(tokens, batch);
+    for (size_t tokens : {8192, 32768, 65536, 131072})
+      attempt([&] { bench.decode(tokens, batch); });
   for (bool bucket : {false, true})
-    for (bool heads_first : {true, false}) bench.prefill(32768, 32768, heads_first, bucket);
-  for (bool bucket : {false, true}) bench.prefill(4096, 32768, false, bucket);
-  for (size_t rows : {1, 4, 4096}) {
-    bench.product("qkv", 4096, 6144, rows);
-    bench.product("o", 4096, 4096, rows);
-    bench.product("gate_up", 4096, 28672, rows);
-    bench.product("down", 14336, 4096, rows);
-  }
+    for (bool heads_first : {true, false})
+      attempt([&] { bench.prefill(32768, 32768, heads_first, bucket); });
+  for (bool bucket : {false, true}) attempt([&] { bench.prefill(4096, 32768, false, bucket); });
+  for (size_t rows : {1, 4, 4096})
+    attempt([&] {
+      bench.product("qkv", 4096, 6144, rows);
+      bench.product("o", 4096, 4096, rows);
+      bench.product("gate_up", 4096, 28672, rows);
+      bench.product("down", 14336, 4096, rows);
+    });
+  return failed;
 }
 
 }  // namespace
@@ -218,8 +232,7 @@ void run(int repeats) {
 int main(int argc, char** argv) {
   using namespace certkv;
   try {
-    run(argc > 1 ? std::max(1, std::atoi(argv[1])) : 15);
-    return 0;
+    return run(argc > 1 ? std::max(1, std::atoi(argv[1])) : 15) == 0 ? 0 : 1;
   } catch (const Error& e) {
     fmt::print(stderr, "{}: {}\n", error_kind_name(e.kind()), e.what());
     return 1;
