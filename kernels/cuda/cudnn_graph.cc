@@ -39,7 +39,7 @@ Cudnn::~Cudnn() {
 }
 
 std::string Cudnn::version() const {
-  const size_t v = get_version_();  // 91900: 9.19.0
+  const size_t v = version_number();
   return fmt::format("{}.{}.{}", v / 10000, v / 100 % 100, v % 100);
 }
 

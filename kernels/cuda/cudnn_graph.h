@@ -25,7 +25,8 @@ class Cudnn {
   Cudnn& operator=(const Cudnn&) = delete;
 
   cudnnHandle_t handle() const { return handle_; }
-  std::string version() const;  // "9.19.0"
+  size_t version_number() const { return get_version_(); }  // 91900
+  std::string version() const;                              // "9.19.0"
   // Throws DeviceError: what was being done, the status, and the library's last word.
   void check(cudnnStatus_t status, const std::string& what) const;
 

@@ -118,6 +118,11 @@ CudnnPlan make_plan(const Cudnn& cudnn, const Shape& s) {
   then(CUDNN_POINTWISE_SUB, largest, nullptr);
   then(CUDNN_POINTWISE_EXP, nullptr, nullptr);
   graph.reduce(CUDNN_REDUCE_TENSOR_ADD, score, sum);
+  // What training would keep of the softmax. Nobody reads it here, but attention without it is not
+  // recognised.
+  const Tensor log_sum = graph.inner(kFloat, row), statistic = graph.inner(kFloat, row);
+  graph.pointwise(CUDNN_POINTWISE_LOG, kFloat, sum, nullptr, nullptr, log_sum);
+  graph.pointwise(CUDNN_POINTWISE_ADD, kFloat, largest, log_sum, nullptr, statistic);
   const Tensor weight = graph.inner(type, whole);
   graph.pointwise(CUDNN_POINTWISE_DIV, kFloat, score, sum, nullptr, weight);
   graph.matmul(weight, v, out, {.m = rows, .k = tokens});
@@ -218,7 +223,9 @@ class CudnnDense final : public DenseOps {
   void run(const Shape& shape, const CudnnPlan& made, const void* q, const void* k, const void* v,
            void* out, const int32_t* rows, const int32_t* tokens) {
     float scale = float(1 / std::sqrt(double(shape.head_dim)));
-    float hidden = -std::numeric_limits<float>::infinity();
+    // Before 9.10 the library wants the lowest number where nothing is seen.
+    float hidden = cudnn_.version_number() < 91000 ? std::numeric_limits<float>::lowest()
+                                                   : -std::numeric_limits<float>::infinity();
     int32_t all_rows = int32_t(shape.rows), all_tokens = int32_t(shape.tokens);
     const auto at = [](const void* p) { return const_cast<void*>(p); };
     std::array<CudnnPlan::Binding, 11> bindings;
