@@ -22,8 +22,9 @@ struct DensePrefill {
   DType dtype = DType::BF16;  // of q, k, v and out: BF16 or F16
   size_t rows = 0, tokens = 0;
   // What q and out, k and v hold at least; 0: rows, tokens. A GPU has one plan for all `rows` and
-  // `tokens` up to these, and making a plan takes long. What lies beyond rows or tokens is not
-  // used, whatever it is, except that out may be written up to row_capacity.
+  // `tokens` up to these, where with 0 each pair has its own, and making one takes long. Beyond
+  // rows and tokens q and k may hold anything, v anything finite (it is multiplied by a weight of
+  // zero), and out may be written.
   size_t row_capacity = 0, token_capacity = 0;
   size_t heads = 0, kv_heads = 0, head_dim = 0;  // heads a multiple of kv_heads; 64 or 128
   const uint16_t* q = nullptr;                   // [rows, heads, head_dim], after RoPE

@@ -47,43 +47,9 @@ class Bench {
   }
 
   void decode(size_t tokens, size_t batch) {
-    const size_t count = batch * kKvHeads * tokens * kDim;
-    const size_t bytes = 2 * count * sizeof(uint16_t);
-    const size_t copies = std::max<size_t>(1, (kColdBytes + bytes - 1) / bytes);
-    std::vector<Halves> k, v;
-    for (size_t c = 0; c < copies; ++c) {
-      k.push_back(halves(count));
-      v.push_back(halves(count));
-    }
-    const Halves q = halves(batch * kHeads * kDim), out = halves(batch * kHeads * kDim);
-    const std::vector<int32_t> lengths(batch, int32_t(tokens));
-    const cuda::DeviceArray<int32_t> lengths_on(*device_, batch, "lengths");
-    device_->copy(lengths_on.data(), lengths.data(), lengths_on.bytes());
-    for (bool told : {false, true}) {
-      cuda::DenseDecode a{.dtype = DType::F16, .batch = batch, .tokens = tokens};
-      a.heads = kHeads;
-      a.kv_heads = kKvHeads;
-      a.head_dim = kDim;
-      a.q = q.data();
-      a.out = out.data();
-      a.kv_head_stride = tokens * kDim;
-      a.kv_batch_stride = kKvHeads * tokens * kDim;
-      a.lengths = told ? lengths_on.data() : nullptr;
-      a.k = k[0].data();
-      a.v = v[0].data();
-      const double made = seconds([&] { dense_->prepare(a); });
-      const double us = measure(std::max<size_t>(copies, 8), [&](size_t i) {
-        a.k = k[i % copies].data();
-        a.v = v[i % copies].data();
-        dense_->decode(a);
-      });
-      fmt::print(
-          "decode  {:7} tokens batch {} {:24} {:9.2f} us {:7.0f} GB/s  (fastest {:.2f}, plan "
-          "{:.0f} ms)\n",
-          tokens, batch, told ? "lengths on the device" : "exact shape", us,
-          double(bytes) / us * 1e-3, fastest_, made * 1e3);
-      std::fflush(stdout);
-    }
+    decode("exact shape", tokens, batch, tokens, false);
+    decode("lengths on the device", tokens, batch, tokens, true);
+    decode("plan for twice the length", tokens, batch, 2 * tokens, true);
   }
 
   // bucket: rows and tokens are read on the device.
@@ -147,6 +113,42 @@ class Bench {
   }
 
  private:
+  // capacity: of the caches and the plan. told: lengths are read on the device.
+  void decode(const char* name, size_t tokens, size_t batch, size_t capacity, bool told) {
+    const size_t bytes = 2 * batch * kKvHeads * tokens * kDim * sizeof(uint16_t);
+    const size_t copies = std::max<size_t>(1, (kColdBytes + bytes - 1) / bytes);
+    std::vector<Halves> k, v;
+    for (size_t c = 0; c < copies; ++c) {
+      k.push_back(halves(batch * kKvHeads * capacity * kDim));
+      v.push_back(halves(batch * kKvHeads * capacity * kDim));
+    }
+    const Halves q = halves(batch * kHeads * kDim), out = halves(batch * kHeads * kDim);
+    const std::vector<int32_t> lengths(batch, int32_t(tokens));
+    const cuda::DeviceArray<int32_t> lengths_on(*device_, batch, "lengths");
+    device_->copy(lengths_on.data(), lengths.data(), lengths_on.bytes());
+    cuda::DenseDecode a{.dtype = DType::F16, .batch = batch, .tokens = capacity};
+    a.heads = kHeads;
+    a.kv_heads = kKvHeads;
+    a.head_dim = kDim;
+    a.q = q.data();
+    a.out = out.data();
+    a.kv_head_stride = capacity * kDim;
+    a.kv_batch_stride = kKvHeads * capacity * kDim;
+    a.lengths = told ? lengths_on.data() : nullptr;
+    a.k = k[0].data();
+    a.v = v[0].data();
+    const double made = seconds([&] { dense_->prepare(a); });
+    const double us = measure(std::max<size_t>(copies, 8), [&](size_t i) {
+      a.k = k[i % copies].data();
+      a.v = v[i % copies].data();
+      dense_->decode(a);
+    });
+    fmt::print(
+        "decode  {:7} tokens batch {} {:26} {:9.2f} us {:7.0f} GB/s  (fastest {:.2f}, plan {:.0f} "
+        "ms)\n",
+        tokens, batch, name, us, double(bytes) / us * 1e-3, fastest_, made * 1e3);
+    std::fflush(stdout);
+  }
   Halves halves(size_t count) {
     Halves made(*device_, count, "a bench's array");
     for (size_t at = 0; at < count; at += size_t(random_.count()))

@@ -30,6 +30,7 @@ constexpr double kScoreRoundings = 8;
 constexpr double kExpError = 0x1p-21;  // the hardware's 2^t (2^-22) and a corrected argument
 constexpr double kJoins = 64;          // rescales and merges of partial sums, one rounding each
 constexpr uint16_t kPoison = 0x7fff;   // NaN in both 16-bit types
+constexpr uint16_t kLargest[] = {0x7f7f, 0x7bff};  // the largest finite BF16 and F16
 
 double unit_of(DType dtype) {  // what rounding to nearest may change, relative
   return dtype == DType::BF16 ? 0x1p-8 : 0x1p-11;
@@ -128,7 +129,8 @@ class DenseOnDevice : public OnTestDevice {
     for (size_t g = 0; g < s.kv_heads; ++g)
       for (size_t t = s.tokens; t < tokens; ++t)
         for (auto* m : {&k, &v})
-          std::fill_n(&(*m)[t * a.k_token_stride + g * a.k_head_stride], s.dim, kPoison);
+          std::fill_n(&(*m)[t * a.k_token_stride + g * a.k_head_stride], s.dim,
+                      m == &k ? kPoison : kLargest[dtype == DType::F16]);
     const auto q_on = put(q), k_on = put(k), v_on = put(v);
     const auto out_on = put(std::vector<uint16_t>(q.size(), kPoison));
     a.q = q_on.data();
