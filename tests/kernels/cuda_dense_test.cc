@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <random>
 #include <vector>
 
@@ -43,9 +42,9 @@ double smallest_of(DType dtype) {  // half the distance of its smallest numbers
 struct Want {
   std::vector<double> out, tolerance;
 };
-Want attention(DType dtype, size_t dim, size_t tokens, const std::vector<double>& q,
-               const std::function<double(size_t, size_t)>& key,
-               const std::function<double(size_t, size_t)>& value) {
+template <typename Element>
+Want attention(DType dtype, size_t dim, size_t tokens, const std::vector<double>& q, Element key,
+               Element value) {
   std::vector<double> score(tokens);
   double most = 0;  // of the sums of magnitudes behind a score
   for (size_t t = 0; t < tokens; ++t) {
@@ -139,6 +138,7 @@ class DenseOnDevice : public OnTestDevice {
     a.out = out_on.data();
     ops_->prefill(a);
     const std::vector<uint16_t> got = get(out_on);
+    const std::vector<double>& numbers = oracle::decoded(dtype);
     for (size_t h = 0; h < s.heads; ++h)
       for (size_t r = 0; r < s.rows; ++r) {
         const size_t at = r * a.q_row_stride + h * a.q_head_stride;
@@ -146,9 +146,7 @@ class DenseOnDevice : public OnTestDevice {
         std::vector<double> query(s.dim);
         for (size_t e = 0; e < s.dim; ++e) query[e] = oracle::decode(dtype, q[at + e]);
         const auto element = [&](const std::vector<uint16_t>& m) {
-          return [&, kv](size_t t, size_t e) {
-            return oracle::decode(dtype, m[kv + t * a.k_token_stride + e]);
-          };
+          return [&, kv](size_t t, size_t e) { return numbers[m[kv + t * a.k_token_stride + e]]; };
         };
         const Want want =
             attention(dtype, s.dim, s.tokens - s.rows + r + 1, query, element(k), element(v));
@@ -189,6 +187,7 @@ class DenseOnDevice : public OnTestDevice {
     a.out = out_on.data();
     ops_->decode(a);
     const std::vector<uint16_t> got = get(out_on);
+    const std::vector<double>& numbers = oracle::decoded(dtype);
     for (size_t b = 0; b < batch; ++b)
       for (size_t h = 0; h < heads; ++h) {
         const size_t at = (b * heads + h) * dim;
@@ -196,7 +195,7 @@ class DenseOnDevice : public OnTestDevice {
         std::vector<double> query(dim);
         for (size_t e = 0; e < dim; ++e) query[e] = oracle::decode(dtype, q[at + e]);
         const auto element = [&](const std::vector<uint16_t>& m) {
-          return [&, kv](size_t t, size_t e) { return oracle::decode(dtype, m[kv + t * dim + e]); };
+          return [&, kv](size_t t, size_t e) { return numbers[m[kv + t * dim + e]]; };
         };
         const Want want = attention(dtype, dim, length(b), query, element(k), element(v));
         for (size_t e = 0; e < dim; ++e)
