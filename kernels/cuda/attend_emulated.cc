@@ -36,8 +36,12 @@ void run(const PassArgs& args, const PassShape& shape) {
     for (int head = 0; head < item.heads; ++head) {
       emulated::MergeShared shared;
       std::memset(&shared, 0xff, sizeof shared);
-      for (int element = 0; element < kDim; element += 32)
-        emulated::merge_splits(item, kDim, pages_per_split(args, item), head, element, &shared);
+      const int each = pages_per_split(args, item);
+      const bool judged = kCertificate && item.judged != nullptr;
+      const emulated::MergeSplits merge{item, kDim, (item.page_count + each - 1) / each, head};
+      for (int element = 0; element < kDim; element += 32) merge.elements(element, judged, &shared);
+      if (!judged) continue;
+      merge.tally(&shared);
       emulated::judge_head(item, kDim, head, shared);
     }
   }

@@ -28,12 +28,21 @@ __global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const PassArgs a
   block.finish_tally();
 }
 
+// A warp for 32 elements, and with kJudge one for the tallies.
+template <bool kJudge>
 __global__ void merge_kernel(const PassArgs args, int head_dim) {
   const PassItem& item = args.items[blockIdx.y];
   const int head = int(blockIdx.x);
   if (head >= item.heads || (args.repeated && *item.again == 0)) return;
   __shared__ MergeShared shared;
-  merge_splits(item, head_dim, pages_per_split(args, item), head, int(threadIdx.y) * 32, &shared);
+  const int each = pages_per_split(args, item), element = int(threadIdx.y) * 32;
+  const MergeSplits merge{item, head_dim, (item.page_count + each - 1) / each, head};
+  const bool judged = kJudge && item.judged != nullptr;
+  if (element < head_dim)
+    merge.elements(element, judged, &shared);
+  else if (judged)
+    merge.tally(&shared);
+  if (!judged) return;
   __syncthreads();
   if (threadIdx.y == 0) judge_head(item, head_dim, head, shared);
 }
@@ -75,8 +84,12 @@ cudaError_t launch_attend(const PassArgs& args, const KernelShape& shape, uint32
 }
 
 cudaError_t launch_merge(const PassArgs& args, const KernelShape& shape, cudaStream_t stream) {
-  merge_kernel<<<dim3(unsigned(shape.heads), unsigned(shape.items)),
-                 dim3(32, unsigned(shape.head_dim / 32)), 0, stream>>>(args, shape.head_dim);
+  const dim3 grid(unsigned(shape.heads), unsigned(shape.items));
+  const unsigned warps = unsigned(shape.head_dim / 32);
+  if (shape.certificate)
+    merge_kernel<true><<<grid, dim3(32, warps + 1), 0, stream>>>(args, shape.head_dim);
+  else
+    merge_kernel<false><<<grid, dim3(32, warps), 0, stream>>>(args, shape.head_dim);
   return cudaGetLastError();
 }
 

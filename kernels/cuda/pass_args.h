@@ -65,7 +65,8 @@ struct PassItem {
   const PageEntry* pages = nullptr;
   int32_t page_count = 0;
   int32_t heads = 0;                    // query heads of the KV head
-  int32_t pages_per_split[2] = {};      // of a first pass, of a repeated one
+  int32_t pages_per_split = 0;          // of a first pass
+  int32_t repeated_per_split = 0;       // of a repeated one
   const float* scaled = nullptr;        // [heads, head_dim] q / sqrt(d)
   const float* norm = nullptr;          // [heads] its norm, rounded up
   const int32_t* key_slot = nullptr;    // [page_count, 4] slot of a block's keys; -1: not resident
@@ -101,7 +102,7 @@ struct PassArgs {
 };
 CERTKV_INLINE int pages_per_split(const PassArgs& args, const PassItem& item) {
   if (args.pages_per_split > 0) return args.pages_per_split;
-  return item.pages_per_split[args.repeated ? 1 : 0];
+  return args.repeated ? item.repeated_per_split : item.pages_per_split;
 }
 
 }  // namespace certkv::cuda

@@ -2,7 +2,7 @@
 // Included by attend_kernels.cu and attend_emulated.cc alone. See pass_block.h.
 //
 // A block's work is one split of one KV head. begin() of all warps, then walk() of all, then
-// combine() and tally() of all, then finish_tally() of all, with a barrier between; merge_splits()
+// combine() and tally() of all, then finish_tally() of all, with a barrier between; MergeSplits
 // and judge_head() later, in a launch of its own.
 #pragma once
 
@@ -145,92 +145,110 @@ CERTKV_FN V over_lanes(V x, Add add) {
   return x;
 }
 
-// The splits of one head in double precision and in a fixed order; out of the unit, which is exact.
-// 32 elements; while factors are computed a lane has a split of its own.
-CERTKV_FN void merge_splits(const PassItem& item, int head_dim, int pages_per_split, int head,
-                            int element, MergeShared* shared) {
-  const int splits = (item.page_count + pages_per_split - 1) / pages_per_split;
-  const int sums = sums_floats(head_dim);
-  const float* from = item.splits + head * sums;
-  const int stride = item.heads * sums;
-  const I lane = lane_index();
-  const bool first_warp = element == 0, judged = item.judged != nullptr;
-  const auto own = [&](int first) {  // the lane's split; beyond the end: the first one again
-    return select(lane + first < splits, lane + first, splat_i(0));
-  };
-  const auto larger_one = [](F a, F b) { return max_nan(a, b); };
-  F most = load_float(from, own(0) * stride + int(kSumRef));
-  for (int first = 32; first < splits; first += 32)
-    most = max_nan(most, load_float(from, own(first) * stride + int(kSumRef)));
-  const double ref = uniform(over_lanes(most, larger_one), 0), inverse = 1.0 / item.unit;
+// The splits of one head are merged in double precision and in a fixed order; while factors are
+// computed a lane has a split of its own.
+struct MergeSplits {
+  const PassItem& item;
+  int head_dim, splits, head;
 
-  const D zero = to_double(splat(0));
-  D l = zero, m2 = zero, s1 = zero, c_tokens = zero, o_sum = zero, a_sum = zero;
-  D tally[kTallyFirstMax];
-  CERTKV_EACH (k, kTallyFirstMax) tally[k] = zero;
-  F score_max = splat(0), notes_max[kTallyCount - kTallyFirstMax];
-  CERTKV_EACH (k, kTallyCount - kTallyFirstMax) notes_max[k] = splat(0);
-  for (int first = 0; first < splits; first += 32) {
-    const I at = own(first) * stride;
-    const D here = to_double(select(lane + first < splits, splat(1), splat(0)));
-    const D less = exponential(to_double(load_float(from, at + int(kSumRef))) - ref) * here;
-    const D scaled = less * inverse;
-    l = l + less * to_double(load_float(from, at + int(kSumL)));
-    m2 = m2 + scaled * inverse * to_double(load_float(from, at + int(kSumM2)));
-    s1 = s1 + scaled * to_double(load_float(from, at + int(kSumS1)));
-    c_tokens = c_tokens + here * to_double(load_float(from, at + int(kSumCTokens)));
-    score_max = max_nan(score_max, load_float(from, at + int(kSumScoreMax)));
-    if (first_warp && judged) {
+  CERTKV_FN I own(int first) const {  // the lane's split; beyond the end: the first one again
+    const I lane = lane_index();
+    return select(lane + first < splits, lane + first, splat_i(0));
+  }
+  CERTKV_FN D here(int first) const {
+    return to_double(select(lane_index() + first < splits, splat(1), splat(0)));
+  }
+  CERTKV_FN const float* from() const { return item.splits + head * sums_floats(head_dim); }
+  CERTKV_FN int stride() const { return item.heads * sums_floats(head_dim); }
+  CERTKV_FN static F larger_one(F a, F b) { return max_nan(a, b); }
+
+  CERTKV_FN double reference() const {
+    F most = load_float(from(), own(0) * stride() + int(kSumRef));
+    for (int first = 32; first < splits; first += 32)
+      most = max_nan(most, load_float(from(), own(first) * stride() + int(kSumRef)));
+    return uniform(over_lanes(most, larger_one), 0);
+  }
+  CERTKV_FN D factor(int first, double ref) const {
+    return exponential(to_double(load_float(from(), own(first) * stride() + int(kSumRef))) - ref) *
+           here(first);
+  }
+  CERTKV_FN static D sum(D x) {
+    return over_lanes(x, [](D a, D b) { return a + b; });
+  }
+
+  // 32 elements; out of the unit, which is exact. `judged`: leaves the output's dot products.
+  CERTKV_FN void elements(int element, bool judged, MergeShared* shared) const {
+    const I lane = lane_index();
+    const double ref = reference(), inverse = 1.0 / item.unit;
+    const D zero = to_double(splat(0));
+    D l = zero, m2 = zero, s1 = zero, c_tokens = zero, o_sum = zero, a_sum = zero;
+    F score_max = splat(0);
+    for (int first = 0; first < splits; first += 32) {
+      const I at = own(first) * stride();
+      const D less = factor(first, ref), scaled = less * inverse;
+      l = l + less * to_double(load_float(from(), at + int(kSumL)));
+      m2 = m2 + scaled * inverse * to_double(load_float(from(), at + int(kSumM2)));
+      s1 = s1 + scaled * to_double(load_float(from(), at + int(kSumS1)));
+      c_tokens = c_tokens + here(first) * to_double(load_float(from(), at + int(kSumCTokens)));
+      score_max = max_nan(score_max, load_float(from(), at + int(kSumScoreMax)));
+      const int count = splits - first < 32 ? splits - first : 32;
+      CERTKV_UNROLL_BY_8
+      for (int i = 0; i < count; ++i) {
+        const float* h = from() + (first + i) * stride() + kSumsHeader + element;
+        const double of_split = uniform(scaled, i);
+        o_sum = o_sum + to_double(load_float(h, lane)) * of_split;
+        a_sum = a_sum + to_double(load_float(h, lane + head_dim)) * of_split;
+      }
+    }
+    l = sum(l);
+    double* to = item.merged + size_t(head) * size_t(sums_floats(head_dim));
+    const I o = lane + (kSumsHeader + element);
+    store(to, o, o_sum);
+    store(to, o + head_dim, a_sum);
+    const F out = to_float(o_sum / l);
+    store(item.out + head * head_dim, lane + element, out);
+    if (element == 0) {  // every lane stores the same
+      const D header[] = {zero + ref,    l,
+                          sum(m2),       sum(s1),
+                          sum(c_tokens), to_double(over_lanes(score_max, larger_one))};
+      CERTKV_EACH (i, 6) {
+        store(to, splat_i(i), header[i]);
+        if (judged) store(shared->header, splat_i(i), header[i]);
+      }
+    }
+    if (!judged) return;
+    const D written = to_double(out), cast = written - o_sum / l;
+    double* dots = shared->dots[element / 32];
+    store(dots, splat_i(0), sum(written * written));
+    store(dots, splat_i(1), sum(written * (a_sum / l)));
+    store(dots, splat_i(2), sum(cast * cast));
+  }
+
+  // The tallies, by a warp of their own.
+  CERTKV_FN void tally(MergeShared* shared) const {
+    const double ref = reference();
+    D sums[kTallyFirstMax];
+    CERTKV_EACH (k, kTallyFirstMax) sums[k] = to_double(splat(0));
+    F most[kTallyCount - kTallyFirstMax];
+    CERTKV_EACH (k, kTallyCount - kTallyFirstMax) most[k] = splat(0);
+    for (int first = 0; first < splits; first += 32) {
       const I split = (own(first) * item.heads + head) * int(kTallyCount);
+      const D less = factor(first, ref);
       CERTKV_EACH (k, kTallyFirstMax) {
         const D x = load_double(item.tally, split + k);
-        tally[k] = tally[k] + x * (k == kTallyFlushed ? here : less);
+        sums[k] = sums[k] + x * (k == kTallyFlushed ? here(first) : less);
       }
       CERTKV_EACH (k, kTallyCount - kTallyFirstMax)
-        notes_max[k] =
-            max_nan(notes_max[k], to_float(load_double(item.tally, split + (kTallyFirstMax + k))));
+        most[k] = max_nan(most[k], to_float(load_double(item.tally, split + (kTallyFirstMax + k))));
     }
-    const int count = splits - first < 32 ? splits - first : 32;
-    CERTKV_UNROLL_BY_8
-    for (int i = 0; i < count; ++i) {
-      const float* h = from + (first + i) * stride + kSumsHeader + element;
-      const double factor = uniform(scaled, i);
-      o_sum = o_sum + to_double(load_float(h, lane)) * factor;
-      a_sum = a_sum + to_double(load_float(h, lane + head_dim)) * factor;
-    }
+    CERTKV_EACH (k, kTallyFirstMax) store(shared->tally, splat_i(k), sum(sums[k]));
+    CERTKV_EACH (k, kTallyCount - kTallyFirstMax)
+      store(shared->tally, splat_i(kTallyFirstMax + k), to_double(over_lanes(most[k], larger_one)));
   }
-  const auto sum = [](D x) { return over_lanes(x, [](D a, D b) { return a + b; }); };
-  l = sum(l);
-  m2 = sum(m2);
-  s1 = sum(s1);
-  c_tokens = sum(c_tokens);
-  score_max = over_lanes(score_max, larger_one);
-  double* to = item.merged + size_t(head) * size_t(sums);
-  const I o = lane + (kSumsHeader + element);
-  store(to, o, o_sum);
-  store(to, o + head_dim, a_sum);
-  const D header[] = {zero + ref, l, m2, s1, c_tokens, to_double(score_max)};
-  if (first_warp)  // every lane stores the same
-    CERTKV_EACH (i, 6) store(to, splat_i(i), header[i]);
-  const F out = to_float(o_sum / l);
-  store(item.out + head * head_dim, lane + element, out);
-  if (!judged) return;
+};
 
-  const D written = to_double(out), cast = written - o_sum / l;
-  double* dots = shared->dots[element / 32];
-  store(dots, splat_i(0), sum(written * written));
-  store(dots, splat_i(1), sum(written * (a_sum / l)));
-  store(dots, splat_i(2), sum(cast * cast));
-  if (!first_warp) return;
-  CERTKV_EACH (i, 6) store(shared->header, splat_i(i), header[i]);
-  CERTKV_EACH (k, kTallyFirstMax) store(shared->tally, splat_i(k), sum(tally[k]));
-  CERTKV_EACH (k, kTallyCount - kTallyFirstMax)
-    store(shared->tally, splat_i(kTallyFirstMax + k),
-          to_double(over_lanes(notes_max[k], larger_one)));
-}
-
-// One head's certificate and whether it holds; after merge_splits() of all its elements. All lanes
-// compute the same.
+// One head's certificate and whether it holds; after all warps of its merge. All lanes compute the
+// same.
 CERTKV_FN void judge_head(const PassItem& item, int head_dim, int head, const MergeShared& shared) {
   if (item.judged == nullptr) return;
   const double* t = shared.tally;

@@ -118,8 +118,8 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
         p.pages = s.entries.data() + entry;
         p.page_count = int32_t(s.pages + (open + 16) / 16);
         p.heads = int32_t(n);
-        p.pages_per_split[0] = plans[row][0].pages_per_split;
-        p.pages_per_split[1] = plans[row][1].pages_per_split;
+        p.pages_per_split = plans[row][0].pages_per_split;
+        p.repeated_per_split = plans[row][1].pages_per_split;
         p.scaled = b.scaled.data() + item * n * d;
         p.norm = b.norm.data() + item * n;
         p.key_slot = s.slot_of[kKeys].data() + entry * kPageTiles;
