@@ -12,18 +12,14 @@
 #include "kernels/base/log.h"
 #include "kernels/base/thread_pool.h"
 #include "kernels/sample.h"
+#include "kvstore/client.h"
 #include "parallel/communicator.h"
 #include "runtime/byte_size.h"
-#include "runtime/certified_cache.h"
-#include "runtime/device/device_backend.h"
-#include "runtime/device/device_cache.h"
-#include "runtime/device/host_attention.h"
 #include "runtime/generation.h"
 #include "runtime/host_memory.h"
+#include "runtime/rank_compute.h"
 #include "runtime/request_wire.h"
 #include "runtime/step_figures.h"
-#include "runtime/transformer.h"
-#include "runtime/weights.h"
 
 namespace certkv {
 namespace {
@@ -31,17 +27,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-std::chrono::milliseconds milliseconds_of(double seconds) {
-  return std::chrono::milliseconds(int64_t(seconds * 1000));
-}
-
-CertifiedCacheOptions cache_options(const JobOptions& o, const ModelConfig& config) {
-  return {.cache = o.cache,
-          .scratch = o.scratch,
-          .dtype = originals_dtype(o, config),
-          .read_deadline = milliseconds_of(o.store.deadline_seconds)};
 }
 
 // What the leader tells its group at the start of every step.
@@ -61,14 +46,14 @@ class CertifiedEngine : public Engine {
         parts_(std::move(parts)),
         pool_(parts_.threads),
         group_(*parts_.group),
-        heads_(kv_heads_of_rank(parts_.config->kv_heads, group_.size(), group_.rank())) {
-    set_up();
+        heads_(kv_heads_of_rank(parts_.config->kv_heads, group_.size(), group_.rank())),
+        compute_(make_rank_compute(options, parts_, heads_, pool_)),
+        cache_(*compute_.cache),
+        forward_(*compute_.forward) {
     stop_ids_ = parts_.config->eos_ids;
     stop_ids_.insert(stop_ids_.end(), parts_.stop_ids.begin(), parts_.stop_ids.end());
-    if (options.run.tier1_memory == "auto" && on_device()) {
-      tier1_capacity_ = backend_.device->free_bytes() / 10 * 9;
-    } else if (options.run.tier1_memory == "auto") {
-      tier1_capacity_ = available_memory_bytes() / 2 / uint64_t(parts_.local_ranks);
+    if (options.run.tier1_memory == "auto") {
+      tier1_capacity_ = compute_.tier1_memory(parts_.local_ranks);
     } else {
       const std::optional<uint64_t> bytes = parse_byte_size(options.run.tier1_memory);
       CERTKV_EXPECT(bytes.has_value(), InvalidArgument,
@@ -84,9 +69,6 @@ class CertifiedEngine : public Engine {
 
  private:
   bool leader() const { return group_.rank() == 0; }
-  void set_up();
-  void set_up_device();
-  bool on_device() const { return options_.run.backend != "cpu"; }
   Plan make_plan(bool stop, std::vector<std::byte>* payload);
   void share_plan(Plan* plan, std::vector<std::byte>* payload);
   void admit(const Request& request);
@@ -105,11 +87,9 @@ class CertifiedEngine : public Engine {
   ThreadPool pool_;
   Communicator& group_;
   ShardRange heads_;
-  std::unique_ptr<AuditLog> audit_;
-  DeviceBackend backend_;  // empty on the CPU
-  std::unique_ptr<SequenceCache> cache_;
-  std::unique_ptr<HostAttention> host_attention_;
-  std::unique_ptr<ForwardPass> forward_;
+  RankCompute compute_;
+  SequenceCache& cache_;
+  ForwardPass& forward_;
 
   std::deque<Request> waiting_;          // leader only
   std::list<Generation> running_;        // the same on every rank, in the same order
@@ -125,56 +105,6 @@ class CertifiedEngine : public Engine {
 
 std::vector<Policy> policies_of(const Request& r) {
   return r.compare.empty() ? std::vector<Policy>{r.policy} : r.compare;
-}
-
-// The cache and the forward pass over it.
-void CertifiedEngine::set_up() {
-  const ModelConfig& config = *parts_.config;
-  const DType originals = originals_dtype(options_, config);
-  if (on_device()) return set_up_device();
-  auto cache = std::make_unique<CertifiedCache>(config, heads_, cache_options(options_, config),
-                                                pool_, parts_.store, group_);
-  if (parts_.audit) {
-    audit_ = std::make_unique<AuditLog>(*parts_.audit, AuditShape{.layers = config.layers,
-                                                                  .query_heads = config.heads,
-                                                                  .kv_heads = config.kv_heads,
-                                                                  .heads = heads_,
-                                                                  .dtype = originals,
-                                                                  .format = &cache->format()});
-    cache->watch(audit_.get());
-  }
-  forward_ = std::make_unique<Transformer>(
-      config, *parts_.weights, group_, *cache, pool_,
-      TransformerOptions{.deterministic = options_.deterministic, .originals = originals});
-  cache_ = std::move(cache);
-}
-
-void CertifiedEngine::set_up_device() {
-  const ModelConfig& config = *parts_.config;
-  const DType originals = originals_dtype(options_, config);
-  CERTKV_EXPECT(group_.size() == 1, InvalidArgument,
-                "run.backend {} runs one rank for a replica so far: set parallel.tensor 1",
-                options_.run.backend);
-  CERTKV_EXPECT(!parts_.audit, InvalidArgument,
-                "run.backend {} cannot be audited yet: set audit.sample 0, or run.backend cpu",
-                options_.run.backend);
-  backend_ = make_device_backend(options_.run.backend, parts_.local_rank);
-  log_info("device: {}, {} free", backend_.device->name(),
-           byte_size_text(backend_.device->free_bytes()));
-  if (options_.cache.scrub_steps > 0)
-    log_warning(
-        "run.backend {}: tier 1 in the device's memory is not scrubbed yet "
-        "(cache.scrub_steps)",
-        options_.run.backend);
-  auto cache =
-      std::make_unique<DeviceCache>(config, heads_, cache_options(options_, config),
-                                    *backend_.device, *backend_.cache, pool_, parts_.store, group_);
-  host_attention_ =
-      std::make_unique<HostAttention>(config, heads_.count(), originals, *cache, *backend_.device);
-  forward_ = std::make_unique<Transformer>(
-      config, *parts_.weights, group_, *host_attention_, pool_,
-      TransformerOptions{.deterministic = options_.deterministic, .originals = originals});
-  cache_ = std::move(cache);
 }
 
 void CertifiedEngine::submit(Request r) {
@@ -207,7 +137,7 @@ Engine::Load CertifiedEngine::load() const {
   l.waiting = waiting_.size();
   l.running = running_.size();
   l.tokens = tokens_;
-  l.tier1_bytes = cache_->tier1_bytes();
+  l.tier1_bytes = cache_.tier1_bytes();
   l.tier1_capacity = tier1_capacity_;
   if (parts_.store != nullptr) {
     const StoreCapacity c = parts_.store->capacity();
@@ -288,7 +218,7 @@ bool CertifiedEngine::step(bool stop) {
   switch (Action(plan.action)) {
     case Action::Done:
     case Action::Stop:
-      if (audit_ != nullptr) audit_->end();
+      if (compute_.audit != nullptr) compute_.audit->end();
       return false;
     case Action::Admit:
       admit(decode_request(payload));
@@ -301,23 +231,15 @@ bool CertifiedEngine::step(bool stop) {
 }
 
 EngineNeed CertifiedEngine::need(const Request& r) const {
-  const int64_t prompt = int64_t(r.prompt.size());
-  const int forks = int(policies_of(r).size());
-  EngineNeed n =
-      engine_need(options_, *parts_.config, group_.size(), prompt, r.sampling.max_tokens, forks);
-  if (!on_device()) return n;
-  n.tier1 = DeviceCache::sequence_bytes(*parts_.config, heads_.count(),
-                                        cache_options(options_, *parts_.config), prompt,
-                                        r.sampling.max_tokens, forks);
-  n.scratch = 0;  // counted with it
-  return n;
+  return compute_.need(options_, *parts_.config, heads_, group_.size(), int64_t(r.prompt.size()),
+                       r.sampling.max_tokens, int(policies_of(r).size()));
 }
 
 // The handle of the new prompt, or 0 with a reason where this rank has no room.
 int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
   const EngineNeed n = need(r);
   const uint64_t free = available_memory_bytes();
-  const uint64_t here = n.prefill + (on_device() ? 0 : n.tier1);
+  const uint64_t here = n.prefill + (compute_.on_device() ? 0 : n.tier1);
   if (free != 0 && !(here < free)) {
     *why = fmt::format("a prompt of {} tokens needs {} for prefill and tier 1, {} are free on {}",
                        r.prompt.size(), byte_size_text(here), byte_size_text(free),
@@ -325,7 +247,7 @@ int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
     return 0;
   }
   try {
-    return cache_->create(int64_t(r.prompt.size()), int64_t(r.id), r.sampling.max_tokens);
+    return cache_.create(int64_t(r.prompt.size()), int64_t(r.id), r.sampling.max_tokens);
   } catch (const Error& e) {
     if (e.kind() != ErrorKind::OutOfMemory) throw;
     *why = e.what();
@@ -342,7 +264,7 @@ void CertifiedEngine::admit(const Request& r) {
   group_.all_reduce_sum(view_u64(&refused, 1), {});
   group_.wait();
   if (refused != 0) {  // all ranks or none
-    if (here) cache_->drop(prompt);
+    if (here) cache_.drop(prompt);
     if (!here) log_warning("request {}: {}", r.id, why);
     if (!leader()) return;
     if (running_.empty()) {  // nothing will ever free more
@@ -374,9 +296,9 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
   const std::vector<Policy> policies = policies_of(r);
   std::vector<float> logits;
   std::optional<Error> error;
-  forward_->clear_phases();
+  forward_.clear_phases();
   try {
-    logits = forward_->prefill(prompt, r.prompt, [&](int layer, size_t tokens) {
+    logits = forward_.prefill(prompt, r.prompt, [&](int layer, size_t tokens) {
       group_.alive();
       if (!leader() || !on_prefill_progress) return;
       const double of_layer = double(tokens) / double(r.prompt.size());
@@ -388,7 +310,7 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
   }
   const double seconds = seconds_since(start);
   if (leader() && on_prefill && !error) {
-    const ForwardPhases p = forward_->phases();
+    const ForwardPhases p = forward_.phases();
     const double named = p.projections + p.attention + p.store + p.communicate;
     on_prefill({.id = r.id,
                 .tokens = r.prompt.size(),
@@ -407,7 +329,7 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
     std::string why = "another rank has no room in its arena; its log says more";
     if (!error) {
       try {
-        g.handle = cache_->fork(prompt, r.sampling.max_tokens, rules_of(r, policy));
+        g.handle = cache_.fork(prompt, r.sampling.max_tokens, rules_of(r, policy));
       } catch (const Error& e) {
         if (e.kind() != ErrorKind::OutOfMemory) throw;
         failed = 1;
@@ -428,13 +350,13 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
     }
     if (last->finished) finish(last);
   }
-  cache_->drop(prompt);
+  cache_.drop(prompt);
 }
 
 void CertifiedEngine::decode(Policy policy) {
   const auto start = Clock::now();
   ++step_;
-  forward_->clear_phases();
+  forward_.clear_phases();
   std::vector<std::list<Generation>::iterator> rows;
   for (auto g = running_.begin(); g != running_.end(); ++g)
     if (g->policy == policy && rows.size() < size_t(options_.run.max_batch)) rows.push_back(g);
@@ -445,21 +367,21 @@ void CertifiedEngine::decode(Policy policy) {
     handles.push_back(g->handle);
   }
   const auto scrubbing = Clock::now();
-  cache_->begin_step(step_, handles);
+  cache_.begin_step(step_, handles);
   const double scrub_seconds = seconds_since(scrubbing);
-  const DecodeOutput out = forward_->decode(inputs);
-  cache_->end_step();
+  const DecodeOutput out = forward_.decode(inputs);
+  cache_.end_step();
 
   // The step's verdict: agreed upon before anything of it is used.
   const auto agreeing = Clock::now();
   std::vector<VerdictRecord> verdicts;
-  for (int64_t handle : handles) verdicts.push_back(cache_->verdict(handle));
+  for (int64_t handle : handles) verdicts.push_back(cache_.verdict(handle));
   group_.reduce_verdict(verdicts, {});
   group_.wait();
   const double agree_seconds = seconds_since(agreeing);
   const auto recording = Clock::now();
   StepFigures figures(*parts_.config, heads_, group_.size());
-  figures.gather(*cache_, handles, group_);
+  figures.gather(cache_, handles, group_);
   double record_seconds = seconds_since(recording);
 
   const auto sampling = Clock::now();
@@ -481,7 +403,7 @@ void CertifiedEngine::decode(Policy policy) {
           g, ErrorKind::NonFinite,
           fmt::format("layer {}: a NaN or an infinity in the activations", out.nonfinite_layer[i]));
     } else if (outcome == Outcome::Failed) {
-      const SequenceReport& mine = cache_->report(g.handle);
+      const SequenceReport& mine = cache_.report(g.handle);
       const ErrorKind kind =
           v.max.error > 0 ? ErrorKind(v.max.error - 1) : ErrorKind::Uncertifiable;
       fail(g, kind,
@@ -522,12 +444,12 @@ void CertifiedEngine::decode(Policy policy) {
 // Where the forward pass spent its time. Heads are spread over the pool's threads: of the wall time
 // of attention each of their phases took its sum over the heads, divided by the threads.
 StepRecord::Phases CertifiedEngine::phases_of(std::span<const int64_t> handles) const {
-  const ForwardPhases forward = forward_->phases();
+  const ForwardPhases forward = forward_.phases();
   StepRecord::Phases p;
   p.projections = forward.projections;
   p.communicate = forward.communicate;
   for (int64_t handle : handles)
-    for (const GroupReport& g : cache_->report(handle).layers) {
+    for (const GroupReport& g : cache_.report(handle).layers) {
       p.append += g.append_seconds;
       p.attention += g.pass_seconds;
       p.judge += g.judge_seconds;
@@ -546,15 +468,15 @@ void CertifiedEngine::fail(Generation& g, ErrorKind kind, const std::string& tex
 
 void CertifiedEngine::finish(std::list<Generation>::iterator g) {
   Completion c = g->completion();
-  uint64_t damaged = g->handle != 0 ? cache_->close(g->handle) : 0;
+  uint64_t damaged = g->handle != 0 ? cache_.close(g->handle) : 0;
   group_.all_reduce_sum(view_u64(&damaged, 1), {});
   group_.wait();
   c.counts.digest += damaged;
   if (g->handle != 0) {
     // KV heads are shared out evenly: what one rank holds is what every rank holds.
-    c.tier1_bytes = cache_->tier1_bytes(g->handle) * uint64_t(group_.size());
-    c.dense_bytes = cache_->dense_bytes(g->handle) * uint64_t(group_.size());
-    cache_->drop(g->handle, g->error.has_value());
+    c.tier1_bytes = cache_.tier1_bytes(g->handle) * uint64_t(group_.size());
+    c.dense_bytes = cache_.dense_bytes(g->handle) * uint64_t(group_.size());
+    cache_.drop(g->handle, g->error.has_value());
   }
   if (--open_forks_[g->request_id] == 0) {
     open_forks_.erase(g->request_id);
@@ -566,34 +488,6 @@ void CertifiedEngine::finish(std::list<Generation>::iterator g) {
 }
 
 }  // namespace
-
-int64_t engine_token_limit(const JobOptions& options, const ModelConfig& config) {
-  const int64_t asked = options.model.max_len;
-  CERTKV_EXPECT(asked <= config.max_tokens, InvalidArgument,
-                "model.max_len is {}: the model's own limit is {} tokens; lower it, or set 0 for "
-                "the model's limit",
-                asked, config.max_tokens);
-  return asked > 0 ? asked : config.max_tokens;
-}
-
-DType originals_dtype(const JobOptions& options, const ModelConfig& config) {
-  const std::string& name = options.model.dtype;
-  if (name == "bfloat16") return DType::BF16;
-  if (name == "float16") return DType::F16;
-  CERTKV_EXPECT(name == "auto", InvalidArgument,
-                "model.dtype is '{}': use auto, bfloat16 or float16", name);
-  return config.dtype == DType::F16 ? DType::F16 : DType::BF16;
-}
-
-EngineNeed engine_need(const JobOptions& options, const ModelConfig& config, int tensor,
-                       int64_t prompt_tokens, int64_t max_tokens, int forks) {
-  const CacheNeed c = cache_need(config, config.kv_heads / tensor, cache_options(options, config),
-                                 prompt_tokens, max_tokens, forks);
-  return {.tier1 = c.tier1,
-          .scratch = c.scratch,
-          .arena = c.arena,
-          .prefill = Transformer::prefill_bytes(config, tensor, prompt_tokens)};
-}
 
 std::unique_ptr<Engine> make_engine(const JobOptions& options, EngineParts parts) {
   return std::make_unique<CertifiedEngine>(options, std::move(parts));

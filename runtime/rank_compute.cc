@@ -1,0 +1,132 @@
+#include "runtime/rank_compute.h"
+
+#include <chrono>
+
+#include "kernels/base/log.h"
+#include "parallel/communicator.h"
+#include "runtime/byte_size.h"
+#include "runtime/certified_cache.h"
+#include "runtime/device/device_cache.h"
+#include "runtime/device/host_attention.h"
+#include "runtime/host_memory.h"
+#include "runtime/transformer.h"
+#include "runtime/weights.h"
+
+namespace certkv {
+namespace {
+
+CertifiedCacheOptions cache_options(const JobOptions& o, const ModelConfig& config) {
+  return {.cache = o.cache,
+          .scratch = o.scratch,
+          .dtype = originals_dtype(o, config),
+          .read_deadline = std::chrono::milliseconds(int64_t(o.store.deadline_seconds * 1000))};
+}
+
+void set_up_cpu(const JobOptions& options, const EngineParts& parts, ShardRange heads,
+                ThreadPool& pool, RankCompute* rank) {
+  const ModelConfig& config = *parts.config;
+  const DType originals = originals_dtype(options, config);
+  auto cache = std::make_unique<CertifiedCache>(config, heads, cache_options(options, config), pool,
+                                                parts.store, *parts.group);
+  if (parts.audit) {
+    rank->audit = std::make_unique<AuditLog>(*parts.audit, AuditShape{.layers = config.layers,
+                                                                      .query_heads = config.heads,
+                                                                      .kv_heads = config.kv_heads,
+                                                                      .heads = heads,
+                                                                      .dtype = originals,
+                                                                      .format = &cache->format()});
+    cache->watch(rank->audit.get());
+  }
+  rank->forward = std::make_unique<Transformer>(
+      config, *parts.weights, *parts.group, *cache, pool,
+      TransformerOptions{.deterministic = options.deterministic, .originals = originals});
+  rank->cache = std::move(cache);
+}
+
+void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRange heads,
+                   ThreadPool& pool, RankCompute* rank) {
+  const ModelConfig& config = *parts.config;
+  const DType originals = originals_dtype(options, config);
+  const std::string& backend = options.run.backend;
+  CERTKV_EXPECT(parts.group->size() == 1, InvalidArgument,
+                "run.backend {} runs one rank for a replica so far: set parallel.tensor 1",
+                backend);
+  CERTKV_EXPECT(!parts.audit, InvalidArgument,
+                "run.backend {} cannot be audited yet: set audit.sample 0, or run.backend cpu",
+                backend);
+  rank->device = make_device_backend(backend, parts.local_rank);
+  cuda::Device& device = *rank->device.device;
+  log_info("device: {}, {} free", device.name(), byte_size_text(device.free_bytes()));
+  if (options.cache.scrub_steps > 0)
+    log_warning(
+        "run.backend {}: tier 1 in the device's memory is not scrubbed yet "
+        "(cache.scrub_steps)",
+        backend);
+  auto cache = std::make_unique<DeviceCache>(config, heads, cache_options(options, config), device,
+                                             *rank->device.cache, pool, parts.store, *parts.group);
+  rank->attention =
+      std::make_unique<HostAttention>(config, heads.count(), originals, *cache, device);
+  rank->forward = std::make_unique<Transformer>(
+      config, *parts.weights, *parts.group, *rank->attention, pool,
+      TransformerOptions{.deterministic = options.deterministic, .originals = originals});
+  rank->cache = std::move(cache);
+}
+
+}  // namespace
+
+int64_t engine_token_limit(const JobOptions& options, const ModelConfig& config) {
+  const int64_t asked = options.model.max_len;
+  CERTKV_EXPECT(asked <= config.max_tokens, InvalidArgument,
+                "model.max_len is {}: the model's own limit is {} tokens; lower it, or set 0 for "
+                "the model's limit",
+                asked, config.max_tokens);
+  return asked > 0 ? asked : config.max_tokens;
+}
+
+DType originals_dtype(const JobOptions& options, const ModelConfig& config) {
+  const std::string& name = options.model.dtype;
+  if (name == "bfloat16") return DType::BF16;
+  if (name == "float16") return DType::F16;
+  CERTKV_EXPECT(name == "auto", InvalidArgument,
+                "model.dtype is '{}': use auto, bfloat16 or float16", name);
+  return config.dtype == DType::F16 ? DType::F16 : DType::BF16;
+}
+
+EngineNeed engine_need(const JobOptions& options, const ModelConfig& config, int tensor,
+                       int64_t prompt_tokens, int64_t max_tokens, int forks) {
+  const CacheNeed c = cache_need(config, config.kv_heads / tensor, cache_options(options, config),
+                                 prompt_tokens, max_tokens, forks);
+  return {.tier1 = c.tier1,
+          .scratch = c.scratch,
+          .arena = c.arena,
+          .prefill = Transformer::prefill_bytes(config, tensor, prompt_tokens)};
+}
+
+RankCompute make_rank_compute(const JobOptions& options, const EngineParts& parts, ShardRange heads,
+                              ThreadPool& pool) {
+  RankCompute rank;
+  if (options.run.backend == "cpu")
+    set_up_cpu(options, parts, heads, pool, &rank);
+  else
+    set_up_device(options, parts, heads, pool, &rank);
+  return rank;
+}
+
+uint64_t RankCompute::tier1_memory(int local_ranks) const {
+  // A tenth of a device is left for a step's buffers and the library's workspaces.
+  if (on_device()) return device.device->free_bytes() / 10 * 9;
+  return available_memory_bytes() / 2 / uint64_t(local_ranks);
+}
+
+EngineNeed RankCompute::need(const JobOptions& options, const ModelConfig& config, ShardRange heads,
+                             int tensor, int64_t prompt_tokens, int64_t max_tokens,
+                             int forks) const {
+  EngineNeed n = engine_need(options, config, tensor, prompt_tokens, max_tokens, forks);
+  if (!on_device()) return n;
+  n.tier1 = DeviceCache::sequence_bytes(config, heads.count(), cache_options(options, config),
+                                        prompt_tokens, max_tokens, forks);
+  n.scratch = 0;  // counted with it
+  return n;
+}
+
+}  // namespace certkv
