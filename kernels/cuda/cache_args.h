@@ -97,6 +97,7 @@ struct LadderArgs {
   uint32_t* listed = nullptr;
   int32_t* dense = nullptr;  // [count] items that go to rung 3
   uint32_t* dense_count = nullptr;
+  uint32_t* dense_listed = nullptr;  // [count] 1: the list has an n-th item
 };
 
 // Rung 3 for one item: all of its originals, verified, into a staging area.

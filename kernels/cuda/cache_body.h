@@ -196,6 +196,7 @@ CERTKV_FN void list_dense(const LadderArgs& args) {
     args.items[i].counts->dense = 1;
   }
   *args.dense_count = count;
+  for (uint32_t n = 0; n < uint32_t(args.count); ++n) args.dense_listed[n] = n < count ? 1 : 0;
 }
 
 // Everything of the n-th listed item into the staging area, originals all; warp `at` of `warps`.

@@ -8,8 +8,7 @@ namespace {
 
 class CudaCacheOps final : public CacheOps {
  public:
-  explicit CudaCacheOps(Device& device)
-      : device_(CudaDevice::of(device)), word_(device, 1, "a word read back") {}
+  explicit CudaCacheOps(Device& device) : device_(CudaDevice::of(device)) {}
 
   void append(const AppendArgs& args) override {
     check_cuda(launch_append(args, stream()), "appending a token cannot be launched");
@@ -38,16 +37,10 @@ class CudaCacheOps final : public CacheOps {
   void learn(const LadderArgs& args) override {
     check_cuda(launch_learn(args, stream()), "the memory of a step cannot be launched");
   }
-  uint32_t read(const uint32_t* word, Deadline deadline) override {
-    device_.copy(word_.data(), word, sizeof *word);
-    device_.synchronize(deadline);
-    return word_[0];
-  }
 
  private:
   cudaStream_t stream() const { return device_.stream(); }
   CudaDevice& device_;
-  HostArray<uint32_t> word_;
   int prepared_ = 0;
 };
 

@@ -49,7 +49,6 @@ class EmulatedCacheOps final : public CacheOps {
   void learn(const LadderArgs& args) override {
     for (int i = 0; i < args.count; ++i) emulated::learn(args, i);
   }
-  uint32_t read(const uint32_t* word, Deadline) override { return *word; }
 
  private:
   static constexpr int kWarpsEach = 3;  // any number does

@@ -11,6 +11,10 @@ constexpr int kBlockWarps = 4;     // of blocks that read the arena
 constexpr int kPageInBlocks = 32;  // for each item: enough to keep PCIe busy
 constexpr int kStageBlocks = 256;
 
+__global__ void condition_kernel(cudaGraphConditionalHandle handle, const uint32_t* word) {
+  cudaGraphSetConditional(handle, *word != 0 ? 1 : 0);
+}
+
 __global__ void append_kernel(const AppendArgs args) {
   append_item(args, int(blockIdx.x));
 }
@@ -67,6 +71,12 @@ __global__ void learn_kernel(const LadderArgs args) {
 }  // namespace
 
 // ---- launchers ----------------------------------------------------------------------------------
+
+cudaError_t launch_condition(cudaGraphConditionalHandle handle, const uint32_t* word,
+                             cudaStream_t stream) {
+  condition_kernel<<<1, 1, 0, stream>>>(handle, word);
+  return cudaGetLastError();
+}
 
 cudaError_t launch_append(const AppendArgs& args, cudaStream_t stream) {
   append_kernel<<<unsigned(args.rows * args.kv_heads), 32, 0, stream>>>(args);

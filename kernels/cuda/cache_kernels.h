@@ -7,6 +7,9 @@
 
 namespace certkv::cuda {
 
+// Sets a conditional node's handle by a word of the device's memory.
+cudaError_t launch_condition(cudaGraphConditionalHandle handle, const uint32_t* word,
+                             cudaStream_t stream);
 cudaError_t launch_append(const AppendArgs& args, cudaStream_t stream);
 cudaError_t launch_climb(const LadderArgs& args, cudaStream_t stream);
 cudaError_t launch_page_in(const LadderArgs& args, cudaStream_t stream);

@@ -1,7 +1,7 @@
 // The operations of a certified cache on a device: append, attend and judge, climb, learn.
 //
-// Everything is enqueued on the device's stream; nothing is allocated, and only raised() waits.
-// A step of one layer, for all its items (cache_args.h):
+// Everything is enqueued on the device's stream; nothing is allocated or waited for. A step of one
+// layer, for all its items (cache_args.h), with parts under Device::when():
 //   append; attend; while any head fails and rounds are left: climb, page_in, attend again;
 //   where heads still fail: list_dense, then for each item of the list stage_dense, attend to the
 //   staged item, take_dense; learn.
@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <memory>
 
-#include "kernels/base/deadline.h"
 #include "kernels/cuda/cache_args.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/pass.h"
@@ -31,9 +30,6 @@ class CacheOps {
   virtual void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n) = 0;
   virtual void take_dense(const LadderArgs& args, const DenseArgs& dense, int n) = 0;
   virtual void learn(const LadderArgs& args) = 0;
-
-  // The word's value once all work so far is done. Throws as Device::synchronize.
-  virtual uint32_t read(const uint32_t* word, Deadline deadline) = 0;
 };
 
 std::unique_ptr<CacheOps> make_emulated_cache_ops(Device& device);

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <map>
 #include <thread>
 #include <vector>
 
 #include "kernels/cuda/attend_device.h"
+#include "kernels/cuda/cache_kernels.h"
 
 namespace certkv::cuda {
 
@@ -53,10 +55,15 @@ class Gpu final : public CudaDevice {
     shape_ = device_shape();
     check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
                "a stream cannot be created");
+    current_ = stream_;
+    check_cuda(cudaMallocHost(reinterpret_cast<void**>(&word_), sizeof *word_),
+               "a word of pinned host memory");
   }
   ~Gpu() override {
     for (const auto& [memory, pieces] : mapped_)
       for (void* piece : pieces) (void)cudaHostUnregister(piece);
+    for (cudaStream_t s : inner_) (void)cudaStreamDestroy(s);
+    (void)cudaFreeHost(word_);
     (void)cudaStreamDestroy(stream_);
   }
 
@@ -66,7 +73,7 @@ class Gpu final : public CudaDevice {
   uint64_t total_bytes() const override { return memory().second; }
   uint64_t free_bytes() const override { return memory().first; }
   int ordinal() const override { return ordinal_; }
-  cudaStream_t stream() const override { return stream_; }
+  cudaStream_t stream() const override { return current_; }
 
   std::byte* allocate(uint64_t bytes, const char* what) override {
     void* p = nullptr;
@@ -126,14 +133,15 @@ class Gpu final : public CudaDevice {
 
   void copy(void* to, const void* from, uint64_t bytes) override {
     if (bytes == 0) return;
-    check_cuda(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDefault, stream_),
+    check_cuda(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDefault, current_),
                "a copy cannot be started");
   }
   void fill(void* to, uint8_t byte, uint64_t bytes) override {
     if (bytes == 0) return;
-    check_cuda(cudaMemsetAsync(to, byte, size_t(bytes), stream_), "a fill cannot be started");
+    check_cuda(cudaMemsetAsync(to, byte, size_t(bytes), current_), "a fill cannot be started");
   }
   void synchronize(Deadline deadline) override {
+    CERTKV_EXPECT(!capturing_, DeviceError, "a graph is being captured: nothing can be waited for");
     // Polled, because cudaStreamSynchronize has no deadline; a while without sleep, because a step
     // is short.
     const auto start = std::chrono::steady_clock::now();
@@ -141,7 +149,7 @@ class Gpu final : public CudaDevice {
       const cudaError_t error = cudaStreamQuery(stream_);
       if (error == cudaSuccess) return;
       if (error != cudaErrorNotReady) check_cuda(error, "work on the device failed");
-      (void)cudaGetLastError();
+      (void)cudaGetLastError();  // not ready is no error
       CERTKV_EXPECT(!deadline.passed(), DeadlineExceeded,
                     "{} has not finished its work within the deadline", name_);
       if (std::chrono::steady_clock::now() - start > std::chrono::milliseconds(50))
@@ -149,7 +157,112 @@ class Gpu final : public CudaDevice {
     }
   }
 
+  void when(const uint32_t* word, const std::function<void()>& body) override {
+    if (!capturing_) {
+      copy(word_, word, sizeof *word_);
+      synchronize(Deadline::after(kWhenDeadline));
+      if (*word_ != 0) body();
+      return;
+    }
+    const char* what = "a conditional part cannot be captured";
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaGraph_t graph = nullptr;
+    check_cuda(capture_info(&status, &graph, nullptr, nullptr), what);
+    cudaGraphConditionalHandle handle{};
+    check_cuda(cudaGraphConditionalHandleCreate(&handle, graph, 0, cudaGraphCondAssignDefault),
+               what);
+    check_cuda(launch_condition(handle, word, current_), what);
+    const cudaGraphNode_t* before = nullptr;
+    size_t count = 0;
+    check_cuda(capture_info(&status, &graph, &before, &count), what);
+    cudaGraphNodeParams params{};
+    params.type = cudaGraphNodeTypeConditional;
+    params.conditional.handle = handle;
+    params.conditional.type = cudaGraphCondTypeIf;
+    params.conditional.size = 1;
+    cudaGraphNode_t node = nullptr;
+#if CUDART_VERSION >= 13000
+    check_cuda(cudaGraphAddNode(&node, graph, before, nullptr, count, &params), what);
+    check_cuda(cudaStreamUpdateCaptureDependencies(current_, &node, nullptr, 1,
+                                                   cudaStreamSetCaptureDependencies),
+               what);
+#else
+    check_cuda(cudaGraphAddNode(&node, graph, before, count, &params), what);
+    check_cuda(
+        cudaStreamUpdateCaptureDependencies(current_, &node, 1, cudaStreamSetCaptureDependencies),
+        what);
+#endif
+    // The body is captured by a stream of its own depth.
+    if (inner_.size() <= depth_) {
+      cudaStream_t s = nullptr;
+      check_cuda(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "a stream");
+      inner_.push_back(s);
+    }
+    cudaStream_t outer = current_;
+    current_ = inner_[depth_++];
+    check_cuda(cudaStreamBeginCaptureToGraph(current_, params.conditional.phGraph_out[0], nullptr,
+                                             nullptr, 0, cudaStreamCaptureModeThreadLocal),
+               what);
+    std::exception_ptr failed;
+    try {
+      body();
+    } catch (...) {
+      failed = std::current_exception();
+    }
+    const cudaError_t ended = cudaStreamEndCapture(current_, nullptr);
+    current_ = outer;
+    --depth_;
+    if (failed) std::rethrow_exception(failed);
+    check_cuda(ended, what);
+  }
+
+  std::unique_ptr<Graph> capture(const std::function<void()>& work) override {
+    CERTKV_EXPECT(!capturing_, DeviceError, "a graph is being captured already");
+    check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal),
+               "a graph cannot be captured");
+    capturing_ = true;
+    std::exception_ptr failed;
+    try {
+      work();
+    } catch (...) {
+      failed = std::current_exception();
+    }
+    capturing_ = false;
+    auto out = std::make_unique<CapturedGraph>();
+    const cudaError_t ended = cudaStreamEndCapture(stream_, &out->graph);
+    if (failed) {
+      (void)cudaGetLastError();
+      std::rethrow_exception(failed);
+    }
+    check_cuda(ended, "a graph cannot be captured");
+    check_cuda(cudaGraphInstantiate(&out->executable, out->graph, 0),
+               "a graph cannot be instantiated");
+    return out;
+  }
+  void launch(Graph& graph) override {
+    check_cuda(cudaGraphLaunch(dynamic_cast<CapturedGraph&>(graph).executable, stream_),
+               "a graph cannot be launched");
+  }
+
  private:
+  struct CapturedGraph : Graph {
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    ~CapturedGraph() override {
+      if (executable != nullptr) (void)cudaGraphExecDestroy(executable);
+      if (graph != nullptr) (void)cudaGraphDestroy(graph);
+    }
+  };
+  static constexpr auto kWhenDeadline = std::chrono::seconds(60);
+
+  cudaError_t capture_info(cudaStreamCaptureStatus* status, cudaGraph_t* graph,
+                           const cudaGraphNode_t** before, size_t* count) const {
+#if CUDART_VERSION >= 13000
+    return cudaStreamGetCaptureInfo(current_, status, nullptr, graph, before, nullptr, count);
+#else
+    return cudaStreamGetCaptureInfo_v2(current_, status, nullptr, graph, before, count);
+#endif
+  }
   std::pair<uint64_t, uint64_t> memory() const {
     size_t free = 0, total = 0;
     check_cuda(cudaMemGetInfo(&free, &total), "the device's free memory");
@@ -160,6 +273,11 @@ class Gpu final : public CudaDevice {
   DeviceShape shape_;
   std::string name_;
   cudaStream_t stream_ = nullptr;
+  cudaStream_t current_ = nullptr;   // where work goes: stream_, or that of a body under capture
+  std::vector<cudaStream_t> inner_;  // by depth
+  size_t depth_ = 0;
+  bool capturing_ = false;
+  uint32_t* word_ = nullptr;  // pinned
   std::map<const std::byte*, std::vector<void*>> mapped_;
 };
 

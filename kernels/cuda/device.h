@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -54,6 +55,21 @@ class Device {
   // Until all work so far is done. Throws DeviceError with the first error of that work, and
   // DeadlineExceeded.
   virtual void synchronize(Deadline deadline) = 0;
+
+  // Does `body` if the word, in the device's memory, is not 0 once all work so far is done. Within
+  // a captured graph the device decides; else the host waits for the word. The body may contain
+  // other such parts. Throws as synchronize().
+  virtual void when(const uint32_t* word, const std::function<void()>& body) = 0;
+
+  // Work that is enqueued again and again as one piece: what `work` enqueues, with the same memory.
+  // It must not wait, nor allocate; parts under when() are decided anew at every launch. Nothing is
+  // done yet. Throws DeviceError.
+  class Graph {
+   public:
+    virtual ~Graph() = default;
+  };
+  virtual std::unique_ptr<Graph> capture(const std::function<void()>& work) = 0;
+  virtual void launch(Graph& graph) = 0;
 
  protected:
   Device() = default;

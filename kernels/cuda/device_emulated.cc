@@ -49,8 +49,21 @@ class EmulatedDevice final : public Device {
     if (bytes != 0) std::memset(to, byte, bytes);
   }
   void synchronize(Deadline) override {}
+  void when(const uint32_t* word, const std::function<void()>& body) override {
+    if (*word != 0) body();
+  }
+  // What `work` captures by reference must outlive the graph, as the device's memory must.
+  std::unique_ptr<Graph> capture(const std::function<void()>& work) override {
+    auto graph = std::make_unique<Again>();
+    graph->work = work;
+    return graph;
+  }
+  void launch(Graph& graph) override { dynamic_cast<Again&>(graph).work(); }
 
  private:
+  struct Again : Graph {
+    std::function<void()> work;
+  };
   static std::byte* take(uint64_t bytes, const char* what) {
     void* p = std::aligned_alloc(kAlign, (size_t(bytes) + kAlign - 1) / kAlign * kAlign);
     CERTKV_EXPECT(p != nullptr, OutOfMemory, "{}: {} bytes of host memory cannot be had", what,

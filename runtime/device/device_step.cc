@@ -88,7 +88,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
   grow(&b.out, device_, items * n * d, "outputs of a pass");
   grow(&b.list, device_, quotas, "list of blocks to page in");
   grow(&b.listed, device_, items, "list of blocks to page in");
-  grow(&b.words, device_, kWords, "marks of a step");
+  grow(&b.words, device_, kWords + items, "marks of a step");
   grow(&b.dense, device_, items, "list of heads for rung 3");
   if (staged > b.staged_pages) {  // of one KV head: the others wait
     b.staged_pages = staged;
@@ -232,6 +232,7 @@ void DeviceCache::decode(int layer, const float* qkv, float* out) {
     ladder.listed = b.listed.data();
     ladder.dense = b.dense.data();
     ladder.dense_count = b.words.data() + kDenseCount;
+    ladder.dense_listed = b.words.data() + kWords;
     climb(pass, shape, ladder);
     ops_.learn(ladder);
   }
@@ -242,24 +243,11 @@ void DeviceCache::decode(int layer, const float* qkv, float* out) {
 void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape& first_shape,
                         const cuda::LadderArgs& ladder) {
   StepBuffers& b = *step_;
-  const auto read = [&](size_t word) {
-    return ops_.read(b.words.data() + word, Deadline::after(kDeviceDeadline));
-  };
+  const uint32_t* any_failing = b.words.data() + kAnyFailing;
   cuda::PassArgs pass = first_pass;
   cuda::PassShape shape = first_shape;
   pass.repeated = true;
   shape.splits = b.most_splits[1];
-  bool failing = read(kAnyFailing) != 0;
-  for (int round = 0; failing && round < at(rows_[0]).rules.ladder.max_rounds; ++round) {
-    ops_.climb(ladder);
-    ops_.page_in(ladder);
-    device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
-    ops_.attend(pass, shape);
-    failing = read(kAnyFailing) != 0;
-  }
-  // Heads that found nothing to promote, or no room, are failing still, though no pass said so.
-  ops_.list_dense(ladder);
-  const uint32_t count = read(kDenseCount);
   cuda::DenseArgs dense;
   dense.pass = b.stage_pass.data();
   dense.slots = b.stage.data();
@@ -270,16 +258,29 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
   dense.out = b.stage_out.data();
   dense.judged = b.stage_judged.data();
   dense.failing = b.words.data() + kStageFailing;
-  cuda::PassArgs all = first_pass;
-  all.items = b.stage_pass.data();
-  all.repeated = false;
-  shape.items = 1;
-  for (uint32_t i = 0; i < count; ++i) {
-    device_.fill(dense.failing, 0, 2 * sizeof(uint32_t));
-    ops_.stage_dense(ladder, dense, int(i));
-    ops_.attend(all, shape);
-    ops_.take_dense(ladder, dense, int(i));
-  }
+  cuda::PassArgs staged = first_pass;
+  staged.items = b.stage_pass.data();
+  cuda::PassShape one = shape;
+  one.items = 1;
+  const int rounds = int(at(rows_[0]).rules.ladder.max_rounds);
+  device_.when(any_failing, [&] {
+    for (int round = 0; round < rounds; ++round)
+      device_.when(any_failing, [&] {
+        ops_.climb(ladder);
+        ops_.page_in(ladder);
+        device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
+        ops_.attend(pass, shape);
+      });
+    // Heads that found nothing to promote, or no room, are failing still, though no pass said so.
+    ops_.list_dense(ladder);
+    for (int i = 0; i < ladder.count; ++i)
+      device_.when(ladder.dense_listed + i, [&] {
+        device_.fill(dense.failing, 0, 2 * sizeof(uint32_t));
+        ops_.stage_dense(ladder, dense, i);
+        ops_.attend(staged, one);
+        ops_.take_dense(ladder, dense, i);
+      });
+  });
 }
 
 void DeviceCache::end_step() {
