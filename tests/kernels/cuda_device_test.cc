@@ -1,0 +1,99 @@
+// A device's memory, its order, and the parts of a graph that it decides on itself: in emulation
+// and, as a program of tests/gpu, on a GPU.
+#include <cstdint>
+
+#include "tests/support/device_ops.h"
+
+namespace certkv {
+namespace {
+
+class DeviceTest : public OnTestDevice {
+ protected:
+  // Words of the device, all 0.
+  cuda::DeviceArray<uint32_t> words(size_t count) { return put(std::vector<uint32_t>(count, 0)); }
+  void set(const cuda::DeviceArray<uint32_t>& to, size_t i, uint32_t value) {
+    device_->copy(to.data() + i, &value, sizeof value);
+    wait();
+  }
+  void mark(const cuda::DeviceArray<uint32_t>& to, size_t i) { device_->fill(to.data() + i, 1, 1); }
+};
+
+TEST_F(DeviceTest, CopiesAndFillsInOrder) {
+  const auto a = put(std::vector<uint32_t>{1, 2, 3});
+  const auto b = words(3);
+  device_->copy(b.data(), a.data(), a.bytes());
+  device_->fill(a.data(), 0xff, 4);
+  device_->copy(b.data() + 2, a.data(), 4);
+  EXPECT_EQ(get(b), (std::vector<uint32_t>{1, 2, 0xffffffffu}));
+}
+
+TEST_F(DeviceTest, DoesAPartWhenItsWordIsSet) {
+  const auto word = words(2), done = words(2);
+  const auto part = [&] {
+    device_->when(word.data(), [&] {
+      mark(done, 0);
+      device_->when(word.data() + 1, [&] { mark(done, 1); });
+    });
+  };
+  part();
+  EXPECT_EQ(get(done), (std::vector<uint32_t>{0, 0}));
+  set(word, 0, 1);
+  part();
+  EXPECT_EQ(get(done), (std::vector<uint32_t>{1, 0}));
+  set(word, 1, 7);
+  part();
+  EXPECT_EQ(get(done), (std::vector<uint32_t>{1, 1}));
+}
+
+// A captured part is decided anew at every launch; nothing is done at the capture.
+TEST_F(DeviceTest, AGraphDecidesItsPartsAtEveryLaunch) {
+  const auto word = words(3), done = words(5);
+  const auto graph = device_->capture([&] {
+    mark(done, 0);
+    device_->when(word.data(), [&] {
+      mark(done, 1);
+      device_->fill(word.data() + 2, 1, 1);  // decides what follows
+      device_->when(word.data() + 1, [&] { mark(done, 2); });
+      device_->when(word.data() + 2, [&] { mark(done, 3); });
+    });
+    mark(done, 4);
+  });
+  EXPECT_EQ(get(done), std::vector<uint32_t>(5, 0));
+  const auto launch = [&](uint32_t first, uint32_t second) {
+    device_->fill(done.data(), 0, done.bytes());
+    set(word, 0, first);
+    set(word, 1, second);
+    set(word, 2, 0);
+    device_->launch(*graph);
+    return get(done);
+  };
+  EXPECT_EQ(launch(0, 1), (std::vector<uint32_t>{1, 0, 0, 0, 1}));
+  EXPECT_EQ(launch(1, 0), (std::vector<uint32_t>{1, 1, 0, 1, 1}));
+  EXPECT_EQ(launch(5, 9), (std::vector<uint32_t>{1, 1, 1, 1, 1}));
+  EXPECT_EQ(launch(0, 0), (std::vector<uint32_t>{1, 0, 0, 0, 1}));
+}
+
+TEST_F(DeviceTest, MoreMemoryThanThereIsIsRefusedWithItsFigures) {
+  const uint64_t total = device_->total_bytes();
+  EXPECT_LE(device_->free_bytes(), total);
+  const std::string error = thrown_by([&] { device_->allocate(2 * total, "a cache of tests"); });
+  EXPECT_EQ(error.find("OutOfMemory: a cache of tests: "), 0u) << error;
+  EXPECT_NE(error.find(std::to_string(2 * total)), std::string::npos) << error;
+  EXPECT_NE(error.find("of " + std::to_string(total) + " are free"), std::string::npos) << error;
+  // It goes on all the same.
+  const auto a = put(std::vector<uint32_t>{4});
+  EXPECT_EQ(get(a), std::vector<uint32_t>{4});
+}
+
+TEST_F(DeviceTest, ReadsMappedHostMemory) {
+  alignas(4096) static std::byte memory[8192];
+  memory[5000] = std::byte(77);
+  const std::byte* mapped = device_->map_host(memory, sizeof memory);
+  const auto a = words(1);
+  device_->copy(a.data(), mapped + 5000, 1);
+  EXPECT_EQ(get(a)[0], 77u);
+  device_->unmap_host(memory);
+}
+
+}  // namespace
+}  // namespace certkv
