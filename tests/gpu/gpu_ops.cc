@@ -16,5 +16,8 @@ std::unique_ptr<cuda::LinearOps> make_test_linear_ops(cuda::Device& device) {
 std::unique_ptr<cuda::DenseOps> make_test_dense_ops(cuda::Device& device) {
   return cuda::make_cuda_dense_ops(device);
 }
+std::unique_ptr<cuda::ModelOps> make_test_model_ops(cuda::Device& device) {
+  return cuda::make_cuda_model_ops(device);
+}
 
 }  // namespace certkv

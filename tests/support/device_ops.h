@@ -12,6 +12,7 @@
 #include "kernels/cuda/dense_ops.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_ops.h"
+#include "kernels/cuda/model_ops.h"
 
 namespace certkv {
 
@@ -19,6 +20,7 @@ namespace certkv {
 std::unique_ptr<cuda::Device> make_test_device(std::string* why);
 std::unique_ptr<cuda::LinearOps> make_test_linear_ops(cuda::Device& device);
 std::unique_ptr<cuda::DenseOps> make_test_dense_ops(cuda::Device& device);
+std::unique_ptr<cuda::ModelOps> make_test_model_ops(cuda::Device& device);
 
 // A test's device with arrays on it.
 class OnTestDevice : public testing::Test {
