@@ -25,6 +25,11 @@ struct DecodeOutput {
   std::vector<int> fallback_layers;  // [rows]: layers that took rung 4
 };
 
+struct ModelConfig;
+
+// Throws InvalidArgument naming the first token of a prompt or step that the vocabulary lacks.
+void check_tokens(const ModelConfig& config, std::span<const int32_t> tokens);
+
 class ForwardPass {
  public:
   virtual ~ForwardPass() = default;

@@ -11,6 +11,7 @@
 #include "parallel/communicator.h"
 #include "runtime/kv_attention.h"
 #include "runtime/model_config.h"
+#include "runtime/model_rope.h"
 #include "runtime/weights.h"
 
 namespace certkv {
@@ -18,30 +19,6 @@ namespace certkv {
 namespace {
 
 constexpr size_t kChunk = 512;  // prompt rows taken through a layer together
-
-std::vector<double> frequencies_of(const ModelConfig& config) {
-  const RopeConfig& r = config.rope;
-  std::vector<double> f = rope_frequencies(r.theta, size_t(config.head_dim));
-  const double original = double(r.original_max_position_embeddings);
-  switch (r.kind) {
-    case RopeKind::Plain:
-      break;
-    case RopeKind::Linear:
-      rope_scale_linear(f, r.factor);
-      break;
-    case RopeKind::Llama3:
-      rope_scale_llama3(f, r.factor, r.low_freq_factor, r.high_freq_factor, original);
-      break;
-    case RopeKind::Yarn:
-      rope_scale_yarn(f, r.theta, r.factor, r.beta_fast, r.beta_slow, r.yarn_truncate, original);
-      break;
-  }
-  return f;
-}
-
-double rope_magnitude(const ModelConfig& config) {
-  return config.rope.kind == RopeKind::Yarn ? config.rope.attention_factor : 1.0;
-}
 
 class Stopwatch {
  public:
@@ -57,14 +34,14 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
+}  // namespace
+
 void check_tokens(const ModelConfig& config, std::span<const int32_t> tokens) {
   for (size_t i = 0; i < tokens.size(); ++i)
     CERTKV_EXPECT(tokens[i] >= 0 && tokens[i] < config.vocab, InvalidArgument,
                   "token {} of the prompt is id {}: the vocabulary has {} ids", i, tokens[i],
                   config.vocab);
 }
-
-}  // namespace
 
 struct Transformer::Prompt {
   int64_t sequence = 0;
@@ -83,7 +60,7 @@ Transformer::Transformer(const ModelConfig& config, const Weights& weights, Comm
       pool_(pool),
       options_(options),
       layers_(config, weights, group, pool, options.deterministic),
-      frequency_(frequencies_of(config)) {
+      frequency_(model_rope_frequencies(config)) {
   CERTKV_EXPECT(options.originals == DType::BF16 || options.originals == DType::F16,
                 InvalidArgument, "originals of type {}: BF16 or F16 is needed",
                 dtype_name(options.originals));
@@ -146,7 +123,7 @@ void Transformer::prefill_chunk(size_t layer, Prompt& p, size_t first, size_t ro
   const size_t out_width = layers_.heads_per_group() * d;
   float* x = p.x.data() + first * hidden;
 
-  rope_.fill(frequency_, rope_magnitude(config_), int64_t(first), rows);
+  rope_.fill(frequency_, model_rope_magnitude(config_), int64_t(first), rows);
   layers_.project_qkv(layer, x, rows, rope_, ProductShape::Tiles);
   layers_.round_originals(options_.originals, rows, p.k.data() + first * d, p.v.data() + first * d,
                           p.tokens * d, d, [&](size_t) { p.nonfinite = true; });
@@ -241,7 +218,7 @@ DecodeOutput Transformer::decode(std::span<const DecodeInput> rows) {
   RopeTable& table = rope_;
   std::vector<float> cos, sin;
   for (const DecodeInput& row : rows) {
-    table.fill(frequency_, rope_magnitude(config_), row.position, 1);
+    table.fill(frequency_, model_rope_magnitude(config_), row.position, 1);
     cos.insert(cos.end(), table.cos.begin(), table.cos.begin() + ptrdiff_t(pairs));
     sin.insert(sin.end(), table.sin.begin(), table.sin.begin() + ptrdiff_t(pairs));
   }

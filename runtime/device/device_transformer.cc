@@ -1,0 +1,476 @@
+#include "runtime/device/device_transformer.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "kernels/activation.h"
+#include "kernels/base/error.h"
+#include "kernels/rope.h"
+#include "runtime/kv_attention.h"
+#include "runtime/model_rope.h"
+#include "runtime/weights.h"
+
+namespace certkv {
+
+namespace {
+
+// Where in a layer a row's first fault was; with the layer, the code that the operations are given.
+enum class Stage : uint32_t { KeyValue = 0, Attention = 1, Mlp = 2 };
+constexpr uint32_t kStages = 4;
+
+uint32_t fault_code(size_t layer, Stage stage) {
+  return uint32_t(layer) * kStages + uint32_t(stage);
+}
+int fault_layer(uint32_t code) {
+  return code == cuda::kNoFault ? -1 : int(code / kStages);
+}
+
+ShardRange groups_of(const ModelConfig& config, const DeviceGroup* group) {
+  return group == nullptr ? ShardRange{0, config.kv_heads}
+                          : kv_heads_of_rank(config.kv_heads, group->size(), group->rank());
+}
+
+const Weights& check_weights(const ModelConfig& config, const Weights& weights,
+                             const DeviceGroup* group) {
+  const ShardRange own = groups_of(config, group);
+  CERTKV_EXPECT(own.begin == weights.groups.begin && own.end == weights.groups.end, InvalidArgument,
+                "weights of KV groups {}..{} given to a device that owns {}..{}",
+                weights.groups.begin, weights.groups.end, own.begin, own.end);
+  return weights;
+}
+
+size_t mlp_of(const ModelConfig& c, ShardRange groups) {
+  return size_t(shard_range(c.intermediate, c.kv_heads, groups.end - 1).end -
+                shard_range(c.intermediate, c.kv_heads, groups.begin).begin);
+}
+
+}  // namespace
+
+struct DeviceTransformer::Prompt {
+  int64_t sequence = 0;
+  size_t tokens = 0;
+  size_t capacity = 0;  // tokens that k and v have room for: few values, so few plans of attention
+  cuda::DeviceArray<int32_t> ids;    // [tokens]
+  cuda::DeviceArray<float> x;        // [tokens, hidden], the residual stream
+  cuda::DeviceArray<uint16_t> k, v;  // [kv_heads, capacity, head_dim], of the current layer
+  size_t last_queries = 0;           // rows of host_q_
+  Buffers chunk;                     // of the rows at hand
+};
+
+DeviceTransformer::DeviceTransformer(const ModelConfig& config, const Weights& weights,
+                                     cuda::Device& device, DeviceOps ops, DeviceAttention& cache,
+                                     DeviceGroup* group, DeviceTransformerOptions options)
+    : config_(config),
+      device_(device),
+      ops_(ops),
+      cache_(cache),
+      group_(group),
+      options_(options),
+      hidden_(size_t(config.hidden)),
+      head_dim_(size_t(config.head_dim)),
+      heads_(size_t(groups_of(config, group).count() * config.heads_per_group())),
+      kv_heads_(size_t(groups_of(config, group).count())),
+      mlp_(mlp_of(config, groups_of(config, group))),
+      ranks_(group == nullptr ? 1 : size_t(group->size())),
+      rank_(group == nullptr ? 0 : size_t(group->rank())),
+      max_tokens_(options.max_tokens == 0 ? config.max_tokens
+                                          : std::min(options.max_tokens, config.max_tokens)),
+      weights_(config, check_weights(config, weights, group), device, options.weights) {
+  CERTKV_EXPECT(options.originals == DType::BF16 || options.originals == DType::F16,
+                InvalidArgument, "originals of type {}: BF16 or F16 is needed",
+                dtype_name(options.originals));
+  CERTKV_EXPECT(options.max_batch > 0 && options.chunk_rows > 0 && options.max_tokens >= 0,
+                InvalidArgument,
+                "max_batch is {}, chunk_rows {}, max_tokens {}: positive numbers are needed",
+                options.max_batch, options.chunk_rows, options.max_tokens);
+  for (size_t r = 0; r < ranks_; ++r) {
+    const ShardRange g = kv_heads_of_rank(config.kv_heads, int64_t(ranks_), int64_t(r));
+    vocab_.push_back({shard_range(config.vocab, config.kv_heads, g.begin).begin,
+                      shard_range(config.vocab, config.kv_heads, g.end - 1).end});
+    vocab_widest_ = std::max(vocab_widest_, size_t(vocab_.back().count()));
+  }
+
+  RopeTable table;
+  table.fill(model_rope_frequencies(config), model_rope_magnitude(config), 0, size_t(max_tokens_));
+  cos_ = {device, table.cos.size(), "the rotary table"};
+  sin_ = {device, table.sin.size(), "the rotary table"};
+  device.copy(cos_.data(), table.cos.data(), cos_.bytes());
+  device.copy(sin_.data(), table.sin.data(), sin_.bytes());
+
+  const size_t batch = options.max_batch;
+  step_ = make_buffers(batch, false);
+  x_ = {device, batch * hidden_, "a step's activations"};
+  logits_ = {device, batch * vocab_widest_, "a step's logits"};
+  if (ranks_ > 1) all_logits_ = {device, ranks_ * batch * vocab_widest_, "a step's logits"};
+  host_logits_ = {device, ranks_ * batch * vocab_widest_, "a step's logits"};
+  host_rows_ = {device, 2 * batch, "a step's tokens"};
+  host_q_ = {device, KvAttention::kLastQueries * heads_ * head_dim_, "a prompt's last queries"};
+  device.synchronize(Deadline::after(options.deadline));
+}
+
+DeviceTransformer::Buffers DeviceTransformer::make_buffers(size_t rows, bool prompt) {
+  const char* what = prompt ? "a prompt's activations" : "a step's activations";
+  const size_t element = dtype_bytes(options_.weights), width = heads_ * head_dim_;
+  Buffers b;
+  b.rows = rows;
+  b.normed = {device_, rows * hidden_ * element, what};
+  b.qkv = {device_, rows * (heads_ + 2 * kv_heads_) * head_dim_, what};
+  b.attention_in = {device_, rows * width * element, what};
+  b.sums = {device_, rows * hidden_, what};
+  b.gate_up = {device_, rows * 2 * mlp_, what};
+  b.gated = {device_, rows * mlp_ * element, what};
+  b.fault = {device_, rows, what};
+  if (ranks_ > 1) b.faults = {device_, ranks_ * rows, what};
+  b.host_faults = {device_, ranks_ * rows, what};
+  if (prompt) {
+    b.q16 = {device_, rows * width, what};
+    b.out16 = {device_, rows * width, what};
+  } else {
+    b.ids = {device_, rows, what};
+    b.positions = {device_, rows, what};
+    b.attention = {device_, rows * width, what};
+  }
+  return b;
+}
+
+uint64_t DeviceTransformer::prefill_bytes(const ModelConfig& c, int64_t tensor, int64_t tokens,
+                                          const DeviceTransformerOptions& options) {
+  uint64_t most = 0;
+  for (int64_t r = 0; r < tensor; ++r)
+    most = std::max<uint64_t>(most, mlp_of(c, kv_heads_of_rank(c.kv_heads, tensor, r)));
+  const uint64_t hidden = uint64_t(c.hidden), element = dtype_bytes(options.weights);
+  const uint64_t kv = uint64_t(c.kv_heads / tensor) * uint64_t(c.head_dim);
+  const uint64_t q = kv * uint64_t(c.heads_per_group());
+  const uint64_t faults = 1 + (tensor > 1 ? uint64_t(tensor) : 0);
+  const uint64_t chunk_row =
+      (hidden + q + most) * element + 4 * (q + 2 * kv + hidden + 2 * most + faults) + 4 * q;
+  const uint64_t capacity = std::bit_ceil(uint64_t(tokens));
+  return uint64_t(tokens) * (4 + 4 * hidden) + capacity * 4 * kv +
+         std::min(uint64_t(options.chunk_rows), capacity) * chunk_row;
+}
+
+// ---- parts of a layer ---------------------------------------------------------------------------
+
+void DeviceTransformer::project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y) {
+  ops_.linear.linear({.weight = matrix.values.data(),
+                      .dtype = weights_.dtype,
+                      .out = matrix.out,
+                      .in = matrix.in,
+                      .x = x,
+                      .x_stride = matrix.in,
+                      .y = y,
+                      .y_stride = matrix.out,
+                      .rows = rows});
+}
+
+void DeviceTransformer::norm(const float* x, const cuda::DeviceArray<float>& weight, size_t rows,
+                             void* normed) {
+  ops_.model.residual_norm({.x = const_cast<float*>(x),
+                            .weight = weight.data(),
+                            .eps = float(config_.rms_norm_eps),
+                            .dtype = weights_.dtype,
+                            .normed = normed,
+                            .rows = rows,
+                            .n = hidden_});
+}
+
+void DeviceTransformer::project_qkv(const DeviceLayer& layer, Buffers& b, size_t rows,
+                                    cuda::RotateQkv rotation, size_t index) {
+  project(layer.qkv, b.normed.data(), rows, b.qkv.data());
+  rotation.qkv = b.qkv.data();
+  rotation.bias = layer.qkv_bias.data();
+  rotation.q_norm = layer.q_norm.data();
+  rotation.k_norm = layer.k_norm.data();
+  rotation.eps = float(config_.rms_norm_eps);
+  rotation.cos = cos_.data();
+  rotation.sin = sin_.data();
+  rotation.originals = options_.originals;
+  rotation.fault = b.fault.data();
+  rotation.code = fault_code(index, Stage::KeyValue);
+  rotation.rows = rows;
+  rotation.heads = heads_;
+  rotation.kv_heads = kv_heads_;
+  rotation.head_dim = head_dim_;
+  ops_.model.rotate_qkv(rotation);
+}
+
+void DeviceTransformer::finish_layer(size_t index, Buffers& b, const void* attention, size_t rows,
+                                     float* x, uint32_t* fault,
+                                     const cuda::DeviceArray<float>* next) {
+  const DeviceLayer& w = weights_.layers[index];
+  cuda::ResidualNorm add{.x = x,
+                         .y = b.sums.data(),
+                         .bias = w.o_bias.data(),
+                         .fault = fault,
+                         .code = fault_code(index, Stage::Attention),
+                         .weight = w.post_attention_norm.data(),
+                         .eps = float(config_.rms_norm_eps),
+                         .dtype = weights_.dtype,
+                         .normed = b.normed.data(),
+                         .rows = rows,
+                         .n = hidden_};
+  project(w.o, attention, rows, b.sums.data());
+  if (group_ != nullptr) group_->sum(b.sums.data(), rows * hidden_);
+  ops_.model.residual_norm(add);
+
+  project(w.gate_up, b.normed.data(), rows, b.gate_up.data());
+  ops_.model.gate(
+      {b.gate_up.data(), w.gate_up_bias.data(), weights_.dtype, b.gated.data(), rows, mlp_});
+  project(w.down, b.gated.data(), rows, b.sums.data());
+  if (group_ != nullptr) group_->sum(b.sums.data(), rows * hidden_);
+  add.bias = w.down_bias.data();
+  add.code = fault_code(index, Stage::Mlp);
+  add.weight = next == nullptr ? nullptr : next->data();
+  ops_.model.residual_norm(add);
+}
+
+void DeviceTransformer::logits(const Buffers& b, size_t rows) {
+  ops_.linear.linear({.weight = weights_.lm_head_values(),
+                      .dtype = weights_.dtype,
+                      .out = weights_.vocab_rows,
+                      .in = hidden_,
+                      .x = b.normed.data(),
+                      .x_stride = hidden_,
+                      .y = logits_.data(),
+                      .y_stride = vocab_widest_,
+                      .rows = rows});
+  const size_t part = rows * vocab_widest_;
+  if (group_ != nullptr && ranks_ > 1) group_->gather(logits_.data(), all_logits_.data(), part);
+  const float* from = ranks_ > 1 ? all_logits_.data() : logits_.data();
+  device_.copy(host_logits_.data(), from, ranks_ * part * sizeof(float));
+}
+
+void DeviceTransformer::copy_logits(size_t row, size_t rows, float* out) const {
+  for (size_t r = 0; r < ranks_; ++r) {
+    const float* from = host_logits_.data() + (r * rows + row) * vocab_widest_;
+    std::copy(from, from + vocab_[r].count(), out + vocab_[r].begin);
+  }
+}
+
+// What one rank saw alone (a key beyond the originals' range) all must know.
+void DeviceTransformer::collect_faults(Buffers& b, size_t rows) {
+  const uint32_t* from = b.fault.data();
+  if (group_ != nullptr && ranks_ > 1) {
+    group_->gather(b.fault.data(), b.faults.data(), rows);
+    from = b.faults.data();
+  }
+  device_.copy(b.host_faults.data(), from, ranks_ * rows * sizeof(uint32_t));
+}
+
+uint32_t DeviceTransformer::fault_of(const Buffers& b, size_t rows, size_t row) const {
+  uint32_t code = cuda::kNoFault;
+  for (size_t r = 0; r < ranks_; ++r) code = std::min(code, b.host_faults[r * rows + row]);
+  return code;
+}
+
+// ---- prefill ------------------------------------------------------------------------------------
+
+std::vector<float> DeviceTransformer::prefill(int64_t sequence, std::span<const int32_t> tokens,
+                                              const Progress& progress) {
+  CERTKV_EXPECT(!tokens.empty(), InvalidArgument,
+                "the prompt is empty: at least 1 token is needed");
+  CERTKV_EXPECT(int64_t(tokens.size()) <= max_tokens_, InvalidArgument,
+                "the prompt has {} tokens: the limit is {}", tokens.size(), max_tokens_);
+  check_tokens(config_, tokens);
+  Prompt p;
+  p.sequence = sequence;
+  p.tokens = tokens.size();
+  p.capacity = std::bit_ceil(p.tokens);
+  const size_t originals = kv_heads_ * p.capacity * head_dim_;
+  const char* what = "a prompt's activations";
+  p.ids = {device_, p.tokens, what};
+  p.x = {device_, p.tokens * hidden_, what};
+  p.k = {device_, originals, what};
+  p.v = {device_, originals, what};
+  if (host_k_.count() < originals) {
+    host_k_.reset();
+    host_v_.reset();
+    host_k_ = {device_, originals, "a prompt's keys"};
+    host_v_ = {device_, originals, "a prompt's values"};
+  }
+  p.chunk = make_buffers(std::min(options_.chunk_rows, p.capacity), true);
+
+  // Attention multiplies what lies beyond the tokens by zero, so it must be finite.
+  device_.fill(p.k.data(), 0, p.k.bytes());
+  device_.fill(p.v.data(), 0, p.v.bytes());
+  device_.copy(p.ids.data(), tokens.data(), p.ids.bytes());
+  ops_.model.embed(
+      {weights_.embed.data(), weights_.embed_dtype, p.ids.data(), p.x.data(), p.tokens, hidden_});
+  for (size_t layer = 0; layer < weights_.layers.size(); ++layer) prefill_layer(layer, p, progress);
+
+  norm(p.x.data() + (p.tokens - 1) * hidden_, weights_.final_norm, 1, p.chunk.normed.data());
+  logits(p.chunk, 1);
+  device_.synchronize(Deadline::after(options_.deadline));
+  std::vector<float> out(size_t(config_.vocab));
+  copy_logits(0, 1, out.data());
+  CERTKV_EXPECT(all_finite(out.data(), out.size()), NonFinite,
+                "the logits after a prompt of {} tokens are not finite", p.tokens);
+  return out;
+}
+
+void DeviceTransformer::prefill_layer(size_t layer, Prompt& p, const Progress& progress) {
+  for (size_t first = 0; first < p.tokens; first += p.chunk.rows) {
+    const size_t rows = std::min(p.chunk.rows, p.tokens - first);
+    prefill_chunk(layer, p, first, rows);
+    if (progress) progress(int(layer), first + rows);
+  }
+  const size_t head = p.tokens * head_dim_;
+  for (size_t g = 0; g < kv_heads_; ++g) {
+    const size_t from = g * p.capacity * head_dim_;
+    device_.copy(host_k_.data() + g * head, p.k.data() + from, head * sizeof(uint16_t));
+    device_.copy(host_v_.data() + g * head, p.v.data() + from, head * sizeof(uint16_t));
+  }
+  device_.synchronize(Deadline::after(options_.deadline));
+  cache_.store_prefill(p.sequence, int(layer), p.tokens, host_k_.data(), host_v_.data(),
+                       {host_q_.data(), p.last_queries * heads_ * head_dim_});
+}
+
+void DeviceTransformer::prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows) {
+  Buffers& b = p.chunk;
+  const size_t width = heads_ * head_dim_;
+  float* x = p.x.data() + first * hidden_;
+  device_.fill(b.fault.data(), 0xff, rows * sizeof(uint32_t));
+  norm(x, weights_.layers[layer].input_norm, rows, b.normed.data());
+  project_qkv(weights_.layers[layer], b, rows,
+              {.first_position = first,
+               .q16 = b.q16.data(),
+               .k16 = p.k.data(),
+               .v16 = p.v.data(),
+               .kv_head_stride = p.capacity * head_dim_,
+               .kv_first = first},
+              layer);
+  const bool last_chunk = first + rows == p.tokens;
+  if (last_chunk) {
+    p.last_queries = std::min(KvAttention::kLastQueries, rows);
+    for (size_t i = 0; i < p.last_queries; ++i)
+      device_.copy(
+          host_q_.data() + i * width,
+          b.qkv.data() + (rows - p.last_queries + i) * (heads_ + 2 * kv_heads_) * head_dim_,
+          width * sizeof(float));
+  }
+  // After the last layer only the last token is asked for. The layer's keys and values are complete
+  // all the same.
+  const bool last_layer = layer + 1 == weights_.layers.size();
+  if (!last_layer || last_chunk) {
+    const size_t begin = last_layer ? rows - 1 : 0, count = rows - begin;
+    attend_prompt(p, first, rows);
+    const uint16_t* out16 = b.out16.data() + begin * width;
+    const void* attention = out16;
+    if (weights_.dtype != options_.originals) {
+      ops_.model.convert(
+          {out16, options_.originals, b.attention_in.data(), weights_.dtype, count * width});
+      attention = b.attention_in.data();
+    }
+    finish_layer(layer, b, attention, count, x + begin * hidden_, b.fault.data() + begin, nullptr);
+  }
+  collect_faults(b, rows);
+  device_.synchronize(Deadline::after(options_.deadline));
+  check_chunk(p, layer, first, rows);
+}
+
+// Attention of the chunk's rows, which begin at token `first`, to out16.
+void DeviceTransformer::attend_prompt(Prompt& p, size_t first, size_t rows) {
+  const size_t d = head_dim_;
+  ops_.dense.prefill({.dtype = options_.originals,
+                      .rows = rows,
+                      .tokens = first + rows,
+                      .row_capacity = p.chunk.rows,
+                      .token_capacity = p.capacity,
+                      .heads = heads_,
+                      .kv_heads = kv_heads_,
+                      .head_dim = d,
+                      .q = p.chunk.q16.data(),
+                      .q_row_stride = heads_ * d,
+                      .q_head_stride = d,
+                      .k = p.k.data(),
+                      .k_token_stride = d,
+                      .k_head_stride = p.capacity * d,
+                      .v = p.v.data(),
+                      .v_token_stride = d,
+                      .v_head_stride = p.capacity * d,
+                      .out = p.chunk.out16.data(),
+                      .out_row_stride = heads_ * d,
+                      .out_head_stride = d});
+}
+
+void DeviceTransformer::check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows) {
+  for (size_t r = 0; r < rows; ++r) {
+    const uint32_t code = fault_of(p.chunk, rows, r);
+    if (code == cuda::kNoFault) continue;
+    switch (Stage(code % kStages)) {
+      case Stage::KeyValue:
+        CERTKV_THROW(
+            NonFinite,
+            "layer {}: a key or value of token {} of the prompt is NaN, infinite or beyond "
+            "the range of {}",
+            layer, first + r, dtype_name(options_.originals));
+      case Stage::Attention:
+        CERTKV_THROW(NonFinite, "layer {}: the attention output of token {} is not finite", layer,
+                     first + r);
+      case Stage::Mlp:
+        CERTKV_THROW(NonFinite, "layer {}: the MLP output of token {} is not finite", layer,
+                     first + r);
+    }
+  }
+}
+
+// ---- decode -------------------------------------------------------------------------------------
+
+DecodeOutput DeviceTransformer::decode(std::span<const DecodeInput> rows) {
+  DecodeOutput out;
+  const size_t n = rows.size();
+  if (n == 0) return out;
+  CERTKV_EXPECT(n <= options_.max_batch, InvalidArgument,
+                "a step of {} sequences: at most {} were announced (max_batch)", n,
+                options_.max_batch);
+  std::vector<int32_t> tokens;
+  std::vector<int64_t> sequences;
+  for (const DecodeInput& row : rows) {
+    CERTKV_EXPECT(row.position >= 0 && row.position < max_tokens_, InvalidArgument,
+                  "position {} of sequence {}: the limit is {} tokens", row.position, row.sequence,
+                  max_tokens_);
+    tokens.push_back(row.token);
+    sequences.push_back(row.sequence);
+  }
+  check_tokens(config_, tokens);
+  for (size_t r = 0; r < n; ++r) {
+    host_rows_[r] = rows[r].token;
+    host_rows_[n + r] = int32_t(rows[r].position);
+  }
+  cache_.begin_rows(sequences);
+
+  Buffers& b = step_;
+  device_.copy(b.ids.data(), host_rows_.data(), n * sizeof(int32_t));
+  device_.copy(b.positions.data(), host_rows_.data() + n, n * sizeof(int32_t));
+  device_.fill(b.fault.data(), 0xff, n * sizeof(uint32_t));
+  ops_.model.embed(
+      {weights_.embed.data(), weights_.embed_dtype, b.ids.data(), x_.data(), n, hidden_});
+  norm(x_.data(), weights_.layers[0].input_norm, n, b.normed.data());
+  for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
+    project_qkv(weights_.layers[layer], b, n, {.positions = b.positions.data()}, layer);
+    cache_.decode(int(layer), b.qkv.data(), b.attention.data());
+    const void* attention = b.attention.data();
+    if (weights_.dtype != DType::F32) {
+      ops_.model.convert({b.attention.data(), DType::F32, b.attention_in.data(), weights_.dtype,
+                          n * heads_ * head_dim_});
+      attention = b.attention_in.data();
+    }
+    const bool last = layer + 1 == weights_.layers.size();
+    finish_layer(layer, b, attention, n, x_.data(), b.fault.data(),
+                 last ? &weights_.final_norm : &weights_.layers[layer + 1].input_norm);
+  }
+  logits(b, n);
+  collect_faults(b, n);
+  device_.synchronize(Deadline::after(options_.deadline));
+
+  const size_t vocab = size_t(config_.vocab);
+  out.logits.resize(n * vocab);
+  out.fallback_layers.assign(n, 0);
+  for (size_t r = 0; r < n; ++r) {
+    out.nonfinite_layer.push_back(fault_layer(fault_of(b, n, r)));
+    copy_logits(r, n, out.logits.data() + r * vocab);
+  }
+  return out;
+}
+
+}  // namespace certkv

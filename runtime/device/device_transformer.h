@@ -1,0 +1,140 @@
+// The model's forward pass on one device, one rank of a tensor-parallel group: what
+// runtime/transformer.h is for the CPU, with the same meaning of prefill and decode.
+//
+// Weights lie in the device's memory in one type (F32, F16 or BF16), which their products' inputs
+// are rounded to; the residual stream, sums, norms and rotation are float. Prefill's attention
+// takes queries, keys and values rounded to the originals' type and gives rounded outputs.
+//
+// A decode step is enqueued whole on the device's stream: the host waits once, at its end, and
+// nothing is allocated. Unlike on the CPU, logits may have other last bits for another number of
+// rows or ranks: the products' library chooses by shape.
+//
+// ERRORS (besides those of the device, the operations, the cache and the group)
+//   InvalidArgument   a token outside the vocabulary, a prompt that is empty or beyond the limit,
+//                     more rows than max_batch
+//   NonFinite         prefill met a NaN or an infinity; the message names the layer
+//   OutOfMemory       no memory for the weights, the step or the prompt (prefill_bytes)
+//   DeadlineExceeded  the device has not finished a step, or a chunk of a prompt, in time
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "kernels/cuda/dense_ops.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/linear_ops.h"
+#include "kernels/cuda/model_ops.h"
+#include "parallel/shard.h"
+#include "runtime/device/device_attention.h"
+#include "runtime/device/device_group.h"
+#include "runtime/device/device_weights.h"
+#include "runtime/model_config.h"
+#include "runtime/transformer.h"
+
+namespace certkv {
+
+struct DeviceTransformerOptions {
+  DType originals = DType::BF16;  // of keys and values: BF16 or F16
+  DType weights = DType::BF16;    // in the device's memory: the model's own, or F32
+  // What changes speed and memory.
+  size_t max_batch = 1;      // rows of a decode step
+  int64_t max_tokens = 0;    // of prompt and answer; 0: the model's limit. 4 head_dim bytes each
+  size_t chunk_rows = 2048;  // prompt rows taken through a layer together
+  std::chrono::milliseconds deadline{30000};  // of a step, and of a chunk in a layer
+};
+
+// The device's operations, all of one device.
+struct DeviceOps {
+  cuda::ModelOps& model;
+  cuda::LinearOps& linear;
+  cuda::DenseOps& dense;
+};
+
+class DeviceTransformer {
+ public:
+  // As Transformer's, of the prompt's rows that the device has finished. It may throw.
+  using Progress = std::function<void(int layer, size_t tokens)>;
+
+  // Everything but `weights` must outlive this object; those are uploaded here. `group` may be
+  // nullptr: one rank, which owns all KV groups. Throws InvalidArgument where the weights are not
+  // those of the group's rank.
+  DeviceTransformer(const ModelConfig& config, const Weights& weights, cuda::Device& device,
+                    DeviceOps ops, DeviceAttention& cache, DeviceGroup* group,
+                    DeviceTransformerOptions options);
+
+  // As Transformer's. The cache gets every layer's originals before the next layer begins.
+  std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens,
+                             const Progress& progress = {});
+  // As Transformer's; fallback_layers is 0: the cache answers in one call, whatever rung it takes.
+  DecodeOutput decode(std::span<const DecodeInput> rows);
+
+  // Device memory beside the weights that prefill of so many tokens takes for its time, at most.
+  // UNITS: bytes
+  static uint64_t prefill_bytes(const ModelConfig& config, int64_t tensor, int64_t tokens,
+                                const DeviceTransformerOptions& options);
+
+ private:
+  // What some rows need on their way through a layer. Sizes per row: see the constructor.
+  struct Buffers {
+    size_t rows = 0;
+    cuda::DeviceArray<int32_t> ids, positions;
+    cuda::DeviceArray<std::byte> normed;        // [rows, hidden], in the weights' type
+    cuda::DeviceArray<float> qkv;               // [rows, qkv_width]
+    cuda::DeviceArray<float> attention;         // [rows, heads * head_dim] (decode)
+    cuda::DeviceArray<uint16_t> q16, out16;     // [rows, heads * head_dim] (prefill)
+    cuda::DeviceArray<std::byte> attention_in;  // [rows, heads * head_dim], in the weights' type
+    cuda::DeviceArray<float> sums;              // [rows, hidden]
+    cuda::DeviceArray<float> gate_up;           // [rows, 2 I]
+    cuda::DeviceArray<std::byte> gated;         // [rows, I], in the weights' type
+    cuda::DeviceArray<uint32_t> fault, faults;  // [rows], [ranks, rows]
+    cuda::HostArray<uint32_t> host_faults;      // [ranks, rows]
+  };
+  struct Prompt;
+
+  Buffers make_buffers(size_t rows, bool prompt);
+  void prefill_layer(size_t layer, Prompt& p, const Progress& progress);
+  void prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows);
+  void attend_prompt(Prompt& p, size_t first, size_t rows);
+  void check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows);
+
+  void project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y);
+  void project_qkv(const DeviceLayer& layer, Buffers& b, size_t rows, cuda::RotateQkv rotation,
+                   size_t index);
+  // From the attention's output, in the weights' type, to the end of the layer; `next`: the norm
+  // that follows, if any. fault: of the first row.
+  void finish_layer(size_t index, Buffers& b, const void* attention, size_t rows, float* x,
+                    uint32_t* fault, const cuda::DeviceArray<float>* next);
+  void norm(const float* x, const cuda::DeviceArray<float>& weight, size_t rows, void* normed);
+  void logits(const Buffers& b, size_t rows);  // of b.normed, to host_logits_
+  void copy_logits(size_t row, size_t rows, float* out) const;
+  void collect_faults(Buffers& b, size_t rows);
+  uint32_t fault_of(const Buffers& b, size_t rows, size_t row) const;
+
+  const ModelConfig& config_;
+  cuda::Device& device_;
+  DeviceOps ops_;
+  DeviceAttention& cache_;
+  DeviceGroup* group_;
+  DeviceTransformerOptions options_;
+  size_t hidden_, head_dim_, heads_, kv_heads_, mlp_;  // of this rank
+  size_t ranks_, rank_;
+  int64_t max_tokens_;
+  DeviceWeights weights_;
+  std::vector<ShardRange> vocab_;  // of each rank
+  size_t vocab_widest_ = 0;
+
+  cuda::DeviceArray<float> cos_, sin_;  // [max_tokens, head_dim / 2]
+  Buffers step_;
+  cuda::DeviceArray<float> x_;                    // [max_batch, hidden]
+  cuda::DeviceArray<float> logits_, all_logits_;  // [max_batch, widest], [ranks, max_batch, widest]
+  cuda::HostArray<float> host_logits_;            // the same
+  cuda::HostArray<int32_t> host_rows_;            // [2, max_batch]: ids, positions
+  cuda::HostArray<uint16_t> host_k_, host_v_;     // of a prompt's layer; they only grow
+  cuda::HostArray<float> host_q_;                 // [kLastQueries, heads, head_dim]
+};
+
+}  // namespace certkv

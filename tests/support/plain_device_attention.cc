@@ -1,0 +1,45 @@
+#include "tests/support/plain_device_attention.h"
+
+#include <chrono>
+
+namespace certkv::test {
+
+PlainDeviceAttention::PlainDeviceAttention(cuda::Device& device, size_t kv_heads,
+                                           size_t heads_per_group, size_t head_dim, DType originals)
+    : device_(device),
+      kv_heads_(kv_heads),
+      heads_per_group_(heads_per_group),
+      head_dim_(head_dim),
+      originals_(originals),
+      cache_(kv_heads, heads_per_group, head_dim, originals) {}
+
+void PlainDeviceAttention::store_prefill(int64_t sequence, int layer, size_t tokens,
+                                         const uint16_t* k, const uint16_t* v,
+                                         std::span<const float> queries) {
+  cache_.store_prefill(sequence, layer, tokens, k, v, queries);
+  last_q[{sequence, layer}].assign(queries.begin(), queries.end());
+}
+
+void PlainDeviceAttention::begin_rows(std::span<const int64_t> sequences) {
+  sequences_.assign(sequences.begin(), sequences.end());
+}
+
+void PlainDeviceAttention::decode(int layer, const float* qkv, float* out) {
+  const size_t rows = sequences_.size(), kv = kv_heads_ * head_dim_, q = kv * heads_per_group_;
+  const size_t width = q + 2 * kv;
+  std::vector<float> from(rows * width), answers(rows * q), flags(rows);
+  device_.copy(from.data(), qkv, from.size() * sizeof(float));
+  device_.synchronize(Deadline::after(std::chrono::seconds(60)));
+  std::vector<uint16_t> originals(rows * 2 * kv);
+  std::vector<DecodeRow> asked;
+  for (size_t r = 0; r < rows; ++r) {
+    const float* row = from.data() + r * width;
+    uint16_t* rounded = originals.data() + r * 2 * kv;
+    for (size_t i = 0; i < 2 * kv; ++i) rounded[i] = float_to_16(originals_, row[q + i]);
+    asked.push_back({sequences_[r], row, rounded, rounded + kv, answers.data() + r * q});
+  }
+  cache_.decode(layer, asked, flags.data());
+  device_.copy(out, answers.data(), answers.size() * sizeof(float));
+}
+
+}  // namespace certkv::test
