@@ -1,0 +1,155 @@
+// Several ranks of the device's forward pass, each on an emulated device, as threads.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <mutex>
+
+#include "kernels/base/error.h"
+#include "parallel/communicator.h"
+#include "runtime/device/device_transformer.h"
+#include "tests/support/plain_device_attention.h"
+#include "tests/support/random_model.h"
+#include "tests/support/thread_ranks.h"
+
+namespace certkv::test {
+namespace {
+
+constexpr uint64_t kSeed = 7;
+constexpr size_t kPrompt = 40;
+
+// An emulated device's memory is the host's, and its stream is always done.
+class HostGroup final : public DeviceGroup {
+ public:
+  explicit HostGroup(Communicator& ranks) : ranks_(ranks) {}
+  int rank() const override { return ranks_.rank(); }
+  int size() const override { return ranks_.size(); }
+  void sum(float* inout, size_t count) override {
+    ranks_.all_reduce_sum(view_f32(inout, count), Stream{});
+    ranks_.wait();
+  }
+  void gather(const void* own, void* all, size_t count) override {
+    ranks_.all_gather({const_cast<void*>(own), count, DType::I32, MemoryKind::Host},
+                      {all, count * size_t(size()), DType::I32, MemoryKind::Host}, Stream{});
+    ranks_.wait();
+  }
+
+ private:
+  Communicator& ranks_;
+};
+
+struct Rank {
+  ModelConfig config = random_model_config();
+  std::unique_ptr<cuda::Device> device = cuda::make_emulated_device();
+  std::unique_ptr<cuda::ModelOps> model = cuda::make_emulated_model_ops(*device);
+  std::unique_ptr<cuda::LinearOps> linear = cuda::make_emulated_linear_ops(*device);
+  std::unique_ptr<cuda::DenseOps> dense = cuda::make_emulated_dense_ops(*device);
+  HostGroup group;
+  PlainDeviceAttention cache;
+  DeviceTransformer transformer;
+
+  Rank(Communicator& ranks, const std::function<void(Weights&)>& change)
+      : group(ranks),
+        cache(*device, size_t(config.kv_heads / ranks.size()), size_t(config.heads_per_group()),
+              size_t(config.head_dim), DType::F16),
+        transformer(config, weights_of(ranks, change), *device, {*model, *linear, *dense}, cache,
+                    &group,
+                    {.originals = DType::F16,
+                     .weights = DType::F32,
+                     .max_batch = 2,
+                     .max_tokens = 100,
+                     .chunk_rows = 16}) {}
+
+ private:
+  Weights weights_of(Communicator& ranks, const std::function<void(Weights&)>& change) const {
+    Weights w = random_weights(config, ranks.size(), ranks.rank(), kSeed);
+    if (change) change(w);
+    return w;
+  }
+};
+
+std::vector<int32_t> prompt(int seed) {
+  std::vector<int32_t> ids;
+  for (size_t i = 0; i < kPrompt; ++i)
+    ids.push_back(int32_t((i * i * 31 + size_t(seed) * 7) % 101));
+  return ids;
+}
+
+// Logits of two prompts and of a step of both.
+std::vector<float> forward(int tensor) {
+  std::vector<std::vector<float>> by_rank(static_cast<size_t>(tensor));
+  run_thread_ranks(tensor, [&](Communicator& ranks) {
+    Rank rank(ranks, {});
+    std::vector<float>& logits = by_rank[size_t(ranks.rank())];
+    for (int s : {0, 1}) {
+      const auto some = rank.transformer.prefill(s, prompt(s));
+      logits.insert(logits.end(), some.begin(), some.end());
+    }
+    const DecodeOutput out = rank.transformer.decode(
+        std::vector<DecodeInput>{{0, 5, int64_t(kPrompt)}, {1, 100, int64_t(kPrompt)}});
+    EXPECT_EQ(out.nonfinite_layer, (std::vector{-1, -1}));
+    logits.insert(logits.end(), out.logits.begin(), out.logits.end());
+  });
+  for (const auto& logits : by_rank) EXPECT_EQ(logits, by_rank[0]) << "ranks disagree";
+  return by_rank[0];
+}
+
+// Sums over ranks are taken in another order, 2^-24 for each of a few hundred terms. A key, value,
+// query or output of attention that then rounds the other way moves by 2^-11 of itself, one of 512
+// inputs of a product; a thousandth of the largest logit would take some fifty.
+constexpr float kReordering = 1e-3f;
+
+TEST(DeviceRanks, LogitsAreTheSameOnAllRanksAndCloseForEveryNumber) {
+  const std::vector<float> one = forward(1);
+  float largest = 0;
+  for (float x : one) largest = std::max(largest, std::abs(x));
+  EXPECT_GT(largest, 0.5f);
+  for (int tensor : {2, 4}) {
+    const std::vector<float> several = forward(tensor);
+    ASSERT_EQ(several.size(), one.size());
+    for (size_t i = 0; i < one.size(); ++i)
+      EXPECT_NEAR(several[i], one[i], kReordering * largest) << tensor << " ranks, logit " << i;
+  }
+}
+
+TEST(DeviceRanks, AValueThatOneRankCannotRoundIsNamedByAll) {
+  std::mutex mutex;
+  std::vector<std::string> errors;
+  std::vector<int> layers;
+  run_thread_ranks(2, [&](Communicator& ranks) {
+    Rank rank(ranks, [&](Weights& w) {  // a value; the other rank sees it in the layer's sum alone
+      if (ranks.rank() == 1) w.layers[1].groups[1].qkv_bias[3 * 64 + 5] = -1e9f;
+    });
+    std::string error;
+    try {
+      rank.transformer.prefill(0, prompt(0));
+    } catch (const Error& e) {
+      error = std::string(error_kind_name(e.kind())) + ": " + e.what();
+    }
+    const DecodeOutput out =
+        rank.transformer.decode(std::vector<DecodeInput>{{7, 5, 0}});  // of an empty sequence
+    std::lock_guard lock(mutex);
+    errors.push_back(error);
+    layers.push_back(out.nonfinite_layer[0]);
+  });
+  ASSERT_EQ(errors.size(), 2u);
+  EXPECT_EQ(errors[0], errors[1]);
+  EXPECT_TRUE(errors[0].starts_with("NonFinite: layer 1: a key or value of token 0 ")) << errors[0];
+  EXPECT_EQ(layers, (std::vector{1, 1}));
+}
+
+TEST(DeviceRanks, WeightsOfAnotherRankAreRefused) {
+  run_thread_ranks(2, [&](Communicator& ranks) {
+    std::string error;
+    try {
+      Rank rank(ranks, [&](Weights& w) {
+        w = random_weights(random_model_config(), 2, 1 - ranks.rank(), kSeed);
+      });
+    } catch (const Error& e) {
+      error = e.what();
+    }
+    EXPECT_NE(error.find("weights of KV groups"), std::string::npos) << error;
+  });
+}
+
+}  // namespace
+}  // namespace certkv::test
