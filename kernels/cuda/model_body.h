@@ -10,9 +10,12 @@
 
 namespace certkv::cuda {
 
-inline constexpr int kRowThreads = 256;   // of a block that does one row
-inline constexpr int kHeadThreads = 128;  // of a block that does one head: a pair each
-inline constexpr int kSumParts = 16;
+inline constexpr int kRowThreads = 1024;  // of a block that does one row
+inline constexpr int kHeadThreads = 128;  // of a block that does one head
+inline constexpr int kSumParts = 32;
+// Elements that a thread asks for before it stores any: a compiler may not move a load over a
+// store.
+inline constexpr int kAhead = 4;
 
 CERTKV_INLINE float load_as(DType t, const void* from, size_t i) {
   return t == DType::F32 ? static_cast<const float*>(from)[i]
@@ -85,27 +88,54 @@ struct ResidualNormRow {
   size_t row;
   BlockSum sum;
 
+  // Calls body(first) for all of a thread's batches: elements first + j * sum.threads, j < kAhead.
+  template <typename Body>
+  CERTKV_INLINE void batches(int thread, Body body) const {
+    for (size_t first = size_t(thread); first < a.n; first += kAhead * size_t(sum.threads))
+      body(first);
+  }
+  CERTKV_INLINE size_t element(size_t first, int j) const {
+    return first + size_t(j) * size_t(sum.threads);
+  }
+
   CERTKV_INLINE void add(int thread) const {
     float* x = a.x + row * a.n;
+    const float* y = a.y == nullptr ? nullptr : a.y + row * a.n;
     float square = 0;
     bool finite = true;
-    for (size_t i = size_t(thread); i < a.n; i += size_t(sum.threads)) {
-      float value = x[i];
-      if (a.y != nullptr) {
-        const float y = a.y[row * a.n + i] + (a.bias != nullptr ? a.bias[i] : 0.0f);
-        finite = finite && finite_float(y);
-        value += y;
-        x[i] = value;
+    batches(thread, [&](size_t first) {
+      float value[kAhead] = {}, added[kAhead] = {};
+      for (int j = 0; j < kAhead; ++j) {
+        const size_t i = element(first, j);
+        if (i >= a.n) continue;
+        value[j] = x[i];
+        if (y != nullptr) added[j] = a.bias != nullptr ? y[i] + a.bias[i] : y[i];
       }
-      square += value * value;
-    }
+      for (int j = 0; j < kAhead; ++j) {
+        const size_t i = element(first, j);
+        finite = finite && finite_float(added[j]);
+        if (y != nullptr) value[j] += added[j];
+        if (y != nullptr && i < a.n) x[i] = value[j];
+        square += value[j] * value[j];
+      }
+    });
     if (!finite) mark_fault(a.fault + row, a.code);
     sum.part(thread, square);
   }
   CERTKV_INLINE void scale(int thread) const {
+    const float* x = a.x + row * a.n;
     const float factor = norm_factor(sum.total(), a.n, a.eps);
-    for (size_t i = size_t(thread); i < a.n; i += size_t(sum.threads))
-      store_as(a.dtype, a.normed, row * a.n + i, a.x[row * a.n + i] * factor * a.weight[i]);
+    batches(thread, [&](size_t first) {
+      float value[kAhead] = {};
+      for (int j = 0; j < kAhead; ++j) {
+        const size_t i = element(first, j);
+        if (i < a.n) value[j] = x[i] * factor * a.weight[i];
+      }
+      for (int j = 0; j < kAhead; ++j) {
+        const size_t i = element(first, j);
+        if (i < a.n) store_as(a.dtype, a.normed, row * a.n + i, value[j]);
+      }
+    });
   }
 };
 
@@ -122,14 +152,20 @@ struct RotateHead {
   }
   CERTKV_INLINE float* elements() const { return a.qkv + row * a.width() + head * a.head_dim; }
 
-  CERTKV_INLINE void add(int thread) const {
-    float* x = elements();
-    float square = 0;
+  // With its bias.
+  CERTKV_INLINE float element(size_t i) const {
+    const float x = elements()[i];
+    return a.bias != nullptr ? x + a.bias[head * a.head_dim + i] : x;
+  }
+
+  // For a head with a norm: its sum of squares.
+  CERTKV_INLINE void square(int thread) const {
+    float all = 0;
     for (size_t i = size_t(thread); i < a.head_dim; i += size_t(sum.threads)) {
-      if (a.bias != nullptr) x[i] += a.bias[head * a.head_dim + i];
-      square += x[i] * x[i];
+      const float x = element(i);
+      all += x * x;
     }
-    sum.part(thread, square);
+    sum.part(thread, all);
   }
   CERTKV_INLINE void turn(int thread) const {
     const float* weight = norm();
@@ -140,7 +176,7 @@ struct RotateHead {
     float* x = elements();
     bool finite = true;
     for (size_t m = size_t(thread); m < pairs; m += size_t(sum.threads)) {
-      float first = x[m], second = x[m + pairs];
+      float first = element(m), second = element(m + pairs);
       if (weight != nullptr) {
         first = first * factor * weight[m];
         second = second * factor * weight[m + pairs];

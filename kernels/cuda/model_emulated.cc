@@ -39,8 +39,10 @@ class EmulatedModelOps final : public ModelOps {
     for (size_t r = 0; r < a.rows; ++r)
       for (size_t h = 0; h < a.heads + 2 * a.kv_heads; ++h) {
         const RotateHead head{a, r, h, poisoned(kHeadThreads)};
-        for (int t = 0; t < kHeadThreads; ++t) head.add(t);
-        for (int t = 0; t < kSumParts; ++t) head.sum.join(t);
+        if (head.norm() != nullptr) {
+          for (int t = 0; t < kHeadThreads; ++t) head.square(t);
+          for (int t = 0; t < kSumParts; ++t) head.sum.join(t);
+        }
         for (int t = 0; t < kHeadThreads; ++t) head.turn(t);
       }
   }

@@ -42,10 +42,12 @@ __global__ void __launch_bounds__(kHeadThreads) rotate_kernel(const RotateQkv a)
   __shared__ float shared[kHeadThreads + kSumParts];
   const RotateHead head{a, blockIdx.x, blockIdx.y, {shared, kHeadThreads}};
   const int thread = int(threadIdx.x);
-  head.add(thread);
-  __syncthreads();
-  if (thread < kSumParts) head.sum.join(thread);
-  __syncthreads();
+  if (head.norm() != nullptr) {  // the same for the whole block
+    head.square(thread);
+    __syncthreads();
+    if (thread < kSumParts) head.sum.join(thread);
+    __syncthreads();
+  }
   head.turn(thread);
 }
 

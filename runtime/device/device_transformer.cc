@@ -418,8 +418,16 @@ void DeviceTransformer::check_chunk(const Prompt& p, size_t layer, size_t first,
 
 DecodeOutput DeviceTransformer::decode(std::span<const DecodeInput> rows) {
   DecodeOutput out;
-  const size_t n = rows.size();
-  if (n == 0) return out;
+  decode(rows, out);
+  return out;
+}
+
+void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& out) {
+  const size_t n = rows.size(), vocab = size_t(config_.vocab);
+  out.logits.resize(n * vocab);
+  out.fallback_layers.assign(n, 0);
+  out.nonfinite_layer.assign(n, -1);
+  if (n == 0) return;
   CERTKV_EXPECT(n <= options_.max_batch, InvalidArgument,
                 "a step of {} sequences: at most {} were announced (max_batch)", n,
                 options_.max_batch);
@@ -463,14 +471,10 @@ DecodeOutput DeviceTransformer::decode(std::span<const DecodeInput> rows) {
   collect_faults(b, n);
   device_.synchronize(Deadline::after(options_.deadline));
 
-  const size_t vocab = size_t(config_.vocab);
-  out.logits.resize(n * vocab);
-  out.fallback_layers.assign(n, 0);
   for (size_t r = 0; r < n; ++r) {
-    out.nonfinite_layer.push_back(fault_layer(fault_of(b, n, r)));
+    out.nonfinite_layer[r] = fault_layer(fault_of(b, n, r));
     copy_logits(r, n, out.logits.data() + r * vocab);
   }
-  return out;
 }
 
 }  // namespace certkv

@@ -71,6 +71,9 @@ class DeviceTransformer {
                              const Progress& progress = {});
   // As Transformer's; fallback_layers is 0: the cache answers in one call, whatever rung it takes.
   DecodeOutput decode(std::span<const DecodeInput> rows);
+  // The same into memory that is used again: half a megabyte of logits a row is costly to take
+  // anew.
+  void decode(std::span<const DecodeInput> rows, DecodeOutput& out);
 
   // Device memory beside the weights that prefill of so many tokens takes for its time, at most.
   // UNITS: bytes

@@ -100,6 +100,56 @@ double median_us(Body body) {
   return seconds[seconds.size() / 2] * 1e6;
 }
 
+// Each operation on rows, one launch after another.
+void bench_rows(cuda::Device& device, cuda::ModelOps& ops, const ModelConfig& c) {
+  constexpr int kLaunches = 200;
+  const size_t most = 2048, n = size_t(c.hidden), mlp = size_t(c.intermediate), d = 128;
+  const cuda::DeviceArray<float> x(device, most * 2 * mlp, "x"), y(device, most * n, "y"),
+      table(device, 131072 * d / 2, "table"), weight(device, n, "weight");
+  const cuda::DeviceArray<uint16_t> to(device, most * mlp, "to");
+  const cuda::DeviceArray<uint32_t> fault(device, most, "faults");
+  for (const auto* a : {&x, &y, &table, &weight}) device.fill(a->data(), 0, a->bytes());
+  const auto time = [&](const char* name, size_t rows, double bytes, auto body) {
+    const double us = median_us([&] {
+                        for (int i = 0; i < kLaunches; ++i) body();
+                        device.synchronize(Deadline::after(std::chrono::seconds(60)));
+                      }) /
+                      kLaunches;
+    std::printf("%s, %zu rows: %.2f us, %.0f GB/s\n", name, rows, us, bytes / us * 1e-3);
+  };
+  for (size_t rows : {size_t(1), size_t(8), most}) {
+    const double r = double(rows);
+    time("sum and norm", rows, r * double(n) * 14, [&] {
+      ops.residual_norm({.x = x.data(),
+                         .y = y.data(),
+                         .fault = fault.data(),
+                         .weight = weight.data(),
+                         .eps = 1e-5f,
+                         .dtype = DType::BF16,
+                         .normed = to.data(),
+                         .rows = rows,
+                         .n = n});
+    });
+    const size_t heads = size_t(c.heads), kv = size_t(c.kv_heads);
+    time("rotation", rows, r * double((heads + 2 * kv) * d) * 8, [&] {
+      ops.rotate_qkv({.qkv = x.data(),
+                      .cos = table.data(),
+                      .sin = table.data(),
+                      .fault = fault.data(),
+                      .rows = rows,
+                      .heads = heads,
+                      .kv_heads = kv,
+                      .head_dim = d});
+    });
+    time("gate", rows, r * double(mlp) * 10, [&] {
+      ops.gate({x.data(), nullptr, DType::BF16, to.data(), rows, mlp});
+    });
+    time("conversion", rows, r * double(n) * 6, [&] {
+      ops.convert({x.data(), DType::F32, to.data(), DType::BF16, rows * n});
+    });
+  }
+}
+
 void bench(int64_t layers, size_t prompt) {
   const auto device = cuda::make_cuda_device(0);
   const auto wait = [&] { device->synchronize(Deadline::after(std::chrono::seconds(60))); };
@@ -120,6 +170,7 @@ void bench(int64_t layers, size_t prompt) {
   const DeviceWeights bare(c, weights, *device, DType::BF16);
   const uint64_t bytes = DeviceWeights::bytes(c, weights, DType::BF16) - bare.embed.bytes();
   weights = {};
+  bench_rows(*device, *model, c);
 
   const size_t widest = size_t(std::max(2 * c.intermediate, c.vocab));
   const cuda::DeviceArray<float> y(*device, 8 * widest, "a result");
@@ -135,10 +186,11 @@ void bench(int64_t layers, size_t prompt) {
                     .y_stride = out,
                     .rows = rows});
   };
+  DecodeOutput out;
   for (size_t rows : {1u, 4u, 8u}) {
     std::vector<DecodeInput> step;
     for (size_t r = 0; r < rows; ++r) step.push_back({int64_t(r), int32_t(1000 * r), 70000});
-    const double whole = median_us([&] { transformer.decode(step); });
+    const double whole = median_us([&] { transformer.decode(step, out); });
     const double products = median_us([&] {
       for (const DeviceLayer& l : bare.layers)
         for (const DeviceMatrix* m : {&l.qkv, &l.o, &l.gate_up, &l.down})
