@@ -296,11 +296,12 @@ std::vector<float> DeviceTransformer::prefill(int64_t sequence, std::span<const 
   device_.copy(p.ids.data(), tokens.data(), p.ids.bytes());
   ops_.model.embed(
       {weights_.embed.data(), weights_.embed_dtype, p.ids.data(), p.x.data(), p.tokens, hidden_});
+  waited_ = std::chrono::steady_clock::now();
   for (size_t layer = 0; layer < weights_.layers.size(); ++layer) prefill_layer(layer, p, progress);
 
   norm(p.x.data() + (p.tokens - 1) * hidden_, weights_.final_norm, 1, p.chunk.normed.data());
   logits(p.chunk, 1);
-  device_.synchronize(Deadline::after(options_.deadline));
+  wait(&phases_.projections);
   std::vector<float> out(size_t(config_.vocab));
   copy_logits(0, 1, out.data());
   CERTKV_EXPECT(all_finite(out.data(), out.size()), NonFinite,
@@ -320,9 +321,10 @@ void DeviceTransformer::prefill_layer(size_t layer, Prompt& p, const Progress& p
     device_.copy(host_k_.data() + g * head, p.k.data() + from, head * sizeof(uint16_t));
     device_.copy(host_v_.data() + g * head, p.v.data() + from, head * sizeof(uint16_t));
   }
-  device_.synchronize(Deadline::after(options_.deadline));
+  wait(&phases_.store);
   cache_.store_prefill(p.sequence, int(layer), p.tokens, host_k_.data(), host_v_.data(),
                        {host_q_.data(), p.last_queries * heads_ * head_dim_});
+  wait(&phases_.store);
 }
 
 void DeviceTransformer::prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows) {
@@ -353,7 +355,9 @@ void DeviceTransformer::prefill_chunk(size_t layer, Prompt& p, size_t first, siz
   const bool last_layer = layer + 1 == weights_.layers.size();
   if (!last_layer || last_chunk) {
     const size_t begin = last_layer ? rows - 1 : 0, count = rows - begin;
+    wait(&phases_.projections);
     attend_prompt(p, first, rows);
+    wait(&phases_.attention);
     const uint16_t* out16 = b.out16.data() + begin * width;
     const void* attention = out16;
     if (weights_.dtype != options_.originals) {
@@ -364,8 +368,15 @@ void DeviceTransformer::prefill_chunk(size_t layer, Prompt& p, size_t first, siz
     finish_layer(layer, b, attention, count, x + begin * hidden_, b.fault.data() + begin, nullptr);
   }
   collect_faults(b, rows);
-  device_.synchronize(Deadline::after(options_.deadline));
+  wait(&phases_.projections);
   check_chunk(p, layer, first, rows);
+}
+
+void DeviceTransformer::wait(double* phase) {
+  device_.synchronize(Deadline::after(options_.deadline));
+  const auto now = std::chrono::steady_clock::now();
+  *phase += std::chrono::duration<double>(now - waited_).count();
+  waited_ = now;
 }
 
 // Attention of the chunk's rows, which begin at token `first`, to out16.

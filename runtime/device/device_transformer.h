@@ -32,8 +32,8 @@
 #include "runtime/device/device_attention.h"
 #include "runtime/device/device_group.h"
 #include "runtime/device/device_weights.h"
+#include "runtime/forward_pass.h"
 #include "runtime/model_config.h"
-#include "runtime/transformer.h"
 
 namespace certkv {
 
@@ -54,11 +54,8 @@ struct DeviceOps {
   cuda::DenseOps& dense;
 };
 
-class DeviceTransformer {
+class DeviceTransformer : public ForwardPass {
  public:
-  // As Transformer's, of the prompt's rows that the device has finished. It may throw.
-  using Progress = std::function<void(int layer, size_t tokens)>;
-
   // Everything but `weights` must outlive this object; those are uploaded here. `group` may be
   // nullptr: one rank, which owns all KV groups. Throws InvalidArgument where the weights are not
   // those of the group's rank.
@@ -66,14 +63,22 @@ class DeviceTransformer {
                     DeviceOps ops, DeviceAttention& cache, DeviceGroup* group,
                     DeviceTransformerOptions options);
 
-  // As Transformer's. The cache gets every layer's originals before the next layer begins.
+  // The cache gets every layer's originals before the next layer begins; progress is told what the
+  // device has finished.
   std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens,
-                             const Progress& progress = {});
-  // As Transformer's; fallback_layers is 0: the cache answers in one call, whatever rung it takes.
-  DecodeOutput decode(std::span<const DecodeInput> rows);
+                             const Progress& progress) override;
+  std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens) {
+    return prefill(sequence, tokens, {});
+  }
+  // fallback_layers is 0: the cache answers in one call, whatever rung it takes.
+  DecodeOutput decode(std::span<const DecodeInput> rows) override;
   // The same into memory that is used again: half a megabyte of logits a row is costly to take
   // anew.
   void decode(std::span<const DecodeInput> rows, DecodeOutput& out);
+
+  // Of prefill alone: a decode step is not interrupted to be timed.
+  ForwardPhases phases() const override { return phases_; }
+  void clear_phases() override { phases_ = {}; }
 
   // Device memory beside the weights that prefill of so many tokens takes for its time, at most.
   // UNITS: bytes
@@ -101,6 +106,7 @@ class DeviceTransformer {
   Buffers make_buffers(size_t rows, bool prompt);
   void prefill_layer(size_t layer, Prompt& p, const Progress& progress);
   void prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows);
+  void wait(double* phase);  // for the device; adds what it took since the last wait
   void attend_prompt(Prompt& p, size_t first, size_t rows);
   void check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows);
 
@@ -123,6 +129,8 @@ class DeviceTransformer {
   DeviceAttention& cache_;
   DeviceGroup* group_;
   DeviceTransformerOptions options_;
+  ForwardPhases phases_;
+  std::chrono::steady_clock::time_point waited_{};
   size_t hidden_, head_dim_, heads_, kv_heads_, mlp_;  // of this rank
   size_t ranks_, rank_;
   int64_t max_tokens_;

@@ -9,6 +9,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/thread_pool.h"
+#include "runtime/transformer.h"
 #include "tests/support/device_ops.h"
 #include "tests/support/plain_device_attention.h"
 #include "tests/support/random_model.h"
@@ -229,7 +230,14 @@ TEST_F(DeviceTransformerTest, ProgressIsToldOfEveryChunkAndMayEndThePrefill) {
   Told told;
   const auto ids = prompt(70, c.config.vocab);
   const auto note = [&](int layer, size_t tokens) { told.push_back({layer, tokens}); };
+  const auto start = std::chrono::steady_clock::now();
   const auto logits = m->prefill(0, ids, note);
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  const ForwardPhases phases = m->phases();
+  for (double phase : {phases.projections, phases.attention, phases.store}) EXPECT_GT(phase, 0);
+  EXPECT_LE(phases.projections + phases.attention + phases.store, took.count());
+  m->clear_phases();
+  EXPECT_EQ(m->phases().attention, 0);
   EXPECT_EQ(told, (Told{{0, 32}, {0, 64}, {0, 70}, {1, 32}, {1, 64}, {1, 70}}));
   const auto end = [](int layer, size_t tokens) {
     if (layer == 1 && tokens == 64) throw std::runtime_error("enough");
