@@ -7,7 +7,7 @@
 #include "runtime/byte_size.h"
 #include "runtime/certified_cache.h"
 #include "runtime/device/device_cache.h"
-#include "runtime/device/host_attention.h"
+#include "runtime/device/device_transformer.h"
 #include "runtime/host_memory.h"
 #include "runtime/transformer.h"
 #include "runtime/weights.h"
@@ -64,11 +64,13 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
         backend);
   auto cache = std::make_unique<DeviceCache>(config, heads, cache_options(options, config), device,
                                              *rank->device.cache, pool, parts.store, *parts.group);
-  rank->attention =
-      std::make_unique<HostAttention>(config, heads.count(), originals, *cache, device);
-  rank->forward = std::make_unique<Transformer>(
-      config, *parts.weights, *parts.group, *rank->attention, pool,
-      TransformerOptions{.deterministic = options.deterministic, .originals = originals});
+  rank->forward = std::make_unique<DeviceTransformer>(
+      config, *parts.weights, device,
+      DeviceOps{*rank->device.model, *rank->device.linear, *rank->device.dense}, *cache, nullptr,
+      DeviceTransformerOptions{.originals = originals,
+                               .weights = config.dtype,
+                               .max_batch = size_t(options.run.max_batch),
+                               .max_tokens = engine_token_limit(options, config)});
   rank->cache = std::move(cache);
 }
 

@@ -12,6 +12,9 @@ DeviceBackend make_device_backend(const std::string& backend, int ordinal) {
   if (backend == "emulated") {
     b.device = cuda::make_emulated_device();
     b.cache = cuda::make_emulated_cache_ops(*b.device);
+    b.model = cuda::make_emulated_model_ops(*b.device);
+    b.linear = cuda::make_emulated_linear_ops(*b.device);
+    b.dense = cuda::make_emulated_dense_ops(*b.device);
     return b;
   }
   CERTKV_EXPECT(backend == "cuda", InvalidArgument,
@@ -19,6 +22,9 @@ DeviceBackend make_device_backend(const std::string& backend, int ordinal) {
 #ifdef CERTKV_WITH_CUDA
   b.device = cuda::make_cuda_device(ordinal);
   b.cache = cuda::make_cuda_cache_ops(*b.device);
+  b.model = cuda::make_cuda_model_ops(*b.device);
+  b.linear = cuda::make_cuda_linear_ops(*b.device);
+  b.dense = cuda::make_cuda_dense_ops(*b.device);
   return b;
 #else
   (void)ordinal;

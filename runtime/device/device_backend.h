@@ -5,13 +5,19 @@
 #include <string>
 
 #include "kernels/cuda/cache_ops.h"
+#include "kernels/cuda/dense_ops.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/linear_ops.h"
+#include "kernels/cuda/model_ops.h"
 
 namespace certkv {
 
 struct DeviceBackend {
   std::unique_ptr<cuda::Device> device;  // outlives the operations
   std::unique_ptr<cuda::CacheOps> cache;
+  std::unique_ptr<cuda::ModelOps> model;
+  std::unique_ptr<cuda::LinearOps> linear;
+  std::unique_ptr<cuda::DenseOps> dense;
 };
 
 // backend: cuda, or emulated (the same kernels on the CPU, lane by lane: for tests). ordinal: among
