@@ -20,6 +20,10 @@ class DeviceAttention {
   // after norms and RoPE: queries of all local heads (head = kv_head * heads_per_group + j), then
   // keys, then values, not yet rounded. out: device [rows, heads * head_dim] float.
   virtual void decode(int layer, const float* qkv, float* out) = 0;
+  // Of the rows under way: as long as it stays the same, what decode() has enqueued for every layer
+  // may be enqueued again as it was (cuda::Device::capture), for it reads what differs from the
+  // device's memory.
+  virtual uint64_t shape() const = 0;
 };
 
 }  // namespace certkv

@@ -52,6 +52,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
                      const uint16_t* v, std::span<const float> last_q) override;
   void begin_rows(std::span<const int64_t> sequences) override;
   void decode(int layer, const float* qkv, float* out) override;
+  uint64_t shape() const override { return shape_; }
 
   // What a decode of a prompt takes on the device at most. UNITS: bytes
   static uint64_t sequence_bytes(const ModelConfig& config, int64_t kv_heads,
@@ -92,6 +93,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   std::unique_ptr<StepBuffers> step_;
   std::vector<int64_t> rows_;  // of the step under way
   uint64_t step_number_ = 0;
+  uint64_t shape_ = 0;
   int64_t next_ = 1;
 };
 

@@ -61,6 +61,16 @@ struct DeviceCache::Sequence {
 struct DeviceCache::StepBuffers {
   size_t rows = 0, pages = 0, splits = 0;  // capacities; splits of a KV head
   int most_splits[2] = {1, 1};             // of this step's rows, in a first and a repeated pass
+  // What a step's enqueued work holds on to beside what it reads from the device's memory.
+  struct Shape {
+    size_t rows = 0;
+    int splits[2] = {}, policy = 0;
+    int64_t rounds = 0;
+    double shares[2] = {};
+    uint64_t grown = 0;  // buffers that have moved
+    friend bool operator==(const Shape&, const Shape&) = default;
+  } shape;
+  uint64_t grown = 0;
   HostArray<cuda::PassItem> pass_host;
   HostArray<cuda::AppendItem> append_host;
   HostArray<cuda::LadderItem> ladder_host;

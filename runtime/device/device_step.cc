@@ -22,11 +22,13 @@ constexpr size_t kFailing = 0, kAgain = 1, kFlags = 2;
 constexpr size_t kAnyFailing = 0, kDenseCount = 1, kStageFailing = 2, kWords = 4;
 constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 
+// True where the memory has moved.
 template <typename Array>
-void grow(Array* array, cuda::Device& device, size_t count, const char* what) {
-  if (array->count() >= count) return;
+bool grow_array(Array* array, cuda::Device& device, size_t count, const char* what) {
+  if (array->count() >= count) return false;
   *array = {};
   *array = Array(device, count, what);
+  return true;
 }
 
 cuda::OriginalsRun run_of(const OriginalsSpan& span, const std::byte* first, uint32_t layer,
@@ -71,6 +73,9 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
     for (size_t i = 0; i < 2; ++i)
       b.most_splits[i] = std::max(b.most_splits[i], plans.back()[i].splits);
   }
+  const auto grow = [&](auto* array, cuda::Device& device, size_t count, const char* what) {
+    b.grown += grow_array(array, device, count, what);
+  };
   const size_t splits = size_t(std::max(b.most_splits[0], b.most_splits[1]));
   grow(&b.pass_host, device_, all, "items of a step");
   grow(&b.append_host, device_, all, "items of a step");
@@ -101,6 +106,16 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
     grow(&b.stage_judged, device_, n, "staging of rung 3");
     grow(&b.stage_pass, device_, 1, "staging of rung 3");
   }
+
+  const StepRules& rules = at(rows_[0]).rules;
+  const StepBuffers::Shape shape{rows_.size(),
+                                 {b.most_splits[0], b.most_splits[1]},
+                                 int(rules.policy),
+                                 rules.ladder.max_rounds,
+                                 {rules.ladder.value_share, rules.ladder.max_share},
+                                 b.grown};
+  if (!(shape == b.shape)) ++shape_;
+  b.shape = shape;
 
   for (size_t row = 0; row < rows_.size(); ++row) {
     Sequence& s = at(rows_[row]);

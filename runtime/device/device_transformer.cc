@@ -458,6 +458,30 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   }
   cache_.begin_rows(sequences);
 
+  const bool same = captured_.rows == n && captured_.shape == cache_.shape();
+  if (!same) {
+    captured_.graph.reset();
+    captured_.rows = n;
+    captured_.shape = cache_.shape();
+    enqueue_step(n);
+  } else {
+    if (captured_.graph == nullptr && group_ == nullptr)
+      captured_.graph = device_.capture([this, n] { enqueue_step(n); });
+    if (captured_.graph != nullptr)
+      device_.launch(*captured_.graph);
+    else
+      enqueue_step(n);
+  }
+  device_.synchronize(Deadline::after(options_.deadline));
+
+  for (size_t r = 0; r < n; ++r) {
+    out.nonfinite_layer[r] = fault_layer(fault_of(step_, n, r));
+    copy_logits(r, n, out.logits.data() + r * vocab);
+  }
+}
+
+// From host_rows_ to host_logits_ and the rows' faults.
+void DeviceTransformer::enqueue_step(size_t n) {
   Buffers& b = step_;
   device_.copy(b.ids.data(), host_rows_.data(), n * sizeof(int32_t));
   device_.copy(b.positions.data(), host_rows_.data() + n, n * sizeof(int32_t));
@@ -480,12 +504,6 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   }
   logits(b, n);
   collect_faults(b, n);
-  device_.synchronize(Deadline::after(options_.deadline));
-
-  for (size_t r = 0; r < n; ++r) {
-    out.nonfinite_layer[r] = fault_layer(fault_of(b, n, r));
-    copy_logits(r, n, out.logits.data() + r * vocab);
-  }
 }
 
 }  // namespace certkv

@@ -5,9 +5,9 @@
 // are rounded to; the residual stream, sums, norms and rotation are float. Prefill's attention
 // takes queries, keys and values rounded to the originals' type and gives rounded outputs.
 //
-// A decode step is enqueued whole on the device's stream: the host waits once, at its end, and
-// nothing is allocated. Unlike on the CPU, logits may have other last bits for another number of
-// rows or ranks: the products' library chooses by shape.
+// A decode step is enqueued whole on the device's stream, as one graph while its shape stays: the
+// host waits once, at its end, and nothing is allocated. Unlike on the CPU, logits may have other
+// last bits for another number of rows or ranks: the products' library chooses by shape.
 //
 // ERRORS (besides those of the device, the operations, the cache and the group)
 //   InvalidArgument   a token outside the vocabulary, a prompt that is empty or beyond the limit,
@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -110,6 +111,7 @@ class DeviceTransformer : public ForwardPass {
   void attend_prompt(Prompt& p, size_t first, size_t rows);
   void check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows);
 
+  void enqueue_step(size_t rows);
   void project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y);
   void project_qkv(const DeviceLayer& layer, Buffers& b, size_t rows, cuda::RotateQkv rotation,
                    size_t index);
@@ -144,8 +146,15 @@ class DeviceTransformer : public ForwardPass {
   cuda::DeviceArray<float> logits_, all_logits_;  // [max_batch, widest], [ranks, max_batch, widest]
   cuda::HostArray<float> host_logits_;            // the same
   cuda::HostArray<int32_t> host_rows_;            // [2, max_batch]: ids, positions
-  cuda::HostArray<uint16_t> host_k_, host_v_;     // of a prompt's layer; they only grow
-  cuda::HostArray<float> host_q_;                 // [kLastQueries, heads, head_dim]
+  // The last step's work, once a shape has been seen twice: its first step runs piece by piece, so
+  // that libraries make their plans.
+  struct {
+    size_t rows = 0;
+    uint64_t shape = 0;
+    std::unique_ptr<cuda::Device::Graph> graph;
+  } captured_;
+  cuda::HostArray<uint16_t> host_k_, host_v_;  // of a prompt's layer; they only grow
+  cuda::HostArray<float> host_q_;              // [kLastQueries, heads, head_dim]
 };
 
 }  // namespace certkv

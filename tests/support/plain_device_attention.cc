@@ -21,6 +21,7 @@ void PlainDeviceAttention::store_prefill(int64_t sequence, int layer, size_t tok
 }
 
 void PlainDeviceAttention::begin_rows(std::span<const int64_t> sequences) {
+  ++steps_;
   sequences_.assign(sequences.begin(), sequences.end());
 }
 

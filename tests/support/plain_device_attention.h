@@ -23,6 +23,7 @@ class PlainDeviceAttention : public DeviceAttention {
                      const uint16_t* v, std::span<const float> last_q) override;
   void begin_rows(std::span<const int64_t> sequences) override;
   void decode(int layer, const float* qkv, float* out) override;
+  uint64_t shape() const override { return steps_; }  // waits: no step is like another
 
   PlainKvAttention& cache() { return cache_; }
   std::map<std::pair<int64_t, int>, std::vector<float>> last_q;  // by sequence and layer
@@ -33,6 +34,7 @@ class PlainDeviceAttention : public DeviceAttention {
   DType originals_;
   PlainKvAttention cache_;
   std::vector<int64_t> sequences_;
+  uint64_t steps_ = 0;
 };
 
 }  // namespace certkv::test
