@@ -43,6 +43,14 @@ std::string usage() {
 
 }  // namespace
 
+bool asks_for_device(const std::vector<std::string>& values) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (values[i] == "--backend" && i + 1 < values.size()) return values[i + 1] != "cpu";
+    if (values[i].starts_with("--backend=")) return values[i] != "--backend=cpu";
+  }
+  return false;
+}
+
 std::vector<std::string> split_list(const std::string& text, const char* key) {
   std::vector<std::string> words;
   for (size_t from = 0; from <= text.size();) {

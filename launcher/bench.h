@@ -12,6 +12,10 @@ namespace certkv {
 
 // Entry points of launcher/bench_<name>.cc; `values` is what follows the subcommand's name.
 int bench_attention_command(const std::vector<std::string>& values);
+// Both on a device, where values name one with --backend (launcher/bench_device.cc).
+int bench_device_command(bool whole_steps, const std::vector<std::string>& values);
+// Whether values hold --backend with another name than cpu.
+bool asks_for_device(const std::vector<std::string>& values);
 int bench_classes_command(const std::vector<std::string>& values);
 int bench_decode_command(const std::vector<std::string>& values);   // launcher/bench_engine.cc
 int bench_prefill_command(const std::vector<std::string>& values);  // launcher/bench_engine.cc

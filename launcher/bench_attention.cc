@@ -131,12 +131,17 @@ Json case_json(const AttentionCase& c, const AttentionBenchOptions& o) {
 }  // namespace
 
 int bench_attention_command(const std::vector<std::string>& values) {
+  if (asks_for_device(values)) return bench_device_command(false, values);
   JobOptions job;
   AttentionBenchOptions o;
   std::string backend = "cpu", contexts = "32768", cache = "auto", layouts = "compact",
               heads = "mixed", json;
   OptionTable table(job, {"tolerance", "ladder", "skip", "paper", "scratch"});
-  table.add("backend", &backend, {.meaning = "whose kernels are measured", .allowed = "cpu"});
+  table.add(
+      "backend", &backend,
+      {.meaning = "whose kernels are measured: cpu here; cuda has keys of its own (--backend cuda "
+                  "--help)",
+       .allowed = "cpu"});
   table.add("context", &contexts,
             {.meaning = "tokens, with commas between", .unit = "tokens", .cost = "memory, time"});
   table.add("layout", &layouts, {.meaning = "tier-1 layouts, with commas between"});

@@ -320,6 +320,7 @@ int bench_engine(const std::vector<std::string>& values, bool decode) {
 }  // namespace
 
 int bench_decode_command(const std::vector<std::string>& values) {
+  if (asks_for_device(values)) return bench_device_command(true, values);
   return bench_engine(values, true);
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "kernels/activation.h"
 #include "kernels/base/error.h"
@@ -60,6 +61,14 @@ struct DeviceTransformer::Prompt {
 DeviceTransformer::DeviceTransformer(const ModelConfig& config, const Weights& weights,
                                      cuda::Device& device, DeviceOps ops, DeviceAttention& cache,
                                      DeviceGroup* group, DeviceTransformerOptions options)
+    : DeviceTransformer(config,
+                        DeviceWeights(config, check_weights(config, weights, group), device,
+                                      options.weights),
+                        device, ops, cache, group, options) {}
+
+DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights weights,
+                                     cuda::Device& device, DeviceOps ops, DeviceAttention& cache,
+                                     DeviceGroup* group, DeviceTransformerOptions options)
     : config_(config),
       device_(device),
       ops_(ops),
@@ -75,7 +84,7 @@ DeviceTransformer::DeviceTransformer(const ModelConfig& config, const Weights& w
       rank_(group == nullptr ? 0 : size_t(group->rank())),
       max_tokens_(options.max_tokens == 0 ? config.max_tokens
                                           : std::min(options.max_tokens, config.max_tokens)),
-      weights_(config, check_weights(config, weights, group), device, options.weights) {
+      weights_(std::move(weights)) {
   CERTKV_EXPECT(options.originals == DType::BF16 || options.originals == DType::F16,
                 InvalidArgument, "originals of type {}: BF16 or F16 is needed",
                 dtype_name(options.originals));

@@ -23,6 +23,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/dense_ops.h"
@@ -64,6 +65,11 @@ class DeviceTransformer : public ForwardPass {
                     DeviceOps ops, DeviceAttention& cache, DeviceGroup* group,
                     DeviceTransformerOptions options);
 
+  // With weights that are on the device already: all of its group's rank.
+  DeviceTransformer(const ModelConfig& config, DeviceWeights weights, cuda::Device& device,
+                    DeviceOps ops, DeviceAttention& cache, DeviceGroup* group,
+                    DeviceTransformerOptions options);
+
   // The cache gets every layer's originals before the next layer begins; progress is told what the
   // device has finished.
   std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens,
@@ -76,6 +82,9 @@ class DeviceTransformer : public ForwardPass {
   // The same into memory that is used again: half a megabyte of logits a row is costly to take
   // anew.
   void decode(std::span<const DecodeInput> rows, DecodeOutput& out);
+
+  // Gives the weights up; nothing may be called afterwards.
+  DeviceWeights take_weights() { return std::move(weights_); }
 
   // Of prefill alone: a decode step is not interrupted to be timed.
   ForwardPhases phases() const override { return phases_; }

@@ -168,6 +168,25 @@ DeviceWeights::DeviceWeights(const ModelConfig& config, const Weights& weights,
   lm_head = to.join(vocab_rows, H, tiles, "the language model's head");
 }
 
+void DeviceWeights::repeat_last_layer(cuda::Device& device, size_t count) {
+  const auto copy = [&](const auto& from) {
+    std::remove_cvref_t<decltype(from)> to(device, from.count(), "weights of a repeated layer");
+    device.copy(to.data(), from.data(), from.bytes());
+    return to;
+  };
+  const auto matrix = [&](const DeviceMatrix& m) {
+    return DeviceMatrix{copy(m.values), m.out, m.in};
+  };
+  layers.reserve(count);
+  while (!layers.empty() && layers.size() < count) {
+    const DeviceLayer& from = layers.back();
+    layers.push_back({matrix(from.qkv), matrix(from.o), matrix(from.gate_up), matrix(from.down),
+                      copy(from.input_norm), copy(from.post_attention_norm), copy(from.q_norm),
+                      copy(from.k_norm), copy(from.qkv_bias), copy(from.o_bias),
+                      copy(from.gate_up_bias), copy(from.down_bias)});
+  }
+}
+
 const void* DeviceWeights::lm_head_values() const {
   return lm_head.values.data() != nullptr ? lm_head.values.data() : embed.data();
 }

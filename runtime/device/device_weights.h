@@ -33,6 +33,7 @@ struct DeviceLayer {
 };
 
 struct DeviceWeights {
+  DeviceWeights() = default;  // none
   // Uploads what `weights` holds; they are not needed afterwards. Matrices are rounded to `dtype`
   // (F32, F16 or BF16), which changes nothing where the model's files have that type; norms and
   // biases stay float, the embedding stays what it is.
@@ -41,11 +42,14 @@ struct DeviceWeights {
   DeviceWeights(const ModelConfig& config, const Weights& weights, cuda::Device& device,
                 DType dtype);
 
+  // Copies the last layer until there are `count`: random weights, to measure with.
+  void repeat_last_layer(cuda::Device& device, size_t count);
+
   // Device memory that the constructor will allocate. UNITS: bytes
   static uint64_t bytes(const ModelConfig& config, const Weights& weights, DType dtype);
 
-  DType dtype;
-  DType embed_dtype;
+  DType dtype = DType::BF16;
+  DType embed_dtype = DType::BF16;
   cuda::DeviceArray<std::byte> embed;  // [vocab, H]
   std::vector<DeviceLayer> layers;
   cuda::DeviceArray<float> final_norm;  // [H]
