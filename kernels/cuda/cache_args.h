@@ -15,7 +15,7 @@ namespace certkv::cuda {
 inline constexpr uint32_t kFlagNonFinite = 2;  // a query, key or value is no finite number
 inline constexpr uint32_t kFlagDigest = 4;     // originals did not match what was asked for
 inline constexpr int kMaxHeads = 8;            // query heads of a KV head
-inline constexpr int kOpenBlocks = kPageTiles;
+inline constexpr int kMostSlots = 8192;        // of a KV head's scratch, keys and values each
 
 // Where a new token goes, and what a pass needs of its query.
 struct AppendItem {
@@ -38,6 +38,7 @@ struct AppendArgs {
   int32_t rows = 0, kv_heads = 0, heads = 0;  // heads: of a KV head
   int32_t head_dim = 0;
   DType dtype = DType::BF16;
+  uint32_t* any_failing = nullptr;  // out: 0, before the layer's pass
 };
 
 // A stretch of blocks in the arena, as the device reads it. SOURCE: kvstore/FORMAT.md.

@@ -108,6 +108,7 @@ CERTKV_FN void append_item(const AppendArgs& args, int index) {
   }
   pass.unit = unit;
   if (bad) raise_flag(pass.flags, kFlagNonFinite);
+  if (index == 0) *args.any_failing = 0;  // of the layer, which begins here
 }
 
 // ---- paging in ----------------------------------------------------------------------------------
@@ -299,66 +300,98 @@ CERTKV_FN F load_note(const PassItem& pass, int head_dim, I page, I tile, int wh
   return load_note_of(pass.pages, page, tile * 6 + (8 + which), page_layout(head_dim).notes);
 }
 
-// One warp for each item: scores what is resident by what its codes would have cost, drops what
-// costs little, and lists the free slots anew.
-CERTKV_FN void learn(const LadderArgs& args, int index) {
-  const LadderItem& item = args.items[index];
-  const PassItem& pass = args.passes[index];
-  const I lane = lane_index();
-  const int d = args.head_dim;
-  const auto* wants = reinterpret_cast<uint32_t*>(item.pages);
-  for (int part = 0; part < 2; ++part) {
-    const double keep = kKeepShare / (item.quota[part] > 0 ? item.quota[part] : 1);
-    int free = 0, resident = 0;
-    for (int first = 0; first < item.quota[part]; first += 32) {
-      const I slot = lane + first;
-      const B exists = slot < item.quota[part];
-      const I held = load_int(item.block_of[part], select(exists, slot, splat_i(0)));
-      const B holds = exists & (held >= 0);
+inline constexpr int kLearnWarps = 16;
+
+struct LearnShared {
+  double may[kMaxHeads], ref[kMaxHeads], over_l[kMaxHeads];
+  uint32_t empty[2][kMostSlots / 32], held[2][kMostSlots / 32];  // a bit for each slot
+};
+
+// One block of warps for each item: scores what is resident by what its codes would have cost,
+// drops what costs little, and lists the free slots anew. prepare(), score(), list_free(), with a
+// barrier between.
+struct Learn {
+  const LadderArgs& args;
+  int index, warp;
+  LearnShared* shared;
+
+  CERTKV_FN const LadderItem& item() const { return args.items[index]; }
+  CERTKV_FN const PassItem& pass() const { return args.passes[index]; }
+  CERTKV_FN int words(int part) const { return (item().quota[part] + 31) / 32; }
+
+  CERTKV_FN void prepare() const {
+    if (warp >= pass().heads) return;
+    const double* merged = pass().merged + warp * sums_floats(args.head_dim);
+    shared->may[warp] = allowed_error(pass().judged[warp], pass().relative != 0, pass().tolerance);
+    shared->ref[warp] = merged[kSumRef];
+    shared->over_l[warp] = 1.0 / merged[kSumL];
+  }
+
+  CERTKV_FN void score() const {
+    for (int task = warp; task < words(0) + words(1); task += kLearnWarps)
+      score_slots(task < words(0) ? kKeys : kValues, task < words(0) ? task : task - words(0));
+  }
+  // 32 slots of a part.
+  CERTKV_FN void score_slots(int part, int word) const {
+    const LadderItem& to = item();
+    const PassItem& p = pass();
+    const I slot = lane_index() + word * 32;
+    const B exists = slot < to.quota[part];
+    const I held = load_int(to.block_of[part], select(exists, slot, splat_i(0)));
+    const B holds = exists & (held >= 0);
+    const uint32_t mask = ballot(holds);
+    uint32_t dropped = 0;
+    if (mask != 0) {
       const I block = select(holds, held, splat_i(0));
       const I tile = block & (kPageTiles - 1), page = block >> 2;
-      D most = to_double(splat(0));
-      for (int h = 0; h < pass.heads; ++h) {
-        const Certificate& j = pass.judged[h];
-        const double may = allowed_error(j, pass.relative != 0, pass.tolerance);
-        const double* merged = pass.merged + h * sums_floats(d);
+      const F before = load_float(to.score[part], select(exists, slot, splat_i(0)));
+      const F note = load_note(p, args.head_dim, page, tile, part == kKeys ? 1 : 0);
+      F most = splat(0);
+      for (int h = 0; h < p.heads; ++h) {
         const I record = page * (args.groups * kRecordFloats) + (h / 4) * kRecordFloats;
-        const D rho = to_double(load_float(pass.records, record + tile * 4 + h % 4)) *
-                      exponential(to_double(load_float(pass.records,
-                                                       record + tile * 4 + (kRecordRef + h % 4))) -
-                                  merged[kSumRef]) /
-                      merged[kSumL];
-        D cost = rho;
-        if (part == kKeys) {
-          const F bound = load_float(pass.records, record + (kRecordBound + h % 4));
-          cost = cost * to_double(c_of_large(bound + float(kEpsWDevice))) *
-                 to_double(load_note(pass, d, page, tile, 1)) * 2.0;
-        } else {
-          cost = cost * to_double(load_note(pass, d, page, tile, 0));
-        }
-        cost = cost / may;
-        most = to_double(select_larger(to_float(most), to_float(cost)));
+        const F sum = load_float(p.records, record + tile * 4 + h % 4);
+        const F ref = load_float(p.records, record + tile * 4 + (kRecordRef + h % 4));
+        const F bound = load_float(p.records, record + (kRecordBound + h % 4));
+        D cost = to_double(sum) * exponential(to_double(ref) - shared->ref[h]) * to_double(note) *
+                 (shared->over_l[h] / shared->may[h]);
+        if (part == kKeys) cost = cost * to_double(c_of_large(bound + float(kEpsWDevice))) * 2.0;
+        most = select_larger(most, to_float(cost));
       }
-      const F before = load_float(item.score[part], select(exists, slot, splat_i(0)));
       const F aged = before * float(kDecay);
-      const F now = select_larger(to_float(most), select(aged > 0, aged, splat(0)));
-      const B drop = holds & (now < float(keep));
-      store_where(exists, item.score[part], slot, select(holds, now, splat(0)));
-      store_where(drop, item.block_of[part], slot, splat_i(-1));
-      store_where(drop, item.slot_of[part], block, splat_i(-1));
-      and_where(drop, const_cast<uint32_t*>(wants), page * 4 + 2,
+      const F now = select_larger(most, select(aged > 0, aged, splat(0)));
+      const float keep = float(kKeepShare / to.quota[part]);
+      const B drop = holds & (now < keep);
+      store_where(exists, to.score[part], slot, select(holds, now, splat(0)));
+      store_where(drop, to.block_of[part], slot, splat_i(-1));
+      store_where(drop, to.slot_of[part], block, splat_i(-1));
+      and_where(drop, reinterpret_cast<uint32_t*>(to.pages), page * 4 + 2,
                 ~(splat_u(1) << word_of(tile + 4 * part)));
-      const B empty = exists & ((held < 0) | drop);
-      const uint32_t mask = ballot(empty);
-      store_where(empty, item.free_slots[part], rank_in(mask) + free, slot);
-      free += population(mask);
-      resident += population(ballot(holds));
+      dropped = ballot(drop);
     }
-    item.free_count[part] = free;
-    (part == kKeys ? item.counts->resident_keys : item.counts->resident_values) =
-        uint32_t(resident);
+    const uint32_t free = (ballot(exists) & ~mask) | dropped;
+    shared->empty[part][word] = free;
+    shared->held[part][word] = mask;
   }
-}
+
+  CERTKV_FN void list_free() const {
+    const LadderItem& to = item();
+    for (int part = 0; part < 2; ++part) {
+      int before = 0, resident = 0;
+      for (int word = 0; word < words(part); ++word) {
+        const uint32_t free = shared->empty[part][word];
+        if (word % kLearnWarps == warp) {
+          const B mine = (splat_u(free) >> word_of(lane_index()) & 1u) != 0u;
+          store_where(mine, to.free_slots[part], rank_in(free) + before, lane_index() + word * 32);
+        }
+        before += population(free);
+        resident += population(shared->held[part][word]);
+      }
+      if (warp != 0) continue;
+      to.free_count[part] = before;
+      (part == kKeys ? to.counts->resident_keys : to.counts->resident_values) = uint32_t(resident);
+    }
+  }
+};
 
 }  // namespace certkv::CERTKV_LANES_NAMESPACE
 

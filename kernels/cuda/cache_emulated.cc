@@ -47,7 +47,17 @@ class EmulatedCacheOps final : public CacheOps {
     if (n < int(*args.dense_count)) emulated::take_dense(args, dense, n);
   }
   void learn(const LadderArgs& args) override {
-    for (int i = 0; i < args.count; ++i) emulated::learn(args, i);
+    for (int i = 0; i < args.count; ++i) {
+      emulated::LearnShared shared;
+      std::memset(&shared, 0xff, sizeof shared);
+      const auto all = [&](void (emulated::Learn::*part)() const) {
+        for (int warp = 0; warp < emulated::kLearnWarps; ++warp)
+          (emulated::Learn{args, i, warp, &shared}.*part)();
+      };
+      all(&emulated::Learn::prepare);
+      all(&emulated::Learn::score);
+      all(&emulated::Learn::list_free);
+    }
   }
 
  private:

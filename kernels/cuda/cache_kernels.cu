@@ -64,8 +64,14 @@ __global__ void take_dense_kernel(const LadderArgs args, const DenseArgs dense, 
   if (n < int(*args.dense_count)) take_dense(args, dense, n);
 }
 
-__global__ void learn_kernel(const LadderArgs args) {
-  learn(args, int(blockIdx.x));
+__global__ void __launch_bounds__(32 * kLearnWarps) learn_kernel(const LadderArgs args) {
+  __shared__ LearnShared shared;
+  const Learn learn{args, int(blockIdx.x), int(threadIdx.y), &shared};
+  learn.prepare();
+  __syncthreads();
+  learn.score();
+  __syncthreads();
+  learn.list_free();
 }
 
 }  // namespace
@@ -112,7 +118,7 @@ cudaError_t launch_take_dense(const LadderArgs& args, const DenseArgs& dense, in
 }
 
 cudaError_t launch_learn(const LadderArgs& args, cudaStream_t stream) {
-  learn_kernel<<<unsigned(args.count), 32, 0, stream>>>(args);
+  learn_kernel<<<unsigned(args.count), dim3(32, kLearnWarps), 0, stream>>>(args);
   return cudaGetLastError();
 }
 

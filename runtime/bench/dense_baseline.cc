@@ -36,8 +36,8 @@ DenseBaseline::DenseBaseline(const ModelConfig& config, DType dtype, int batch, 
   out_ = {device, q_.count(), "outputs"};
   // An append raises a flag of its pass where a number is not finite: nobody asks for it here.
   std::vector<cuda::PassItem> passes(items);
-  for (cuda::PassItem& p : passes)
-    p.flags = reinterpret_cast<uint32_t*>(scaled_.data() + items * n * (d + 1));
+  flag_ = reinterpret_cast<uint32_t*>(scaled_.data() + items * n * (d + 1));
+  for (cuda::PassItem& p : passes) p.flags = flag_;
   device.copy(passes_.data(), passes.data(), passes_.bytes());
 }
 
@@ -50,7 +50,8 @@ void DenseBaseline::store(int sequence, int layer, const uint16_t* k, const uint
                             (tensor == 0 ? k : v) + h * head, head * 2);
 }
 
-void DenseBaseline::begin_rows(std::span<const int64_t>) {
+void DenseBaseline::begin_rows(std::span<const int64_t>, float* out) {
+  to_ = out;
   const size_t heads = size_t(config_.kv_heads), d = size_t(config_.head_dim);
   const size_t items = size_t(batch_) * heads, n = size_t(config_.heads_per_group());
   const size_t page = size_t(tokens_) / kPageTokens * kPageTokens;
@@ -73,7 +74,7 @@ void DenseBaseline::begin_rows(std::span<const int64_t>) {
   backend_.device->copy(append_.data(), append_host_.data(), append_.bytes());
 }
 
-void DenseBaseline::decode(int layer, const float* qkv, float* out) {
+void DenseBaseline::decode(int layer, const float* qkv) {
   const size_t heads = size_t(config_.kv_heads), d = size_t(config_.head_dim);
   const size_t items = size_t(batch_) * heads, q_width = size_t(config_.heads) * d;
   const size_t width = q_width + 2 * heads * d;
@@ -84,7 +85,8 @@ void DenseBaseline::decode(int layer, const float* qkv, float* out) {
                           .kv_heads = int32_t(heads),
                           .heads = int32_t(config_.heads_per_group()),
                           .head_dim = int32_t(d),
-                          .dtype = dtype_});
+                          .dtype = dtype_,
+                          .any_failing = flag_});
   for (size_t b = 0; b < size_t(batch_); ++b)
     backend_.model->convert(
         {qkv + b * width, DType::F32, q_.data() + b * q_width, dtype_, q_width});
@@ -101,7 +103,7 @@ void DenseBaseline::decode(int layer, const float* qkv, float* out) {
                           .kv_head_stride = capacity_ * d,
                           .lengths = lengths_.data(),
                           .out = out_.data()});
-  backend_.model->convert({out_.data(), dtype_, out, DType::F32, size_t(batch_) * q_width});
+  backend_.model->convert({out_.data(), dtype_, to_, DType::F32, size_t(batch_) * q_width});
 }
 
 }  // namespace certkv

@@ -23,8 +23,8 @@ class DenseBaseline : public DeviceAttention {
 
   void store_prefill(int64_t, int, size_t, const uint16_t*, const uint16_t*,
                      std::span<const float>) override {}
-  void begin_rows(std::span<const int64_t> sequences) override;
-  void decode(int layer, const float* qkv, float* out) override;
+  void begin_rows(std::span<const int64_t> sequences, float* out) override;
+  void decode(int layer, const float* qkv) override;
   uint64_t shape() const override { return 1; }
 
  private:
@@ -46,6 +46,8 @@ class DenseBaseline : public DeviceAttention {
   cuda::DeviceArray<cuda::PassItem> passes_;    // what an append writes beside keys and values
   cuda::DeviceArray<cuda::PageEntry> entries_;
   cuda::DeviceArray<float> notes_, scaled_;
+  uint32_t* flag_ = nullptr;
+  float* to_ = nullptr;
   cuda::DeviceArray<uint16_t> q_, out_;  // [batch, heads, head_dim]
 };
 

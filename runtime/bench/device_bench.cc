@@ -117,13 +117,11 @@ class SyntheticRows : public DeviceAttention {
                      const uint16_t* v, std::span<const float> last_q) override {
     inner_.store_prefill(sequence, layer, tokens, k, v, last_q);
   }
-  void begin_rows(std::span<const int64_t> sequences) override {
-    inner_.begin_rows(sequences);
+  void begin_rows(std::span<const int64_t> sequences, float* out) override {
+    inner_.begin_rows(sequences, out);
     device_.copy(now_.data(), all_.data() + size_t(step_++ % steps_) * row_, row_ * sizeof(float));
   }
-  void decode(int layer, const float*, float* out) override {
-    inner_.decode(layer, now_.data(), out);
-  }
+  void decode(int layer, const float*) override { inner_.decode(layer, now_.data()); }
   uint64_t shape() const override { return inner_.shape(); }
 
  private:
@@ -183,15 +181,15 @@ struct Bench {
     const size_t width = size_t(o.batch) * size_t(o.query_heads * o.head_dim);
     const cuda::DeviceArray<float> out(device(), width, "outputs");
     const auto all_layers = [&] {
-      for (int layer = 0; layer < int(o.layers); ++layer) rows.decode(layer, nullptr, out.data());
+      for (int layer = 0; layer < int(o.layers); ++layer) rows.decode(layer, nullptr);
     };
-    rows.begin_rows(sequences);
+    rows.begin_rows(sequences, out.data());
     all_layers();  // makes plans
     wait();
     const auto graph = device().capture(all_layers);
     std::vector<double> us;
     for (int i = 0; i < o.warmup + o.steps; ++i) {
-      rows.begin_rows(sequences);
+      rows.begin_rows(sequences, out.data());
       wait();
       const auto start = Clock::now();
       device().launch(*graph);
@@ -275,9 +273,8 @@ struct Bench {
       if (model) {
         model->decode(inputs(sequences, step), logits);
       } else {
-        rows.begin_rows(sequences);
-        for (int layer = 0; layer < int(o.layers); ++layer)
-          rows.decode(layer, nullptr, ignored.data());
+        rows.begin_rows(sequences, ignored.data());
+        for (int layer = 0; layer < int(o.layers); ++layer) rows.decode(layer, nullptr);
         wait();
       }
       if (counted) step_us.push_back(us_since(start));

@@ -15,11 +15,13 @@ class DeviceAttention {
   virtual void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                              const uint16_t* v, std::span<const float> last_q) = 0;
   // The step's rows, before the first layer: row r of every later call belongs to sequences[r].
-  virtual void begin_rows(std::span<const int64_t> sequences) = 0;
+  // out: device [rows, heads * head_dim] float, what every layer writes; the same memory while a
+  // captured step is launched again.
+  virtual void begin_rows(std::span<const int64_t> sequences, float* out) = 0;
   // Enqueued on the device's stream. qkv: device [rows, (heads + 2 kv_heads) * head_dim] float,
   // after norms and RoPE: queries of all local heads (head = kv_head * heads_per_group + j), then
-  // keys, then values, not yet rounded. out: device [rows, heads * head_dim] float.
-  virtual void decode(int layer, const float* qkv, float* out) = 0;
+  // keys, then values, not yet rounded.
+  virtual void decode(int layer, const float* qkv) = 0;
   // Of the rows under way: as long as it stays the same, what decode() has enqueued for every layer
   // may be enqueued again as it was (cuda::Device::capture), for it reads what differs from the
   // device's memory.

@@ -48,6 +48,9 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
   require(options_.cache.block_tokens == 16, "cache.block_tokens other than 16");
   require(config.head_dim == 64 || config.head_dim == 128, "a head_dim other than 64 and 128");
   require(config.heads_per_group() <= cuda::kMaxHeads, "more than 8 query heads a KV head");
+  const int64_t most = cuda::kMostSlots * config.kv_heads;
+  require(options_.scratch.key_blocks <= most && options_.scratch.value_blocks <= most,
+          "more than 8192 scratch blocks a KV head");
   format_ = make_page_format(layout_by_name(options_.cache.layout), int(config.head_dim), 16);
   cuda::check_device_format(format_);
   block_ = {options_.dtype, 16, uint16_t(config.head_dim)};

@@ -50,8 +50,8 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
 
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v, std::span<const float> last_q) override;
-  void begin_rows(std::span<const int64_t> sequences) override;
-  void decode(int layer, const float* qkv, float* out) override;
+  void begin_rows(std::span<const int64_t> sequences, float* out) override;
+  void decode(int layer, const float* qkv) override;
   uint64_t shape() const override { return shape_; }
 
   // What a decode of a prompt takes on the device at most. UNITS: bytes

@@ -77,7 +77,7 @@ struct DeviceCache::StepBuffers {
   DeviceArray<cuda::PassItem> pass;  // [layers, rows, kv_heads]
   DeviceArray<cuda::AppendItem> append;
   DeviceArray<cuda::LadderItem> ladder;
-  DeviceArray<float> scaled, norm, records, split_sums, out;
+  DeviceArray<float> scaled, norm, records, split_sums;
   DeviceArray<double> merged, tally;
   DeviceArray<uint8_t> used;
   DeviceArray<cuda::PageInRequest> list;

@@ -47,7 +47,7 @@ cuda::OriginalsRun run_of(const OriginalsSpan& span, const std::byte* first, uin
 
 }  // namespace
 
-void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
+void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   rows_.assign(sequences.begin(), sequences.end());
   StepBuffers& b = *step_;
   const size_t layers = size_t(config_.layers), heads = size_t(heads_.count());
@@ -90,7 +90,6 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
   grow(&b.split_sums, device_, items * splits * n * sums, "sums of a pass");
   grow(&b.tally, device_, items * splits * n * cuda::kTallyCount, "sums of a pass");
   grow(&b.merged, device_, items * n * sums, "sums of a pass");
-  grow(&b.out, device_, items * n * d, "outputs of a pass");
   grow(&b.list, device_, quotas, "list of blocks to page in");
   grow(&b.listed, device_, items, "list of blocks to page in");
   grow(&b.words, device_, kWords + items, "marks of a step");
@@ -146,7 +145,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
         p.splits = b.split_sums.data() + item * splits * n * sums;
         p.tally = b.tally.data() + item * splits * n * cuda::kTallyCount;
         p.merged = b.merged.data() + item * n * sums;
-        p.out = b.out.data() + item * n * d;
+        p.out = out + item * n * d;
         p.flags = marks + kFlags;
         p.slots = slots;
         p.slot_count = int32_t(s.slots_each);
@@ -205,7 +204,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences) {
   device_.copy(b.ladder.data(), b.ladder_host.data(), all * sizeof(cuda::LadderItem));
 }
 
-void DeviceCache::decode(int layer, const float* qkv, float* out) {
+void DeviceCache::decode(int layer, const float* qkv) {
   StepBuffers& b = *step_;
   const size_t heads = size_t(heads_.count()), items = rows_.size() * heads;
   const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
@@ -218,8 +217,8 @@ void DeviceCache::decode(int layer, const float* qkv, float* out) {
                .kv_heads = int32_t(heads),
                .heads = int32_t(n),
                .head_dim = int32_t(d),
-               .dtype = options_.dtype});
-  device_.fill(b.words.data(), 0, b.words.bytes());
+               .dtype = options_.dtype,
+               .any_failing = b.words.data() + kAnyFailing});
   cuda::PassArgs pass;
   pass.items = b.pass.data() + first;
   pass.dtype = options_.dtype;
@@ -251,7 +250,6 @@ void DeviceCache::decode(int layer, const float* qkv, float* out) {
     climb(pass, shape, ladder);
     ops_.learn(ladder);
   }
-  device_.copy(out, b.out.data(), items * n * d * sizeof(float));
   group_.alive();
 }
 

@@ -61,10 +61,10 @@ struct DeviceTransformer::Prompt {
 DeviceTransformer::DeviceTransformer(const ModelConfig& config, const Weights& weights,
                                      cuda::Device& device, DeviceOps ops, DeviceAttention& cache,
                                      DeviceGroup* group, DeviceTransformerOptions options)
-    : DeviceTransformer(config,
-                        DeviceWeights(config, check_weights(config, weights, group), device,
-                                      options.weights),
-                        device, ops, cache, group, options) {}
+    : DeviceTransformer(
+          config,
+          DeviceWeights(config, check_weights(config, weights, group), device, options.weights),
+          device, ops, cache, group, options) {}
 
 DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights weights,
                                      cuda::Device& device, DeviceOps ops, DeviceAttention& cache,
@@ -465,7 +465,7 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
     host_rows_[r] = rows[r].token;
     host_rows_[n + r] = int32_t(rows[r].position);
   }
-  cache_.begin_rows(sequences);
+  cache_.begin_rows(sequences, step_.attention.data());
 
   const bool same = captured_.rows == n && captured_.shape == cache_.shape();
   if (!same) {
@@ -500,7 +500,7 @@ void DeviceTransformer::enqueue_step(size_t n) {
   norm(x_.data(), weights_.layers[0].input_norm, n, b.normed.data());
   for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
     project_qkv(weights_.layers[layer], b, n, {.positions = b.positions.data()}, layer);
-    cache_.decode(int(layer), b.qkv.data(), b.attention.data());
+    cache_.decode(int(layer), b.qkv.data());
     const void* attention = b.attention.data();
     if (weights_.dtype != DType::F32) {
       ops_.model.convert({b.attention.data(), DType::F32, b.attention_in.data(), weights_.dtype,

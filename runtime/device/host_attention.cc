@@ -25,7 +25,7 @@ void HostAttention::decode(int layer, std::span<const DecodeRow> rows, float* fl
   if (layer == 0) {
     sequences_.clear();
     for (const DecodeRow& row : rows) sequences_.push_back(row.sequence);
-    attention_.begin_rows(sequences_);
+    attention_.begin_rows(sequences_, out_.data());
   }
   for (size_t r = 0; r < rows.size(); ++r) {
     float* to = qkv_host_.data() + r * width;
@@ -37,7 +37,7 @@ void HostAttention::decode(int layer, std::span<const DecodeRow> rows, float* fl
     flags[r] = 0;
   }
   device_.copy(qkv_.data(), qkv_host_.data(), rows.size() * width * sizeof(float));
-  attention_.decode(layer, qkv_.data(), out_.data());
+  attention_.decode(layer, qkv_.data());
   device_.copy(out_host_.data(), out_.data(), rows.size() * q * sizeof(float));
   device_.synchronize(Deadline::after(std::chrono::seconds(60)));
   for (size_t r = 0; r < rows.size(); ++r) std::copy_n(out_host_.data() + r * q, q, rows[r].out);

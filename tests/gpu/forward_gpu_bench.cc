@@ -18,15 +18,17 @@ class NoAttention final : public DeviceAttention {
   NoAttention(cuda::Device& device, size_t width) : device_(device), width_(width) {}
   void store_prefill(int64_t, int, size_t, const uint16_t*, const uint16_t*,
                      std::span<const float>) override {}
-  void begin_rows(std::span<const int64_t> sequences) override { rows_ = sequences.size(); }
-  void decode(int, const float*, float* out) override {
-    device_.fill(out, 0, rows_ * width_ * sizeof(float));
+  void begin_rows(std::span<const int64_t> sequences, float* out) override {
+    rows_ = sequences.size();
+    out_ = out;
   }
+  void decode(int, const float*) override { device_.fill(out_, 0, rows_ * width_ * sizeof(float)); }
   uint64_t shape() const override { return 1; }
 
  private:
   cuda::Device& device_;
   size_t width_, rows_ = 0;
+  float* out_ = nullptr;
 };
 
 uint32_t state = 1;

@@ -20,12 +20,13 @@ void PlainDeviceAttention::store_prefill(int64_t sequence, int layer, size_t tok
   last_q[{sequence, layer}].assign(queries.begin(), queries.end());
 }
 
-void PlainDeviceAttention::begin_rows(std::span<const int64_t> sequences) {
+void PlainDeviceAttention::begin_rows(std::span<const int64_t> sequences, float* out) {
+  out_ = out;
   ++steps_;
   sequences_.assign(sequences.begin(), sequences.end());
 }
 
-void PlainDeviceAttention::decode(int layer, const float* qkv, float* out) {
+void PlainDeviceAttention::decode(int layer, const float* qkv) {
   const size_t rows = sequences_.size(), kv = kv_heads_ * head_dim_, q = kv * heads_per_group_;
   const size_t width = q + 2 * kv;
   std::vector<float> from(rows * width), answers(rows * q), flags(rows);
@@ -40,7 +41,7 @@ void PlainDeviceAttention::decode(int layer, const float* qkv, float* out) {
     asked.push_back({sequences_[r], row, rounded, rounded + kv, answers.data() + r * q});
   }
   cache_.decode(layer, asked, flags.data());
-  device_.copy(out, answers.data(), answers.size() * sizeof(float));
+  device_.copy(out_, answers.data(), answers.size() * sizeof(float));
 }
 
 }  // namespace certkv::test

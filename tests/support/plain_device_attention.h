@@ -21,8 +21,8 @@ class PlainDeviceAttention : public DeviceAttention {
 
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v, std::span<const float> last_q) override;
-  void begin_rows(std::span<const int64_t> sequences) override;
-  void decode(int layer, const float* qkv, float* out) override;
+  void begin_rows(std::span<const int64_t> sequences, float* out) override;
+  void decode(int layer, const float* qkv) override;
   uint64_t shape() const override { return steps_; }  // waits: no step is like another
 
   PlainKvAttention& cache() { return cache_; }
@@ -35,6 +35,7 @@ class PlainDeviceAttention : public DeviceAttention {
   PlainKvAttention cache_;
   std::vector<int64_t> sequences_;
   uint64_t steps_ = 0;
+  float* out_ = nullptr;
 };
 
 }  // namespace certkv::test
