@@ -1,4 +1,4 @@
-// The collective operations of a group of ranks, in one shape for threads, MPI and, later, NCCL.
+// The collective operations of a group of ranks, in one shape for threads, MPI and NCCL.
 //
 // Every operation is only enqueued: it takes views of memory the caller owns and returns at once.
 // It is done when wait() has returned; until then its memory may be neither read, written nor
@@ -33,6 +33,8 @@
 namespace certkv {
 
 inline constexpr std::chrono::milliseconds kDefaultSilence{5000};
+
+class GroupLife;
 
 class Communicator {
  public:
@@ -84,6 +86,9 @@ class Communicator {
 
   // "rank 1 (node-a)": how errors call a rank of this group.
   virtual std::string peer_name(int rank) const = 0;
+
+  // For a communicator laid over this one. Lives as long as this.
+  virtual GroupLife& group_life() = 0;
 
   // Limit of waits that name none: `parallel.deadline_seconds`.
   void set_silence(std::chrono::milliseconds silence) { silence_ = silence; }

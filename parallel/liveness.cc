@@ -1,6 +1,9 @@
 #include "parallel/liveness.h"
 
+#include <sched.h>
+
 #include <algorithm>
+#include <thread>
 
 #include "kernels/base/deadline.h"
 
@@ -121,6 +124,17 @@ void SilenceWatch::check(std::span<const Peer> peers, std::chrono::milliseconds 
                  "{}: every rank has come and lives, but the operation is not done after {:.1f} s as "
                  "seen by {}: look for a broken network path",
                  what_, double(now - all_come_ns_) * 1e-9, table_.name(self_));
+  }
+}
+
+void PollPause::pause() {
+  ++polls_;
+  if (polls_ <= 500) {  // under a millisecond; a yield costs peers on the same core nothing
+    sched_yield();
+  } else if (polls_ <= 20000) {
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  } else {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
 }
 

@@ -114,4 +114,14 @@ class SilenceWatch {
   int64_t all_come_ns_ = 0;  // since when nobody has been missing, 0: somebody is
 };
 
+// How a rank waits without burning a core that its peers may need: a few yields, then short sleeps
+// that grow with the wait.
+class PollPause {
+ public:
+  void pause();
+
+ private:
+  int polls_ = 0;
+};
+
 }  // namespace certkv

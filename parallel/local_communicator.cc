@@ -4,6 +4,7 @@
 #include <cstring>
 #include <thread>
 
+#include "parallel/group_life.h"
 #include "parallel/local_world.h"
 #include "parallel/ordered_sum.h"
 #include "parallel/verdict_reduce.h"
@@ -12,7 +13,11 @@
 namespace certkv {
 
 LocalGroup::LocalGroup(LifeTable& life, std::vector<int> members)
-    : life_(life), members_(std::move(members)), enqueued_(members_.size()), left_(members_.size()) {}
+    : life_(life),
+      members_(std::move(members)),
+      enqueued_(members_.size()),
+      left_(members_.size()),
+      upper_arrived_(members_.size()) {}
 
 const char* LocalGroup::name(Kind kind) {
   switch (kind) {
@@ -177,7 +182,7 @@ void LocalGroup::leave(int rank) noexcept {
 
 namespace {
 
-class LocalCommunicator final : public Communicator {
+class LocalCommunicator final : public Communicator, private GroupLife {
  public:
   LocalCommunicator(std::shared_ptr<LocalWorld> world, std::shared_ptr<LocalGroup> group,
                     int world_rank)
@@ -228,8 +233,21 @@ class LocalCommunicator final : public Communicator {
   std::string peer_name(int rank) const override {
     return world_->life().name(group_->members()[size_t(rank)]);
   }
+  GroupLife& group_life() override { return *this; }
 
  private:
+  LifeTable& life() override { return world_->life(); }
+  const std::vector<int>& members() const override { return group_->members(); }
+  void set_upper_arrived(uint64_t operations) noexcept override {
+    group_->upper_arrived(rank_).store(operations, std::memory_order_relaxed);
+  }
+  uint64_t upper_arrived(int rank) const override {
+    return group_->upper_arrived(rank).load(std::memory_order_relaxed);
+  }
+  void fail(ErrorKind kind, const std::string& message) noexcept override {
+    world_->life().break_with(kind, message);
+  }
+
   std::shared_ptr<LocalWorld> world_;
   std::shared_ptr<LocalGroup> group_;
   int world_rank_, rank_ = 0;

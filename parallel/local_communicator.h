@@ -40,6 +40,8 @@ class LocalGroup {
   void wait(int rank, std::chrono::milliseconds silence);
   void leave(int rank) noexcept;  // the rank's communicator is being destroyed
 
+  std::atomic<uint64_t>& upper_arrived(int rank) { return upper_arrived_[size_t(rank)]; }
+
  private:
   struct Operation {
     std::vector<Request> requests;  // by rank
@@ -59,6 +61,7 @@ class LocalGroup {
   std::deque<Operation> open_;           // operations done_ + 1, done_ + 2, ...
   std::vector<uint64_t> enqueued_;       // by rank
   std::vector<bool> left_;
+  std::vector<std::atomic<uint64_t>> upper_arrived_;  // by rank, see GroupLife
   std::atomic<uint64_t> done_{0};
   bool running_ = false;                 // a rank is carrying out open_.front()
 };

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 
+#include "parallel/group_life.h"
 #include "parallel/mpi_world.h"
 #include "parallel/ordered_sum.h"
 #include "parallel/verdict_reduce.h"
@@ -22,7 +23,7 @@ int mpi_count(size_t count, const char* what, const char* unit = "elements") {
   return int(count);
 }
 
-class MpiCommunicator final : public Communicator {
+class MpiCommunicator final : public Communicator, private GroupLife {
  public:
   MpiCommunicator(std::shared_ptr<MpiWorld> world, MPI_Comm comm, int slot)
       : world_(std::move(world)), comm_(comm), slot_(slot) {
@@ -103,8 +104,22 @@ class MpiCommunicator final : public Communicator {
   std::string peer_name(int rank) const override {
     return world_->life().name(members_[size_t(rank)]);
   }
+  GroupLife& group_life() override { return *this; }
 
  private:
+  LifeTable& life() override { return world_->life(); }
+  const std::vector<int>& members() const override { return members_; }
+  void set_upper_arrived(uint64_t operations) noexcept override {
+    world_->life().set_arrived(world_->rank(), slot_, enqueued_ + operations);
+  }
+  uint64_t upper_arrived(int rank) const override {
+    const uint64_t all = world_->life().arrived(members_[size_t(rank)], slot_);
+    return all < enqueued_ ? 0 : all - enqueued_;
+  }
+  void fail(ErrorKind kind, const std::string& message) noexcept override {
+    world_->fail(kind, message);
+  }
+
   struct Operation {
     const char* name = "";
     size_t bytes = 0;

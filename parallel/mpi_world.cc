@@ -1,9 +1,5 @@
 #include "parallel/mpi_world.h"
 
-#include <sched.h>
-
-#include <thread>
-
 #include "kernels/base/log.h"
 #include "parallel/mpi_heart.h"
 #include "parallel/verdict_reduce.h"
@@ -123,17 +119,6 @@ int MpiWorld::next_group_slot() {
   CERTKV_EXPECT(groups_ < LifeTable::kGroups, InvalidArgument,
                 "a job can have at most {} groups of ranks", LifeTable::kGroups);
   return groups_++;
-}
-
-void PollPause::pause() {
-  ++polls_;
-  if (polls_ <= 500) {  // under a millisecond; a yield costs peers on the same core nothing
-    sched_yield();
-  } else if (polls_ <= 20000) {
-    std::this_thread::sleep_for(std::chrono::microseconds(20));
-  } else {
-    std::this_thread::sleep_for(std::chrono::microseconds(100));
-  }
 }
 
 }  // namespace certkv

@@ -73,14 +73,4 @@ class MpiWorld {
   friend class MpiHeart;
 };
 
-// How a rank waits without burning a core that its peers may need: a few yields, then short sleeps
-// that grow with the wait.
-class PollPause {
- public:
-  void pause();
-
- private:
-  int polls_ = 0;
-};
-
 }  // namespace certkv

@@ -20,4 +20,24 @@ void merge_verdict(VerdictRecord& into, const VerdictRecord& from) {
   into = std::bit_cast<VerdictRecord>(a);
 }
 
+void split_verdicts(const VerdictRecord* records, size_t count, uint64_t* words) {
+  uint64_t* max = words;
+  uint64_t* sum = words + count * kVerdictMaxWords;
+  for (size_t i = 0; i < count; ++i) {
+    const auto of = std::bit_cast<std::array<uint64_t, kVerdictWords>>(records[i]);
+    max = std::copy_n(of.begin(), kVerdictMaxWords, max);
+    sum = std::copy_n(of.begin() + kVerdictMaxWords, kVerdictSumWords, sum);
+  }
+}
+
+void join_verdicts(const uint64_t* words, size_t count, VerdictRecord* records) {
+  const uint64_t* max = words;
+  const uint64_t* sum = words + count * kVerdictMaxWords;
+  for (size_t i = 0; i < count; ++i, max += kVerdictMaxWords, sum += kVerdictSumWords) {
+    std::array<uint64_t, kVerdictWords> of;
+    std::copy_n(sum, kVerdictSumWords, std::copy_n(max, kVerdictMaxWords, of.begin()));
+    records[i] = std::bit_cast<VerdictRecord>(of);
+  }
+}
+
 }  // namespace certkv

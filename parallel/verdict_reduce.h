@@ -17,4 +17,9 @@ void merge_verdict_words(uint64_t* into, const uint64_t* from, size_t records);
 
 void merge_verdict(VerdictRecord& into, const VerdictRecord& from);
 
+// The same records with all `max` words in front of all `sum` words, for reductions that have one
+// operation per call. words: [records * kVerdictMaxWords, records * kVerdictSumWords]
+void split_verdicts(const VerdictRecord* records, size_t count, uint64_t* words);
+void join_verdicts(const uint64_t* words, size_t count, VerdictRecord* records);
+
 }  // namespace certkv

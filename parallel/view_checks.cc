@@ -8,8 +8,11 @@
 
 namespace certkv {
 
-void check_host_view(const TensorView& view, const char* what) {
-  CERTKV_EXPECT(view.memory == MemoryKind::Host, InvalidArgument,
+namespace {
+
+void check_view(const TensorView& view, const char* what, Moves moves) {
+  CERTKV_EXPECT(view.memory == MemoryKind::Host || moves == Moves::HostAndDeviceMemory,
+                InvalidArgument,
                 "{}: the view is of device memory; this communicator moves host memory", what);
   CERTKV_EXPECT(view.data != nullptr || view.count == 0, InvalidArgument,
                 "{}: a null view of {} elements", what, view.count);
@@ -17,16 +20,20 @@ void check_host_view(const TensorView& view, const char* what) {
                 "{}: {} elements of {} are no tensor", what, view.count, dtype_name(view.dtype));
 }
 
-void check_sum(const TensorView& inout) {
-  check_host_view(inout, "all_reduce_sum");
+}  // namespace
+
+void check_sum(const TensorView& inout, Moves moves) {
+  check_view(inout, "all_reduce_sum", moves);
   CERTKV_EXPECT(summable(inout.dtype), InvalidArgument,
                 "all_reduce_sum: sums over ranks are made of F32, F16, BF16 and U64, not of {}",
                 dtype_name(inout.dtype));
 }
 
-void check_gather(const TensorView& in, const TensorView& out, int rank, int size) {
-  check_host_view(in, "all_gather, in");
-  check_host_view(out, "all_gather, out");
+void check_gather(const TensorView& in, const TensorView& out, int rank, int size, Moves moves) {
+  check_view(in, "all_gather, in", moves);
+  check_view(out, "all_gather, out", moves);
+  CERTKV_EXPECT(in.memory == out.memory, InvalidArgument,
+                "all_gather: one of in and out is of device memory, the other of host memory");
   CERTKV_EXPECT(in.dtype == out.dtype, InvalidArgument, "all_gather: {} cannot be gathered as {}",
                 dtype_name(in.dtype), dtype_name(out.dtype));
   CERTKV_EXPECT(out.count % size_t(size) == 0 && out.count / size_t(size) == in.count,
@@ -40,8 +47,8 @@ void check_gather(const TensorView& in, const TensorView& out, int rank, int siz
                 "all_gather: in overlaps out and is not rank {}'s part of it", rank);
 }
 
-void check_broadcast(const TensorView& inout, int root, int size) {
-  check_host_view(inout, "broadcast");
+void check_broadcast(const TensorView& inout, int root, int size, Moves moves) {
+  check_view(inout, "broadcast", moves);
   CERTKV_EXPECT(root >= 0 && root < size, InvalidArgument,
                 "broadcast: root is {} in a group of {} ranks", root, size);
 }

@@ -1,4 +1,4 @@
-// What every host communicator asks of the views it is given, before anything is enqueued.
+// What every communicator asks of the views it is given, before anything is enqueued.
 #pragma once
 
 #include "kernels/base/tensor_view.h"
@@ -7,9 +7,12 @@
 namespace certkv {
 
 // All throw InvalidArgument with `what` in front.
-void check_host_view(const TensorView& view, const char* what);
-void check_sum(const TensorView& inout);
-void check_gather(const TensorView& in, const TensorView& out, int rank, int size);
-void check_broadcast(const TensorView& inout, int root, int size);
+// `moves`: the memory that the communicator moves. That a device view points to the device, the
+// communicator itself must see.
+enum class Moves { HostMemory, HostAndDeviceMemory };
+void check_sum(const TensorView& inout, Moves moves = Moves::HostMemory);
+void check_gather(const TensorView& in, const TensorView& out, int rank, int size,
+                  Moves moves = Moves::HostMemory);
+void check_broadcast(const TensorView& inout, int root, int size, Moves moves = Moves::HostMemory);
 
 }  // namespace certkv

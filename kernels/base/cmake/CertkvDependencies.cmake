@@ -53,6 +53,7 @@ if(CERTKV_TESTS)
 endif()
 
 set(CERTKV_HAVE_CUDA OFF)
+set(CERTKV_HAVE_NCCL OFF)
 set(CERTKV_CUDA_ARCHITECTURES "" CACHE STRING
   "native, packages (every one that packages carry), a list such as 90;100, or empty: native where \
 an NVIDIA driver answers, else 90")
@@ -68,6 +69,9 @@ if(NOT CERTKV_CUDA STREQUAL "OFF")
     # The headers alone: both libraries are loaded by soname when a GPU is used.
     find_path(CERTKV_CUBLASLT_INCLUDE cublasLt.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
     find_path(CERTKV_CUDNN_INCLUDE cudnn_backend.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+    if(CERTKV_NCCL_INCLUDE)
+      set(CERTKV_HAVE_NCCL ON)  # the library is loaded at run time
+    endif()
     set(CMAKE_CUDA_STANDARD 20)
     if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 knows no C++20 of nvcc
       set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
@@ -83,10 +87,14 @@ endif()
 list(JOIN certkv_found ", " certkv_found_text)
 message(STATUS "certkv: found ${certkv_found_text}")
 if(CERTKV_HAVE_CUDA)
-  if(CERTKV_NCCL_INCLUDE AND CERTKV_NCCL_LIBRARY)
-    set(certkv_nccl_text ${CERTKV_NCCL_LIBRARY})
+  if(CERTKV_HAVE_NCCL AND CERTKV_NCCL_LIBRARY)
+    set(certkv_nccl_text "${CERTKV_NCCL_INCLUDE}/nccl.h and ${CERTKV_NCCL_LIBRARY}")
+  elseif(CERTKV_HAVE_NCCL)
+    set(certkv_nccl_text "${CERTKV_NCCL_INCLUDE}/nccl.h (libnccl.so.2 not found here; it is loaded \
+at run time)")
   else()
-    set(certkv_nccl_text "missing (optional; libnccl-dev of NVIDIA's repository)")
+    set(certkv_nccl_text "nccl.h missing (optional, for several GPUs; libnccl-dev of NVIDIA's \
+repository)")
   endif()
   set(certkv_cublaslt_text "${CERTKV_CUBLASLT_INCLUDE}/cublasLt.h")
   if(NOT CERTKV_CUBLASLT_INCLUDE)
