@@ -316,7 +316,8 @@ int run_command(Args& args) {
 
   const EngineSetup setup = set_up_engine(
       job, model, *ranks.world, *ranks.group, topology,
-      arena_demand(job, *model.config, ranks.layout.tensor, topology.local_size, shapes));
+      arena_demand(job, *model.config, ranks.layout.tensor, topology.local_size, shapes),
+      [&] { return ranks.session->tensor_group(ranks.layout); });
   if (!ranks.layout.is_leader(rank)) {
     run_follower(*setup.engine);
     return kExitDone;

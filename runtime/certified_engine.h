@@ -1,6 +1,7 @@
 // The Engine of runtime/engine.h over the certified cache: one per rank of a tensor-parallel group.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -22,6 +23,9 @@ struct EngineParts {
   std::shared_ptr<const Tokenizer> tokenizer;
   std::vector<int32_t> stop_ids;                 // that end an answer, besides the model's EOS
   Communicator* group = nullptr;                 // tensor-parallel group; must outlive the engine
+  // Another communicator of the group, for NCCL to be laid over; asked for on devices, T > 1, by all
+  // ranks of the group.
+  std::function<std::unique_ptr<Communicator>()> device_control;
   std::shared_ptr<StoreClient> store;            // attached
   int threads = 1;
   int local_ranks = 1;                           // that share this node's memory

@@ -140,7 +140,8 @@ uint64_t arena_demand(const JobOptions& options, const ModelConfig& config, int 
 }
 
 EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, Communicator& world,
-                          Communicator& group, const Topology& topology, uint64_t arena_bytes) {
+                          Communicator& group, const Topology& topology, uint64_t arena_bytes,
+                          const std::function<std::unique_ptr<Communicator>()>& device_control) {
   const ModelConfig& config = *model.config;
   admit("model.path", options.model.path, [&] {
     check_weights_fit(config, group.size(), topology.local_size, available_memory_bytes());
@@ -166,6 +167,7 @@ EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, C
   parts.tokenizer = model.tokenizer;
   parts.stop_ids = model.chat.stop_ids(*model.tokenizer);
   parts.group = &group;
+  parts.device_control = device_control;
   parts.store = out.store;
   parts.threads = options.parallel.threads > 0 ? options.parallel.threads : topology.threads;
   parts.local_ranks = topology.local_size;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -39,8 +40,8 @@ struct RequestShape {
   int forks = 1;  // policies it is decoded under
 };
 
-// Bytes of originals that a node of `local_ranks` ranks holds at most, when the max_batch largest of
-// these requests run in every replica at once. UNITS: bytes
+// Bytes of originals that a node of `local_ranks` ranks holds at most, when the max_batch largest
+// of these requests run in every replica at once. UNITS: bytes
 uint64_t arena_demand(const JobOptions& options, const ModelConfig& config, int tensor,
                       int local_ranks, std::span<const RequestShape> requests);
 
@@ -53,7 +54,10 @@ struct EngineSetup {
 // Collective over `world`; `group` is this rank's tensor-parallel group.
 // arena_bytes: the node's need under store.arena = auto (the same on all ranks of a node).
 // Loads the weights after checking that they fit, starts or attaches to the node's store.
-EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, Communicator& world,
-                          Communicator& group, const Topology& topology, uint64_t arena_bytes);
+// device_control: as in EngineParts; may be empty.
+EngineSetup set_up_engine(
+    const JobOptions& options, const LoadedModel& model, Communicator& world, Communicator& group,
+    const Topology& topology, uint64_t arena_bytes,
+    const std::function<std::unique_ptr<Communicator>()>& device_control = {});
 
 }  // namespace certkv

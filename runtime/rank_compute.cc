@@ -48,15 +48,24 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
   const ModelConfig& config = *parts.config;
   const DType originals = originals_dtype(options, config);
   const std::string& backend = options.run.backend;
-  CERTKV_EXPECT(parts.group->size() == 1, InvalidArgument,
-                "run.backend {} runs one rank for a replica so far: set parallel.tensor 1",
-                backend);
   CERTKV_EXPECT(!parts.audit, InvalidArgument,
                 "run.backend {} cannot be audited yet: set audit.sample 0, or run.backend cpu",
                 backend);
   rank->device = make_device_backend(backend, parts.local_rank);
   cuda::Device& device = *rank->device.device;
   log_info("device: {}, {} free", device.name(), byte_size_text(device.free_bytes()));
+  if (parts.group->size() > 1) {
+    if (backend == "emulated") {
+      rank->device_group = make_host_group(*parts.group);
+    } else {
+      CERTKV_EXPECT(
+          parts.device_control != nullptr, InvalidArgument,
+          "run.backend {} over several ranks is there for mpirun-launched jobs alone: set "
+          "parallel.tensor 1",
+          backend);
+      rank->device_group = make_nccl_group(parts.device_control(), device);
+    }
+  }
   if (options.cache.scrub_steps > 0)
     log_warning(
         "run.backend {}: tier 1 in the device's memory is not scrubbed yet "
@@ -66,7 +75,8 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
                                              *rank->device.cache, pool, parts.store, *parts.group);
   rank->forward = std::make_unique<DeviceTransformer>(
       config, *parts.weights, device,
-      DeviceOps{*rank->device.model, *rank->device.linear, *rank->device.dense}, *cache, nullptr,
+      DeviceOps{*rank->device.model, *rank->device.linear, *rank->device.dense}, *cache,
+      rank->device_group.get(),
       DeviceTransformerOptions{.originals = originals,
                                .weights = config.dtype,
                                .max_batch = size_t(options.run.max_batch),

@@ -9,6 +9,7 @@
 #include "runtime/audit/log.h"
 #include "runtime/certified_engine.h"
 #include "runtime/device/device_backend.h"
+#include "runtime/device/device_group.h"
 #include "runtime/forward_pass.h"
 #include "runtime/kv_attention.h"
 #include "runtime/sequence_cache.h"
@@ -16,10 +17,10 @@
 namespace certkv {
 
 struct RankCompute {
-  DeviceBackend device;  // empty on the CPU
+  DeviceBackend device;                       // empty on the CPU
+  std::unique_ptr<DeviceGroup> device_group;  // T > 1
   std::unique_ptr<AuditLog> audit;
   std::unique_ptr<SequenceCache> cache;
-  std::unique_ptr<KvAttention> attention;  // between a forward pass on the CPU and a device's cache
   std::unique_ptr<ForwardPass> forward;
 
   bool on_device() const { return device.device != nullptr; }

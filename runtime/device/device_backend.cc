@@ -1,6 +1,7 @@
 #include "runtime/device/device_backend.h"
 
 #include "kernels/base/error.h"
+#include "kernels/base/log.h"
 #ifdef CERTKV_WITH_CUDA
 #include "kernels/cuda/cuda_device.h"
 #endif
@@ -20,6 +21,12 @@ DeviceBackend make_device_backend(const std::string& backend, int ordinal) {
   CERTKV_EXPECT(backend == "cuda", InvalidArgument,
                 "run.backend is '{}': cpu, cuda and emulated are known", backend);
 #ifdef CERTKV_WITH_CUDA
+  const int count = cuda::cuda_device_count();
+  if (count > 0 && ordinal >= count) {
+    log_warning("local rank {} of this node shares GPU {}: {} are visible (CUDA_VISIBLE_DEVICES)",
+                ordinal, ordinal % count, count);
+    ordinal %= count;
+  }
   b.device = cuda::make_cuda_device(ordinal);
   b.cache = cuda::make_cuda_cache_ops(*b.device);
   b.model = cuda::make_cuda_model_ops(*b.device);

@@ -382,6 +382,7 @@ void DeviceTransformer::prefill_chunk(size_t layer, Prompt& p, size_t first, siz
 }
 
 void DeviceTransformer::wait(double* phase) {
+  if (group_ != nullptr) group_->wait();
   device_.synchronize(Deadline::after(options_.deadline));
   const auto now = std::chrono::steady_clock::now();
   *phase += std::chrono::duration<double>(now - waited_).count();
@@ -481,6 +482,7 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
     else
       enqueue_step(n);
   }
+  if (group_ != nullptr) group_->wait();
   device_.synchronize(Deadline::after(options_.deadline));
 
   for (size_t r = 0; r < n; ++r) {

@@ -18,41 +18,22 @@ constexpr uint64_t kSeed = 7;
 constexpr size_t kPrompt = 40;
 
 // An emulated device's memory is the host's, and its stream is always done.
-class HostGroup final : public DeviceGroup {
- public:
-  explicit HostGroup(Communicator& ranks) : ranks_(ranks) {}
-  int rank() const override { return ranks_.rank(); }
-  int size() const override { return ranks_.size(); }
-  void sum(float* inout, size_t count) override {
-    ranks_.all_reduce_sum(view_f32(inout, count), Stream{});
-    ranks_.wait();
-  }
-  void gather(const void* own, void* all, size_t count) override {
-    ranks_.all_gather({const_cast<void*>(own), count, DType::I32, MemoryKind::Host},
-                      {all, count * size_t(size()), DType::I32, MemoryKind::Host}, Stream{});
-    ranks_.wait();
-  }
-
- private:
-  Communicator& ranks_;
-};
-
 struct Rank {
   ModelConfig config = random_model_config();
   std::unique_ptr<cuda::Device> device = cuda::make_emulated_device();
   std::unique_ptr<cuda::ModelOps> model = cuda::make_emulated_model_ops(*device);
   std::unique_ptr<cuda::LinearOps> linear = cuda::make_emulated_linear_ops(*device);
   std::unique_ptr<cuda::DenseOps> dense = cuda::make_emulated_dense_ops(*device);
-  HostGroup group;
+  std::unique_ptr<DeviceGroup> group;
   PlainDeviceAttention cache;
   DeviceTransformer transformer;
 
   Rank(Communicator& ranks, const std::function<void(Weights&)>& change)
-      : group(ranks),
+      : group(make_host_group(ranks)),
         cache(*device, size_t(config.kv_heads / ranks.size()), size_t(config.heads_per_group()),
               size_t(config.head_dim), DType::F16),
         transformer(config, weights_of(ranks, change), *device, {*model, *linear, *dense}, cache,
-                    &group,
+                    group.get(),
                     {.originals = DType::F16,
                      .weights = DType::F32,
                      .max_batch = 2,
