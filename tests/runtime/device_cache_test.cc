@@ -1,0 +1,190 @@
+// The device's cache against float64: whatever it returns of a head at a step (certified after any
+// rung, exact, over), the promise holds over the originals. In emulation, and on a GPU as a program
+// of tests/gpu.
+#include <fmt/core.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "kvstore/client.h"
+#include "parallel/communicator.h"
+#include "parallel/local_world.h"
+#include "runtime/device/device_backend.h"
+#include "runtime/device/device_cache.h"
+#include "tests/kvstore/store_support.h"
+#include "tests/support/attention_cases.h"
+#include "tests/support/oracle.h"
+#ifdef CERTKV_TEST_ON_GPU
+#include "kernels/cuda/cuda_device.h"
+#endif
+
+namespace certkv {
+namespace {
+
+constexpr int kSteps = 5;
+constexpr uint64_t kArena = uint64_t(8) << 20;
+
+struct Counts {
+  uint64_t head_steps = 0, certified = 0, exact = 0, over = 0, failed = 0;
+  uint64_t rung[kRungs] = {}, promoted = 0, hits = 0;
+};
+
+ModelConfig config_of(int head_dim, int kv_heads, int per_group) {
+  ModelConfig c;
+  c.layers = 1;
+  c.kv_heads = kv_heads;
+  c.heads = kv_heads * per_group;
+  c.head_dim = head_dim;
+  return c;
+}
+
+class DeviceCacheTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+#ifdef CERTKV_TEST_ON_GPU
+    if (cuda::cuda_device_count() == 0) GTEST_SKIP() << "no device answers";
+    backend_ = make_device_backend("cuda", 0);
+#else
+    backend_ = make_device_backend("emulated", 0);
+#endif
+  }
+
+  // One KV head for each maker of rows; some steps of one sequence under one policy.
+  void run(Shape shape, uint64_t seed, Policy policy, double tolerance, Counts* counts) {
+    AttentionCase c = draw_case(shape, seed);
+    std::mt19937_64 random(seed * 131 + uint64_t(shape));
+    c.head_dim = random() % 2 == 0 ? 64 : 128;
+    c.tokens = std::min<size_t>(c.tokens, 700);
+    const size_t d = size_t(c.head_dim), n = size_t(c.heads), kv = 2;
+    const ModelConfig config = config_of(c.head_dim, int(kv), c.heads);
+    CertifiedCacheOptions options;
+    options.dtype = c.dtype;
+    // Few slots, so that some heads find no room.
+    options.scratch.key_blocks = options.scratch.value_blocks =
+        int64_t(kv) * int64_t(4 + random() % 40);
+
+    test::ThreadHolder holder(kArena);
+    const auto store = holder.attach(0);
+    const auto world = LocalWorld::create(1);
+    const auto group = world->communicator(0);
+    ThreadPool pool(1);
+    DeviceCache cache(config, {0, int64_t(kv)}, options, *backend_.device, *backend_.cache, pool,
+                      store, *group);
+
+    std::vector<RowMaker> rows;
+    std::vector<oracle::Originals> x(kv,
+                                     {.dtype = c.dtype, .head_dim = c.head_dim, .k = {}, .v = {}});
+    std::vector<uint16_t> k, v;
+    AttentionCase cases[2] = {c, c};
+    cases[1].seed = c.seed + 1;
+    for (size_t h = 0; h < kv; ++h) {
+      rows.emplace_back(cases[h]);
+      rows[h].append(c.tokens, &x[h]);
+      k.insert(k.end(), x[h].k.begin(), x[h].k.end());
+      v.insert(v.end(), x[h].v.begin(), x[h].v.end());
+    }
+    const int64_t prompt = cache.create(int64_t(c.tokens), 1, kSteps + 1);
+    try {
+      cache.store_prefill(prompt, 0, c.tokens, k.data(), v.data(), {});
+    } catch (const Error& e) {  // a page that only originals can serve
+      EXPECT_EQ(e.kind(), ErrorKind::Uncertifiable) << e.what();
+      return;
+    }
+    StepRules rules;
+    rules.policy = policy;
+    rules.tolerance.value = tolerance;
+    const int64_t sequence = cache.fork(prompt, kSteps + 1, rules);
+    cache.drop(prompt);
+
+    const size_t width = (n + 2) * kv * d;
+    const cuda::DeviceArray<float> qkv(*backend_.device, width, "rows"),
+        out(*backend_.device, n * kv * d, "outputs");
+    for (int step = 0; step < kSteps; ++step) {
+      std::vector<float> row(width), got(n * kv * d);
+      for (size_t h = 0; h < kv; ++h) {
+        rows[h].append(1, &x[h]);
+        const std::vector<float> q = rows[h].query();
+        std::copy_n(q.data(), n * d, row.data() + h * n * d);
+        for (size_t i = 0; i < d; ++i) {
+          const size_t last = x[h].k.size() - d + i;
+          row[kv * n * d + h * d + i] = float(oracle::decode(c.dtype, x[h].k[last]));
+          row[kv * (n + 1) * d + h * d + i] = float(oracle::decode(c.dtype, x[h].v[last]));
+        }
+      }
+      cache.begin_step(uint64_t(step) + 1, {&sequence, 1});
+      cache.begin_rows({&sequence, 1}, out.data());
+      backend_.device->copy(qkv.data(), row.data(), qkv.bytes());
+      cache.decode(0, qkv.data());
+      backend_.device->copy(got.data(), out.data(), out.bytes());
+      cache.end_step();
+      const SequenceReport& report = cache.report(sequence);
+      for (size_t h = 0; h < kv; ++h) {
+        const GroupReport& g = report.layers[h];
+        counts->hits += g.scratch_hits;
+        for (size_t i = 0; i < n; ++i) {
+          const HeadReport& r = g.heads[i];
+          const oracle::Exact exact =
+              oracle::attention(x[h], x[h].tokens(), row.data() + (h * n + i) * d);
+          oracle::Claim claim;
+          claim.kind = r.outcome == Outcome::Certified ? oracle::Claim::Kind::Certified
+                       : r.outcome == Outcome::Exact   ? oracle::Claim::Kind::Exact
+                       : r.outcome == Outcome::Over    ? oracle::Claim::Kind::Over
+                                                       : oracle::Claim::Kind::Failed;
+          claim.bound = r.returned.bound;
+          claim.s = r.returned.s;
+          claim.enforces = policy == Policy::Budget;
+          claim.tolerance = tolerance;
+          const std::span<const float> answer(got.data() + (h * n + i) * d, d);
+          if (claim.kind != oracle::Claim::Kind::Failed) {
+            const oracle::Verdict verdict = oracle::check(exact, answer, claim);
+            EXPECT_TRUE(verdict.holds)
+                << c.describe() << " step " << step << " KV head " << h << " head " << i << " rung "
+                << r.rung << ": " << verdict.why;
+          }
+          ++counts->head_steps;
+          ++counts->rung[r.rung];
+          counts->certified += r.outcome == Outcome::Certified;
+          counts->exact += r.outcome == Outcome::Exact;
+          counts->over += r.outcome == Outcome::Over;
+          counts->failed += r.outcome == Outcome::Failed;
+          counts->promoted += uint64_t(r.promoted_keys + r.promoted_values);
+        }
+      }
+      if (report.error) {  // by name, and nothing else may follow
+        EXPECT_EQ(*report.error, ErrorKind::Uncertifiable) << report.error_text;
+        return;
+      }
+    }
+  }
+
+  DeviceBackend backend_;
+};
+
+TEST_F(DeviceCacheTest, WhateverRungAnsweredThePromiseHolds) {
+  Counts budget, naive;
+  for (int shape = 0; shape < kShapes; ++shape)
+    for (uint64_t seed = 0; seed < 2; ++seed) {
+      const double tolerance = seed % 2 == 0 ? 0.05 : 0.15;
+      run(Shape(shape), seed, Policy::Budget, tolerance, &budget);
+      if (seed == 0) run(Shape(shape), seed, Policy::Naive, tolerance, &naive);
+    }
+  fmt::print(
+      "budget: {} head-steps, {} certified, {} exact, {} failed; rungs {} {} {} {}; {} "
+      "promoted, {} hits\n",
+      budget.head_steps, budget.certified, budget.exact, budget.failed, budget.rung[0],
+      budget.rung[1], budget.rung[2], budget.rung[3], budget.promoted, budget.hits);
+  fmt::print("naive: {} head-steps, {} certified, {} over, {} failed\n", naive.head_steps,
+             naive.certified, naive.over, naive.failed);
+  // The test must have tried what it is about.
+  EXPECT_EQ(budget.certified + budget.exact + budget.failed, budget.head_steps);
+  EXPECT_GE(budget.head_steps, 500u);
+  EXPECT_GE(budget.rung[1] + budget.rung[2], 20u);
+  EXPECT_GE(budget.rung[3], 50u);
+  EXPECT_GE(budget.hits, 20u);
+  EXPECT_LE(budget.failed, budget.head_steps / 10);
+  EXPECT_GE(naive.over, 20u);
+}
+
+}  // namespace
+}  // namespace certkv
