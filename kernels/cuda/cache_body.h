@@ -61,44 +61,54 @@ CERTKV_FN float append_row(const AppendArgs& args, const float* from, std::byte*
   return bad ? __builtin_nanf("") : norm_up(sum);
 }
 
-// One warp for each item.
-CERTKV_FN void append_item(const AppendArgs& args, int index) {
+// A query for the pass: over sqrt(d), and its norm.
+CERTKV_FN void append_query(const AppendArgs& args, const AppendItem& item, const float* q, int h,
+                            uint32_t* flags) {
+  const I lane = lane_index();
+  const double inverse = 1.0 / std::sqrt(double(args.head_dim));
+  bool bad = false;
+  D square = to_double(splat(0));
+  for (int first = 0; first < args.head_dim; first += 32) {
+    const F x = load_float(q, lane + first);
+    bad = bad || any(!(magnitude(x) <= 3.4e38f));
+    square = square + to_double(x) * to_double(x);
+    store(item.scaled + h * args.head_dim, lane + first, to_float(to_double(x) * inverse));
+  }
+  store(item.norm, splat_i(h), splat(norm_up(total(square) * (inverse * inverse) * (1 + 0x1p-50))));
+  if (bad) raise_flag(flags, kFlagNonFinite);
+}
+
+// Takes the row's norm into its block's note, and returns that.
+CERTKV_FN float append_note(float* notes, int in_block, float norm) {
+  const float note = in_block == 0 ? norm : larger_or_nan(*notes, norm);
+  sync_lanes();  // all have read before any writes
+  store(notes, splat_i(0), splat(note));
+  return note;
+}
+
+// An item's part, a warp each: its queries, its key, its value.
+CERTKV_FN void append_part(const AppendArgs& args, int index, int part) {
   const AppendItem& item = args.items[index];
   PassItem& pass = args.passes[index];
-  const I lane = lane_index();
   const int d = args.head_dim, row = index / args.kv_heads, kv = index % args.kv_heads;
   const float* of_row = args.qkv + size_t(row) * size_t((args.heads + 2) * args.kv_heads * d);
+  if (part < args.heads)
+    return append_query(args, item, of_row + size_t(kv * args.heads + part) * size_t(d), part,
+                        pass.flags);
   const float* k = of_row + size_t(args.heads * args.kv_heads + kv) * size_t(d);
   const float* v = k + size_t(args.kv_heads) * size_t(d);
-
-  bool bad = false;
-  const double inverse = 1.0 / std::sqrt(double(d));
-  for (int h = 0; h < args.heads; ++h) {
-    const float* q = of_row + size_t(kv * args.heads + h) * size_t(d);
-    D square = to_double(splat(0));
-    for (int first = 0; first < d; first += 32) {
-      const F x = load_float(q, lane + first);
-      bad = bad || any(!(magnitude(x) <= 3.4e38f));
-      square = square + to_double(x) * to_double(x);
-      store(item.scaled + h * d, lane + first, to_float(to_double(x) * inverse));
-    }
-    const double sum = total(square);
-    store(item.norm, splat_i(h), splat(norm_up(sum * (inverse * inverse) * (1 + 0x1p-50))));
+  const int block = item.open / 16, in_block = item.open % 16, note = block * kPageTiles;
+  if (part == args.heads) {
+    const float norm = append_row(args, k, item.keys, item.open);
+    append_note(item.k_norm + note, in_block, norm);
+    item.entries[block] = {nullptr, 0xffu, in_block + 1};
+    if (!(norm >= 0)) raise_flag(pass.flags, kFlagNonFinite);
+    if (index == 0) *args.any_failing = 0;  // of the layer, which begins here
+    return;
   }
-
-  const int block = item.open / 16, in_block = item.open % 16;
-  const float key_norm = append_row(args, k, item.keys, item.open);
-  const float value_norm = append_row(args, v, item.values, item.open);
-  bad = bad || !(key_norm >= 0) || !(value_norm >= 0);
-  const int note = block * kPageTiles;
-  const float k_norm = in_block == 0 ? key_norm : larger_or_nan(item.k_norm[note], key_norm);
-  const float nu = in_block == 0 ? value_norm : larger_or_nan(item.open_nu[note], value_norm);
-  float largest = larger_or_nan(item.sealed_nu, nu);
+  const float norm = append_row(args, v, item.values, item.open);
+  float largest = larger_or_nan(item.sealed_nu, append_note(item.open_nu + note, in_block, norm));
   for (int b = 0; b < block; ++b) largest = larger_or_nan(largest, item.open_nu[b * kPageTiles]);
-  sync_lanes();  // all have read before any writes
-  store(item.k_norm, splat_i(note), splat(k_norm));
-  store(item.open_nu, splat_i(note), splat(nu));
-  item.entries[block] = {nullptr, 0xffu, in_block + 1};
   // The power of two that brings the largest norm to [1/2, 1), within 2^-120 to 2^120.
   float unit = 1;
   if (largest > 0 && largest <= 3.4e38f) {
@@ -107,8 +117,7 @@ CERTKV_FN void append_item(const AppendArgs& args, int index) {
     unit = uniform(float_of_bits(splat_u(uint32_t(127 - within) << 23)), 0);
   }
   pass.unit = unit;
-  if (bad) raise_flag(pass.flags, kFlagNonFinite);
-  if (index == 0) *args.any_failing = 0;  // of the layer, which begins here
+  if (!(norm >= 0)) raise_flag(pass.flags, kFlagNonFinite);
 }
 
 // ---- paging in ----------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ namespace {
 class EmulatedCacheOps final : public CacheOps {
  public:
   void append(const AppendArgs& args) override {
-    for (int i = 0; i < args.rows * args.kv_heads; ++i) emulated::append_item(args, i);
+    for (int i = 0; i < args.rows * args.kv_heads; ++i)
+      for (int part = 0; part < args.heads + 2; ++part) emulated::append_part(args, i, part);
   }
   void attend(const PassArgs& args, const PassShape& shape) override {
     attend_emulated(args, shape);

@@ -16,7 +16,7 @@ __global__ void condition_kernel(cudaGraphConditionalHandle handle, const uint32
 }
 
 __global__ void append_kernel(const AppendArgs args) {
-  append_item(args, int(blockIdx.x));
+  append_part(args, int(blockIdx.x), int(threadIdx.y));
 }
 
 __global__ void __launch_bounds__(32 * kClimbWarps) climb_kernel(const LadderArgs args) {
@@ -85,7 +85,8 @@ cudaError_t launch_condition(cudaGraphConditionalHandle handle, const uint32_t* 
 }
 
 cudaError_t launch_append(const AppendArgs& args, cudaStream_t stream) {
-  append_kernel<<<unsigned(args.rows * args.kv_heads), 32, 0, stream>>>(args);
+  append_kernel<<<unsigned(args.rows * args.kv_heads), dim3(32, unsigned(args.heads + 2)), 0,
+                  stream>>>(args);
   return cudaGetLastError();
 }
 
