@@ -22,8 +22,9 @@ CERTKV_FN PageInRequest* list_of(const LadderArgs& args, int index) {
 // ---- the ladder: what to promote ----------------------------------------------------------------
 
 inline constexpr int kClimbWarps = 32;
-// Eighths of octaves of a contribution over what a head may spend, from 2^-12 to 2^4.
-inline constexpr int kBins = 128, kBinBits = 3, kLowestExponent = -12;
+// Eighths of octaves of a contribution over what a head may spend, from 2^-18 to 2^4: in a context
+// of 128K tokens most of the bound may come from thousands of blocks of 2^-13 each.
+inline constexpr int kBins = 176, kBinBits = 3, kLowestExponent = -18;
 inline constexpr double kFixed = 0x1p40;  // of a contribution: whole numbers add up in any order
 inline constexpr float kMostShare = 256;  // 2^15 blocks of it still fit
 inline constexpr double kAim = 0.9;  // below the limit: the estimate errs, and the next step drifts
