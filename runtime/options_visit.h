@@ -303,7 +303,7 @@ inline void visit_options(RunOptions& o, OptionVisitor& v) {
            .path = true,
            .flags = "input"});
   v.field("backend", &o.backend,
-          {.meaning = "what attention runs on; emulated: the kernels of cuda on the CPU, to test",
+          {.meaning = "what the model runs on; emulated: the kernels of cuda on the CPU, to test",
            .allowed = "cpu cuda emulated",
            .flags = "backend"});
   v.field("output", &o.output,

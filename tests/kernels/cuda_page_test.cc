@@ -201,7 +201,7 @@ TEST(LaunchPlan, RefusesShapesTheKernelsDoNotTake) {
   for (auto change :
        {+[](PassArgs&, PassShape&s) { s.head_dim = 96; },
         +[](PassArgs&, PassShape&s) { s.heads = 9; }, +[](PassArgs&, PassShape&s) { s.heads = 0; },
-        +[](PassArgs&a, PassShape&) { a.pages_per_split = 0; },
+        +[](PassArgs&a, PassShape&) { a.pages_per_split = -1; },
         +[](PassArgs&a, PassShape&) { a.pages_per_split = kWarps * kMaxPagesPerWarp + 1; }}) {
     PassArgs a = args;
     PassShape s = good;
