@@ -186,5 +186,59 @@ TEST_F(DeviceCacheTest, WhateverRungAnsweredThePromiseHolds) {
   EXPECT_GE(naive.over, 20u);
 }
 
+#ifndef CERTKV_TEST_ON_GPU
+TEST_F(DeviceCacheTest, ABackendThatIsNotThereIsNamed) {
+  const auto error = [](const char* backend) -> std::string {
+    try {
+      make_device_backend(backend, 0);
+    } catch (const Error& e) {
+      return std::string(error_kind_name(e.kind())) + ": " + e.what();
+    }
+    return "";
+  };
+  EXPECT_NE(error("metal").find("InvalidArgument: run.backend is 'metal'"), std::string::npos);
+  const std::string cuda = error("cuda");
+  if (cuda.empty()) GTEST_SKIP() << "a GPU answers";
+  EXPECT_TRUE(cuda.starts_with("InvalidArgument: this build has no CUDA backend") ||
+              cuda.starts_with("DeviceError: no NVIDIA driver answers"))
+      << cuda;
+}
+
+// A device too small for the prompt, and one too small for its decode: refused by name, with what
+// was asked for and what there is, and nothing is kept.
+TEST_F(DeviceCacheTest, MemoryThatIsNotThereIsNamed) {
+  const ModelConfig config = config_of(64, 2, 1);
+  const size_t tokens = 640, page = cuda::page_layout(64).page_bytes();
+  for (const bool prompt_fits : {false, true}) {
+    const uint64_t total = (prompt_fits ? 21 : 19) * page;
+    const auto device = cuda::make_emulated_device({.total_bytes = total});
+    const auto ops = cuda::make_emulated_cache_ops(*device);
+    test::ThreadHolder holder(kArena);
+    const auto store = holder.attach(0);
+    const auto world = LocalWorld::create(1);
+    const auto group = world->communicator(0);
+    ThreadPool pool(1);
+    CertifiedCacheOptions options;
+    DeviceCache cache(config, {0, 2}, options, *device, *ops, pool, store, *group);
+    try {
+      const int64_t prompt = cache.create(int64_t(tokens), 1, 10);
+      EXPECT_TRUE(prompt_fits);
+      const std::vector<uint16_t> rows(2 * tokens * 64, 0x3f80);
+      cache.store_prefill(prompt, 0, tokens, rows.data(), rows.data(), {});
+      cache.fork(prompt, 10, StepRules{});
+      ADD_FAILURE() << "the device has no room for it";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.kind(), ErrorKind::OutOfMemory) << e.what();
+      const std::string what = e.what();
+      EXPECT_NE(what.find(prompt_fits ? "scratch (scratch.key_blocks" : "tier 1: a prompt's pages"),
+                std::string::npos)
+          << what;
+      EXPECT_NE(what.find(fmt::format("of {} are free", total)), std::string::npos) << what;
+    }
+    EXPECT_EQ(device->free_bytes(), total - (prompt_fits ? 20 * page : 0));
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace certkv
