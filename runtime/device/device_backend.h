@@ -21,8 +21,8 @@ struct DeviceBackend {
 };
 
 // backend: cuda, or emulated (the same kernels on the CPU, lane by lane: for tests). ordinal: among
-// the visible devices, the rank's place on its node; where there are fewer, ranks share them. Throws InvalidArgument where this build has no such backend, DeviceError
-// where no device answers.
+// the visible devices, the rank's place on its node; where there are fewer, ranks share them.
+// Throws InvalidArgument where this build has no such backend, DeviceError where no device answers.
 DeviceBackend make_device_backend(const std::string& backend, int ordinal);
 
 }  // namespace certkv

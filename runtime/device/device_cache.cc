@@ -206,6 +206,7 @@ int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules&
   s->own_capacity = (open + size_t(max_tokens)) / kPageTokens;
   s->own = reserve(uint32_t(s->pages) * kBlocksPerPage, uint32_t(s->own_capacity) * kBlocksPerPage);
   lay_out(s.get());
+  if (rules.policy == Policy::Budget) reserve_staging(s->capacity);
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;

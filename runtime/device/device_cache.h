@@ -72,6 +72,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void lay_out(Sequence* s);
   void fill_dense(Sequence* s);
   void seal_open(Sequence* s);
+  void reserve_staging(size_t entries);
   void climb(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
   void read_reports(Sequence* s);

@@ -47,6 +47,27 @@ cuda::OriginalsRun run_of(const OriginalsSpan& span, const std::byte* first, uin
 
 }  // namespace
 
+// Rung 3's staging area, for one KV head: the others wait. Reserved when a sequence comes, so that
+// no step finds it missing.
+void DeviceCache::reserve_staging(size_t entries) {
+  StepBuffers& b = *step_;
+  if (entries <= b.staged_pages) return;
+  const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
+  const char* what = "staging of rung 3 (a KV head's originals)";
+  const auto grow = [&](auto* array, size_t count) {
+    b.grown += grow_array(array, device_, count, what);
+  };
+  grow(&b.stage, 2 * kPageTiles * entries * block_bytes_);
+  grow(&b.stage_entries, entries);
+  for (auto& slot_of : b.stage_slot) grow(&slot_of, entries * kPageTiles);
+  grow(&b.stage_k_norm, entries * kPageTiles);
+  grow(&b.stage_nu, entries * kPageTiles);
+  grow(&b.stage_out, n * d);
+  grow(&b.stage_judged, n);
+  grow(&b.stage_pass, 1);
+  b.staged_pages = entries;
+}
+
 void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   rows_.assign(sequences.begin(), sequences.end());
   StepBuffers& b = *step_;
@@ -94,17 +115,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   grow(&b.listed, device_, items, "list of blocks to page in");
   grow(&b.words, device_, kWords + items, "marks of a step");
   grow(&b.dense, device_, items, "list of heads for rung 3");
-  if (staged > b.staged_pages) {  // of one KV head: the others wait
-    b.staged_pages = staged;
-    grow(&b.stage, device_, 2 * kPageTiles * staged * block_bytes_, "staging of rung 3");
-    grow(&b.stage_entries, device_, staged, "staging of rung 3");
-    for (auto& slot_of : b.stage_slot) grow(&slot_of, device_, staged * kPageTiles, "staging");
-    grow(&b.stage_k_norm, device_, staged * kPageTiles, "staging of rung 3");
-    grow(&b.stage_nu, device_, staged * kPageTiles, "staging of rung 3");
-    grow(&b.stage_out, device_, n * d, "staging of rung 3");
-    grow(&b.stage_judged, device_, n, "staging of rung 3");
-    grow(&b.stage_pass, device_, 1, "staging of rung 3");
-  }
+  reserve_staging(staged);
 
   const StepRules& rules = at(rows_[0]).rules;
   const StepBuffers::Shape shape{rows_.size(),

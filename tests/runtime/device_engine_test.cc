@@ -152,33 +152,46 @@ TEST_F(DeviceEngineTest, RanksShareTheHeadsAndAgree) {
 }
 #endif
 
-// Everything in the arena changes by a bit: what is paged in is seen to be wrong, and what no
-// original can vouch for fails by name. Codes go on being served: they were never touched.
-TEST_F(DeviceEngineTest, DamagedOriginalsAreNeverServed) {
-  for (const double tolerance : {0.2, 0.05}) {
-    const auto damage = [](const StoreClient& store) {
-      const std::span<const std::byte> arena = store.arena();
-      // Slots begin at multiples of 64, with a header; keys and values follow it.
-      constexpr BlockShape kShape{DType::BF16, 16, 64};
-      auto* bytes = const_cast<std::byte*>(arena.data());
-      for (size_t at = 0; at + kShape.slot_bytes() <= arena.size(); at += kBlockAlignment)
-        if (std::memcmp(bytes + at, "CKVK", 4) == 0) {
-          bytes[at + kShape.k_offset() + 2] ^= std::byte(4);
-          bytes[at + kShape.v_offset() + 5] ^= std::byte(1);
-        }
-    };
-    const RunResult r = run(options(), 1, 2, {request(6, tolerance)}, damage);
-    const Completion& c = only(r);
-    if (tolerance > 0.1) {
-      EXPECT_FALSE(c.failed) << c.error;
-      EXPECT_EQ(c.counts.certified, head_steps());
-    } else {
-      EXPECT_TRUE(c.failed);
-      EXPECT_EQ(c.error_kind, "OriginalsLost");
-      EXPECT_NE(c.error.find("corrupt or lost"), std::string::npos) << c.error;
-      EXPECT_GT(c.counts.digest, 0u);
+// What is wrong with every block of the arena: a bit of keys and of values, or that the blocks of a
+// KV head have changed places, each with its header and digests that match it.
+enum class Damage { Bits, Places };
+void damage_arena(const StoreClient& store, Damage damage) {
+  constexpr BlockShape kShape{DType::BF16, 16, 64};
+  const std::span<const std::byte> arena = store.arena();
+  auto* bytes = const_cast<std::byte*>(arena.data());
+  const size_t slot = kShape.slot_bytes();
+  // Slots begin at multiples of 64, with a header; keys and values follow it.
+  for (size_t at = 0; at + 2 * slot <= arena.size(); at += kBlockAlignment) {
+    const auto is_block = [&](size_t i) { return std::memcmp(bytes + i, "CKVK", 4) == 0; };
+    if (!is_block(at)) continue;
+    if (damage == Damage::Bits) {
+      bytes[at + kShape.k_offset() + 2] ^= std::byte(4);
+      bytes[at + kShape.v_offset() + 5] ^= std::byte(1);
+    } else if (is_block(at + slot)) {
+      std::swap_ranges(bytes + at, bytes + at + slot, bytes + at + slot);
+      at += 2 * slot - kBlockAlignment;
     }
   }
+}
+
+// What is paged in is seen to be wrong, and what no original can vouch for fails by name. Codes go
+// on being served: they were never touched.
+TEST_F(DeviceEngineTest, DamagedOriginalsAreNeverServed) {
+  for (const Damage damage : {Damage::Bits, Damage::Places})
+    for (const double tolerance : {0.2, 0.05}) {
+      const RunResult r = run(options(), 1, 2, {request(6, tolerance)},
+                              [&](const StoreClient& store) { damage_arena(store, damage); });
+      const Completion& c = only(r);
+      if (tolerance > 0.1) {
+        EXPECT_FALSE(c.failed) << c.error;
+        EXPECT_EQ(c.counts.certified, head_steps());
+      } else {
+        EXPECT_TRUE(c.failed);
+        EXPECT_EQ(c.error_kind, "OriginalsLost");
+        EXPECT_NE(c.error.find("corrupt or lost"), std::string::npos) << c.error;
+        EXPECT_GT(c.counts.digest, 0u);
+      }
+    }
 }
 
 TEST_F(DeviceEngineTest, RefusesByNameWhatItCannotDo) {
