@@ -86,17 +86,24 @@ CertifiedCache::Sequence& CertifiedCache::at(int64_t sequence) const {
   return *it->second;
 }
 
-OriginalsSpan CertifiedCache::reserve(uint32_t first_block, uint32_t blocks) {
-  if (blocks == 0 || store_ == nullptr) return {};
+OriginalsSpan reserve_originals(StoreClient* store, const BlockShape& shape, int64_t layers,
+                                ShardRange heads, uint32_t first_block, uint32_t blocks) {
+  if (blocks == 0 || store == nullptr) return {};
   ReserveRequest r;
   r.owner = private_owner();
-  r.shape = {options_.dtype, uint16_t(format_->block_tokens), uint16_t(format_->head_dim)};
-  r.layers = uint32_t(config_.layers);
-  r.first_kv_head = uint32_t(heads_.begin);
-  r.kv_heads = uint32_t(heads_.count());
+  r.shape = shape;
+  r.layers = uint32_t(layers);
+  r.first_kv_head = uint32_t(heads.begin);
+  r.kv_heads = uint32_t(heads.count());
   r.first_block = first_block;
   r.blocks = blocks;
-  return store_->reserve(r);
+  return store->reserve(r);
+}
+
+OriginalsSpan CertifiedCache::reserve(uint32_t first_block, uint32_t blocks) {
+  return reserve_originals(
+      store_.get(), {options_.dtype, uint16_t(format_->block_tokens), uint16_t(format_->head_dim)},
+      config_.layers, heads_, first_block, blocks);
 }
 
 int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) {

@@ -46,6 +46,11 @@ CacheNeed cache_need(const ModelConfig& config, int64_t kv_heads,
                      const CertifiedCacheOptions& options, int64_t prompt_tokens,
                      int64_t max_tokens, int forks);
 
+// Space in the arena for blocks [first_block, first_block + blocks) of these KV heads in all layers;
+// empty where none are wanted or there is no store. Throws OutOfMemory, StoreLost.
+OriginalsSpan reserve_originals(StoreClient* store, const BlockShape& shape, int64_t layers,
+                                ShardRange heads, uint32_t first_block, uint32_t blocks);
+
 class CertifiedCache : public KvAttention, public SequenceCache {
  public:
   // heads: the KV heads of this rank, global indices. `store` may be null only where no sequence

@@ -75,30 +75,38 @@ class Device {
   Device() = default;
 };
 
-// Memory of a device, freed with its owner. An array of plain data.
-template <typename T>
-class DeviceArray {
+enum class ArrayMemory : uint8_t { Device, Host };
+
+// An array of plain data in a device's memory, or in host memory that copies run from and to
+// without waiting; freed with its owner.
+template <typename T, ArrayMemory kMemory>
+class MemoryArray {
  public:
-  DeviceArray() = default;
-  DeviceArray(Device& device, uint64_t count, const char* what)
-      : device_(&device),
-        count_(count),
-        data_(count == 0 ? nullptr
-                         : reinterpret_cast<T*>(device.allocate(count * sizeof(T), what))) {}
-  ~DeviceArray() { reset(); }
-  DeviceArray(DeviceArray&& from) noexcept { *this = std::move(from); }
-  DeviceArray& operator=(DeviceArray&& from) noexcept {
+  MemoryArray() = default;
+  MemoryArray(Device& device, uint64_t count, const char* what) : device_(&device), count_(count) {
+    if (count == 0) return;
+    const uint64_t bytes = count * sizeof(T);
+    data_ =
+        reinterpret_cast<T*>(kMemory == ArrayMemory::Device ? device.allocate(bytes, what)
+                                                            : device.allocate_host(bytes, what));
+  }
+  ~MemoryArray() { reset(); }
+  MemoryArray(MemoryArray&& from) noexcept { *this = std::move(from); }
+  MemoryArray& operator=(MemoryArray&& from) noexcept {
     std::swap(device_, from.device_);
     std::swap(count_, from.count_);
     std::swap(data_, from.data_);
     return *this;
   }
   void reset() noexcept {
-    if (data_ != nullptr) device_->release(reinterpret_cast<std::byte*>(data_));
+    auto* memory = reinterpret_cast<std::byte*>(data_);
+    if (memory != nullptr && kMemory == ArrayMemory::Device) device_->release(memory);
+    if (memory != nullptr && kMemory == ArrayMemory::Host) device_->release_host(memory);
     data_ = nullptr;
     count_ = 0;
   }
   T* data() const { return data_; }
+  T& operator[](uint64_t i) const requires(kMemory == ArrayMemory::Host) { return data_[i]; }
   uint64_t count() const { return count_; }
   uint64_t bytes() const { return count_ * sizeof(T); }
 
@@ -107,40 +115,10 @@ class DeviceArray {
   uint64_t count_ = 0;
   T* data_ = nullptr;
 };
-
-// The same in the host's memory.
 template <typename T>
-class HostArray {
- public:
-  HostArray() = default;
-  HostArray(Device& device, uint64_t count, const char* what)
-      : device_(&device),
-        count_(count),
-        data_(count == 0 ? nullptr
-                         : reinterpret_cast<T*>(device.allocate_host(count * sizeof(T), what))) {}
-  ~HostArray() { reset(); }
-  HostArray(HostArray&& from) noexcept { *this = std::move(from); }
-  HostArray& operator=(HostArray&& from) noexcept {
-    std::swap(device_, from.device_);
-    std::swap(count_, from.count_);
-    std::swap(data_, from.data_);
-    return *this;
-  }
-  void reset() noexcept {
-    if (data_ != nullptr) device_->release_host(reinterpret_cast<std::byte*>(data_));
-    data_ = nullptr;
-    count_ = 0;
-  }
-  T* data() const { return data_; }
-  T& operator[](uint64_t i) const { return data_[i]; }
-  uint64_t count() const { return count_; }
-  uint64_t bytes() const { return count_ * sizeof(T); }
-
- private:
-  Device* device_ = nullptr;
-  uint64_t count_ = 0;
-  T* data_ = nullptr;
-};
+using DeviceArray = MemoryArray<T, ArrayMemory::Device>;
+template <typename T>
+using HostArray = MemoryArray<T, ArrayMemory::Host>;
 
 struct EmulatedDeviceOptions {
   uint64_t total_bytes = uint64_t(4) << 30;  // more than that is OutOfMemory, as on a device

@@ -74,16 +74,7 @@ DeviceCache::Sequence& DeviceCache::at(int64_t sequence) const {
 }
 
 OriginalsSpan DeviceCache::reserve(uint32_t first_block, uint32_t blocks) {
-  if (blocks == 0 || store_ == nullptr) return {};
-  ReserveRequest r;
-  r.owner = private_owner();
-  r.shape = block_;
-  r.layers = uint32_t(config_.layers);
-  r.first_kv_head = uint32_t(heads_.begin);
-  r.kv_heads = uint32_t(heads_.count());
-  r.first_block = first_block;
-  r.blocks = blocks;
-  return store_->reserve(r);
+  return reserve_originals(store_.get(), block_, config_.layers, heads_, first_block, blocks);
 }
 
 const std::byte* DeviceCache::on_device(const std::byte* in_arena) const {
