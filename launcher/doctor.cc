@@ -9,6 +9,7 @@
 
 #include "kernels/attend.h"
 #include "launcher/commands.h"
+#include "launcher/doctor_gpu.h"
 #include "launcher/machine.h"
 #include "parallel/installed_libraries.h"
 #include "runtime/byte_size.h"
@@ -113,22 +114,13 @@ void report_libraries(Report& report) {
   report.line("ucx_transports", devices,
               transports.empty() ? "none" : fmt::format("{}", fmt::join(transports, ", ")));
   report.words("openblas", openblas_version());
-  const CudaDriver cuda = cuda_driver();
-  const std::string version =
-      cuda.version == 0 ? "" : fmt::format("{}.{}", cuda.version / 1000, cuda.version % 1000 / 10);
-  report.line("cuda_driver", version,
-              cuda.error.empty()
-                  ? version
-                  : fmt::format("{}{}{}", version, version.empty() ? "" : "; ", cuda.error));
-  Json gpus = Json::array();
-  std::vector<std::string> names;
-  for (const Gpu& gpu : cuda.gpus) {
-    gpus.push_back({{"name", gpu.name}, {"memory_bytes", gpu.memory_bytes}});
-    names.push_back(fmt::format("{} ({})", gpu.name, byte_size_text(gpu.memory_bytes)));
+}
+
+void report_gpu_side(Report& report) {
+  report.section("gpu");
+  for (GpuLine& l : gpu_lines(inspect_gpu_side())) {
+    report.line(std::move(l.name), std::move(l.value), std::move(l.text));
   }
-  report.line("gpus", gpus, names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", ")));
-  const std::string nccl = nccl_library_version();
-  report.line("nccl", nccl, nccl.empty() ? "not found" : nccl);
 }
 
 // ---- a configuration ----------------------------------------------------------------------------
@@ -259,6 +251,7 @@ int doctor_command(Args& args) {
   Report report;
   report_machine(machine, report);
   report_libraries(report);
+  report_gpu_side(report);
   bool fits = true;
   if (!options.model.path.empty()) {
     fits = report_configuration(options, keys, machine.memory_available_bytes, report);

@@ -2,12 +2,15 @@
 
 #include <dlfcn.h>
 #include <fmt/core.h>
+#include <link.h>
 #include <mpi.h>
 #include <ucp/api/ucp.h>
 #include <uct/api/uct.h>
 
 #include <array>
-#include <memory>
+#include <fstream>
+
+#include "parallel/nccl_api.h"
 
 namespace certkv {
 
@@ -72,29 +75,62 @@ std::vector<UcxTransport> ucx_transports() {
   return found;
 }
 
-// ---- CUDA and NCCL ------------------------------------------------------------------------------
+// ---- CUDA, cuBLASLt, cuDNN and NCCL -------------------------------------------------------------
 
 namespace {
 
-struct Unload {
-  void operator()(void* library) const { dlclose(library); }
-};
-using Library = std::unique_ptr<void, Unload>;
+// Never unloaded: these libraries start threads of their own.
+void* load(const std::string& soname) {
+  (void)dlerror();
+  return dlopen(soname.c_str(), RTLD_LAZY | RTLD_LOCAL | RTLD_NODELETE);
+}
 
 template <typename Function>
-Function* symbol(const Library& library, const char* name) {
-  return reinterpret_cast<Function*>(dlsym(library.get(), name));
+Function* symbol(void* library, const char* name) {
+  return reinterpret_cast<Function*>(dlsym(library, name));
+}
+
+// From the driver's C interface, which is stable; CUresult and CUdevice are ints.
+constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;  // of CUdevice_attribute
+
+std::string first_word_of(const char* path) {
+  std::string word;
+  std::ifstream(path) >> word;
+  return word;
+}
+
+std::string vendor_version(VendorLibrary which, void* library) {
+  switch (which) {
+    case VendorLibrary::CublasLt:
+      if (auto* get = symbol<size_t()>(library, "cublasLtGetVersion"); get != nullptr) {
+        const size_t v = get();  // 130100: 13.1.0
+        return fmt::format("{}.{}.{}", v / 10000, v / 100 % 100, v % 100);
+      }
+      break;
+    case VendorLibrary::Cudnn:
+      if (auto* get = symbol<size_t()>(library, "cudnnGetVersion"); get != nullptr) {
+        const size_t v = get();  // 91301: 9.13.1, since version 9
+        return fmt::format("{}.{}.{}", v / 10000, v / 100 % 100, v % 100);
+      }
+      break;
+    case VendorLibrary::Nccl:
+      if (auto* get = symbol<int(int*)>(library, "ncclGetVersion"); get != nullptr) {
+        int v = 0;
+        if (get(&v) == 0) return nccl_version_text(v);
+      }
+      break;
+  }
+  return "unknown";
 }
 
 }  // namespace
 
-// The driver's C interface is stable; CUresult and CUdevice are ints.
-CudaDriver cuda_driver() {
+CudaDriver cuda_driver(const std::string& soname) {
   CudaDriver driver;
-  // Never unloaded: libcuda starts threads of its own.
-  static const Library library(dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE));
+  driver.kernel = first_word_of("/sys/module/nvidia/version");
+  void* library = load(soname);
   if (library == nullptr) {
-    driver.error = "libcuda.so.1 was not found: no NVIDIA driver";
+    driver.error = fmt::format("{} was not found: no NVIDIA driver", soname);
     return driver;
   }
   driver.loaded = true;
@@ -104,9 +140,10 @@ CudaDriver cuda_driver() {
   auto* device_get = symbol<int(int*, int)>(library, "cuDeviceGet");
   auto* device_name = symbol<int(char*, int, int)>(library, "cuDeviceGetName");
   auto* device_memory = symbol<int(size_t*, int)>(library, "cuDeviceTotalMem_v2");
+  auto* attribute = symbol<int(int*, int, int)>(library, "cuDeviceGetAttribute");
   if (init == nullptr || version == nullptr || device_count == nullptr || device_get == nullptr ||
-      device_name == nullptr || device_memory == nullptr) {
-    driver.error = "libcuda.so.1 lacks functions that every driver has";
+      device_name == nullptr || device_memory == nullptr || attribute == nullptr) {
+    driver.error = fmt::format("{} lacks functions that every driver has", soname);
     return driver;
   }
   if (version(&driver.version) != 0) driver.version = 0;
@@ -120,27 +157,32 @@ CudaDriver cuda_driver() {
     return driver;
   }
   for (int i = 0; i < count; ++i) {
-    int device = 0;
+    int device = 0, major = 0, minor = 0;
     std::array<char, 256> name{};
     size_t bytes = 0;
     const bool good = device_get(&device, i) == 0 &&
                       device_name(name.data(), int(name.size()) - 1, device) == 0 &&
-                      device_memory(&bytes, device) == 0;
-    driver.gpus.push_back({good ? name.data() : "does not answer", bytes});
+                      device_memory(&bytes, device) == 0 &&
+                      attribute(&major, kCapabilityMajor, device) == 0 &&
+                      attribute(&minor, kCapabilityMinor, device) == 0;
+    driver.gpus.push_back(
+        {good ? name.data() : "does not answer", bytes, good ? 10 * major + minor : 0});
   }
   return driver;
 }
 
-std::string nccl_library_version() {
-  static const Library library(dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE));
-  if (library == nullptr) return "";
-  auto* get = symbol<int(int*)>(library, "ncclGetVersion");
-  int code = 0;
-  if (get == nullptr || get(&code) != 0) return "unknown";
-  // Two digits each for minor and patch since 2.9, one digit before.
-  const int major = code >= 10000 ? code / 10000 : code / 1000;
-  const int minor = code >= 10000 ? code / 100 % 100 : code / 100 % 10;
-  return fmt::format("{}.{}.{}", major, minor, code % 100);
+FoundLibrary find_library(VendorLibrary which, const std::string& soname) {
+  FoundLibrary found;
+  void* library = load(soname);
+  if (library == nullptr) {
+    const char* text = dlerror();
+    found.error = text == nullptr ? "not found" : text;
+    return found;
+  }
+  const link_map* entry = nullptr;
+  found.path = dlinfo(library, RTLD_DI_LINKMAP, &entry) == 0 ? entry->l_name : soname;
+  found.version = vendor_version(which, library);
+  return found;
 }
 
 }  // namespace certkv

@@ -1,7 +1,8 @@
 // Which communication libraries this process runs with, and what they offer on this machine.
 //
-// Nothing here initialises MPI or opens a network connection. The CUDA driver and NCCL are looked
-// for at run time (dlopen), so that a build without CUDA can tell what the machine has.
+// Nothing here initialises MPI or opens a network connection. The CUDA driver and NVIDIA's
+// libraries are looked for at run time (dlopen), so that a build without CUDA can tell what the
+// machine has.
 #pragma once
 
 #include <cstdint>
@@ -25,15 +26,24 @@ std::vector<UcxTransport> ucx_transports();
 struct Gpu {
   std::string name;
   uint64_t memory_bytes = 0;
+  int capability = 0;  // 90 for compute capability 9.0, 0 if unknown
 };
 struct CudaDriver {
-  bool loaded = false;  // libcuda.so.1 was found
+  bool loaded = false;  // the library was found
   std::string error;    // why it cannot be used, empty if it can
-  int version = 0;      // 12040 for 12.4, 0 if unknown
+  int version = 0;      // of CUDA: 12040 for 12.4, 0 if unknown
+  std::string kernel;   // of the kernel module: "580.95.05", empty if unknown
   std::vector<Gpu> gpus;
 };
-CudaDriver cuda_driver();
+CudaDriver cuda_driver(const std::string& soname = "libcuda.so.1");
 
-std::string nccl_library_version();  // "2.21.5", empty if libnccl.so.2 was not found
+// A library of NVIDIA's, as the dynamic linker finds it.
+enum class VendorLibrary { CublasLt, Cudnn, Nccl };
+struct FoundLibrary {
+  std::string path;     // empty if it was not found
+  std::string version;  // "13.1.0"; "unknown" if it does not say
+  std::string error;    // what the linker said, empty if it was found
+};
+FoundLibrary find_library(VendorLibrary which, const std::string& soname);
 
 }  // namespace certkv

@@ -10,6 +10,14 @@
 
 namespace certkv {
 
+bool nccl_is_built() {
+#if defined(CERTKV_BUILD_NCCL)
+  return true;
+#else
+  return false;
+#endif
+}
+
 #if defined(CERTKV_BUILD_NCCL)
 namespace {
 

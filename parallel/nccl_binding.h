@@ -9,6 +9,7 @@
 
 namespace certkv {
 
+bool nccl_is_built();  // nccl.h was found when this build was configured
 // Of the installed library. Throws DeviceError: this build has no NCCL, the library is missing,
 // lacks a function, or is too old.
 std::shared_ptr<const NcclApi> load_nccl();
