@@ -48,6 +48,20 @@ class Scripts(unittest.TestCase):
                 self.assertEqual(refused.returncode, 2, wrong)
                 self.assertIn(wrong[0], refused.stderr)
 
+    def test_bundle_prints_its_help_and_refuses_wrong_options(self):
+        path = os.path.join(ROOT, "launcher/bundle")
+        helped = self.run_command(path, "--help")
+        self.assertEqual((helped.returncode, helped.stderr), (0, ""))
+        self.assertIn("usage: ./launcher/bundle", helped.stdout)
+        for wrong in (["--nonsense"], ["--preset", "../x"], ["--build"], ["--output", ""]):
+            refused = self.run_command(path, *wrong)
+            self.assertEqual(refused.returncode, 2, wrong)
+            self.assertIn(wrong[0], refused.stderr)
+        # A folder is named as the caller sees it, who stands elsewhere.
+        refused = self.run_command(path, "--build", "no/such/build")
+        self.assertEqual(refused.returncode, 2)
+        self.assertIn("nothing is built in /no/such/build", refused.stderr)
+
     def test_no_install_refuses_with_the_list_and_the_apt_line(self):
         self.stand_in("dpkg-query", 'for n; do :; done; case $n in libfmt-dev|cmake) exit 1;; esac; '
                       "echo installed")
