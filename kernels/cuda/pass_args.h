@@ -97,8 +97,8 @@ struct PassItem {
 struct PassArgs {
   const PassItem* items = nullptr;  // [grid.y]
   int32_t pages_per_split = 0;      // of every item; 0: as each says
-  DType dtype = DType::BF16;  // of originals
-  bool repeated = false;      // only items whose `again` is not 0
+  DType dtype = DType::BF16;        // of originals
+  bool repeated = false;            // only items whose `again` is not 0
 };
 CERTKV_INLINE int pages_per_split(const PassArgs& args, const PassItem& item) {
   if (args.pages_per_split > 0) return args.pages_per_split;

@@ -120,7 +120,7 @@ void DeviceCache::seal_page(const OriginalsSpan& span, size_t cell, uint32_t fir
                             const uint16_t* k, const uint16_t* v, std::byte* out) {
   const size_t heads = size_t(heads_.count()), rows = block_.elements();
   const uint32_t layer = uint32_t(cell / heads), kv_head = uint32_t(heads_.begin) + cell % heads;
-  alignas(64) thread_local std::vector<std::byte> page;
+  thread_local std::vector<std::byte> page;
   page.resize(format_.page_bytes + 64);
   auto* aligned = reinterpret_cast<std::byte*>((uintptr_t(page.data()) + 63) / 64 * 64);
   const SealStatus status = certkv::seal_page(format_, options_.dtype, k, v, aligned);
