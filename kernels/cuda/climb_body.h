@@ -19,6 +19,7 @@ CERTKV_FN PageInRequest* list_of(const LadderArgs& args, int index) {
   for (int i = 0; i < index; ++i) list += args.items[i].quota[0] + args.items[i].quota[1];
   return list;
 }
+
 // ---- the ladder: what to promote ----------------------------------------------------------------
 
 inline constexpr int kClimbWarps = 32;
@@ -27,13 +28,18 @@ inline constexpr int kClimbWarps = 32;
 inline constexpr int kBins = 176, kBinBits = 3, kLowestExponent = -18;
 inline constexpr double kFixed = 0x1p40;  // of a contribution: whole numbers add up in any order
 inline constexpr float kMostShare = 256;  // 2^15 blocks of it still fit
-inline constexpr double kAim = 0.9;  // below the limit: the estimate errs, and the next step drifts
+// Below the limit, because the estimate errs and the next step drifts; where that asks for more
+// than there is room for, just below it.
+inline constexpr int kAims = 2;
+CERTKV_FN double aim_of(int n) {
+  return n == 0 ? 0.9 : 0.985;
+}
 
 struct ClimbShared {
   uint64_t bins[2][kMaxHeads][kBins];
   double may[kMaxHeads], norm[kMaxHeads];  // what a head may spend; ||O||
-  float least[2][kMaxHeads];               // contributions from here on are promoted
-  int32_t chosen[2][kClimbWarps];
+  float least[kAims][2][kMaxHeads];        // contributions from here on are promoted
+  int32_t chosen[kAims][2][kClimbWarps];
 };
 
 // One block of warps for an item some of whose heads are failing.
@@ -138,12 +144,15 @@ struct Climb {
     });
   }
 
-  // A warp for each head: the fewest whole bins of values that bring E_val to its share, then the
-  // fewest of keys that bring the bound below the limit.
+  // A warp for each head and aim: the fewest whole bins of values that bring E_val to its share,
+  // then the fewest of keys that bring the bound below the limit.
   CERTKV_FN void choose() const {
+    if (warp < pass().heads * kAims) choose_for(warp / kAims, warp % kAims);
+  }
+  static_assert(kMaxHeads * kAims <= kClimbWarps);
+  CERTKV_FN void choose_for(int h, int n) const {
     const PassItem& p = pass();
-    const int h = warp;
-    if (h >= p.heads) return;
+    const double aim = aim_of(n);
     float least[2] = {__builtin_inff(), __builtin_inff()};
     bool feasible = true;
     if ((p.failing[0] >> h & 1u) != 0) {
@@ -165,23 +174,24 @@ struct Climb {
           least[part] = uniform(float_of_bits(splat_u(edge << (23 - kBinBits))), 0);
         return fits(left[part]);
       };
-      const double value_limit = kAim * args.value_share;
+      const double value_limit = aim * args.value_share;
       take(kValues, [&](double x) { return x <= value_limit; });
       // Both forms of the key term shrink about as the sum over blocks does.
       const double key_now = (j.key_sqrt <= j.key_sum ? j.key_sqrt : j.key_sum) / may;
       const double all = left[kKeys] > 0 ? left[kKeys] : 1;
-      const double limit = kAim - (left[kValues] > 0 ? left[kValues] : 0) - j.e_acc / may;
+      const double limit = aim - (left[kValues] > 0 ? left[kValues] : 0) - j.e_acc / may;
       feasible = take(kKeys, [&](double x) { return key_now * (x / all) <= limit; }) && may > 0;
     }
     for (int part = 0; part < 2; ++part)
-      store(&shared->least[part][0], splat_i(h), splat(feasible ? least[part] : __builtin_inff()));
+      store(&shared->least[n][part][0], splat_i(h),
+            splat(feasible ? least[part] : __builtin_inff()));
   }
 
   // Tiles whose part is to be promoted for some head: in the lanes of that tile's first head.
-  CERTKV_FN B chosen(const Cell& x, int part) const {
+  CERTKV_FN B chosen(const Cell& x, int n, int part) const {
     const F share = part == kKeys ? x.key : x.value;
     const F least =
-        load_float(&shared->least[part][0], select(x.head < kMaxHeads, x.head, splat_i(0)));
+        load_float(&shared->least[n][part][0], select(x.head < kMaxHeads, x.head, splat_i(0)));
     U wanted = select(x.failing & !(share < 0) & !(share < least), splat_u(1), splat_u(0));
     wanted = wanted | shuffle_xor(wanted, 1);
     wanted = wanted | shuffle_xor(wanted, 2);
@@ -191,30 +201,42 @@ struct Climb {
   }
 
   CERTKV_FN void count() const {
-    int counts[2] = {0, 0};
+    int counts[kAims][2] = {};
     own_pages([&](int page) {
       const Cell x = cell(page);
-      for (int part = 0; part < 2; ++part) counts[part] += population(ballot(chosen(x, part)));
+      for (int n = 0; n < kAims; ++n)
+        for (int part = 0; part < 2; ++part)
+          counts[n][part] += population(ballot(chosen(x, n, part)));
     });
-    for (int part = 0; part < 2; ++part) shared->chosen[part][warp] = counts[part];
+    for (int n = 0; n < kAims; ++n)
+      for (int part = 0; part < 2; ++part) shared->chosen[n][part][warp] = counts[n][part];
+  }
+
+  // The first aim whose blocks all fit, -1 if none does; and how many there are.
+  CERTKV_FN int picked(int (&all)[2]) const {
+    const LadderItem& to = item();
+    // A head for which promotions are not predicted to do chose none: it goes to rung 3.
+    int heads = 0;
+    for (int h = 0; h < pass().heads; ++h) heads += int(pass().failing[0] >> h & 1u);
+    const double most = args.max_share * (to.coded_pages * kPageTiles) * heads;
+    for (int n = 0; n < kAims; ++n) {
+      for (int part = 0; part < 2; ++part) {
+        all[part] = 0;
+        for (int w = 0; w < kClimbWarps; ++w) all[part] += shared->chosen[n][part][w];
+      }
+      if (all[0] + all[1] > 0 && all[0] <= to.free_count[0] && all[1] <= to.free_count[1] &&
+          double(all[0] + all[1]) <= most)
+        return n;
+    }
+    return -1;
   }
 
   // All or nothing: an item whose blocks do not all fit goes to rung 3.
   CERTKV_FN void place() const {
     const LadderItem& to = item();
-    int before[2] = {0, 0}, all[2] = {0, 0};
-    for (int part = 0; part < 2; ++part)
-      for (int w = 0; w < kClimbWarps; ++w) {
-        if (w < warp) before[part] += shared->chosen[part][w];
-        all[part] += shared->chosen[part][w];
-      }
-    const int blocks = to.coded_pages * kPageTiles;
-    // A head for which promotions are not predicted to do chose none: it goes to rung 3.
-    int heads = 0;
-    for (int h = 0; h < pass().heads; ++h) heads += int(pass().failing[0] >> h & 1u);
-    const bool fits = all[0] + all[1] > 0 && all[0] <= to.free_count[0] &&
-                      all[1] <= to.free_count[1] &&
-                      double(all[0] + all[1]) <= args.max_share * blocks * heads;
+    int all[2];
+    const int n = picked(all);
+    const bool fits = n >= 0;
     if (warp == 0) {
       const bool first = to.counts->rounds == 0;
       sync_lanes();
@@ -229,12 +251,15 @@ struct Climb {
       }
     }
     if (!fits) return;
+    int before[2] = {0, 0};
+    for (int part = 0; part < 2; ++part)
+      for (int w = 0; w < warp; ++w) before[part] += shared->chosen[n][part][w];
     // Places in the list by the number of the block within all that were chosen.
     auto* list = reinterpret_cast<int32_t*>(list_of(args, index));
     own_pages([&](int page) {
       const Cell x = cell(page);
       for (int part = 0; part < 2; ++part) {
-        const uint32_t mask = ballot(chosen(x, part));
+        const uint32_t mask = ballot(chosen(x, n, part));
         if (mask == 0) continue;
         const B mine = (splat_u(mask) >> word_of(lane_index()) & 1u) != 0u;
         const I number = rank_in(mask) + before[part];
@@ -254,11 +279,9 @@ struct Climb {
     if (warp != 0) return;
     const LadderItem& to = item();
     if (*to.again == 0) return;  // its heads stay failing
-    int left[2];
-    for (int part = 0; part < 2; ++part) {
-      left[part] = to.free_count[part];
-      for (int w = 0; w < kClimbWarps; ++w) left[part] -= shared->chosen[part][w];
-    }
+    int all[2];
+    (void)picked(all);
+    const int left[2] = {to.free_count[0] - all[0], to.free_count[1] - all[1]};
     sync_lanes();
     to.free_count[0] = left[0];
     to.free_count[1] = left[1];
