@@ -3,7 +3,7 @@
 // Two implementations, the same behind one interface: the GPU (cuda_device.h, where the toolkit was
 // found), and an emulation in host memory that does everything at once, so that what is written on
 // top runs, and is tested, where there is no GPU. Operations on the data are beside it, each family
-// behind an interface of its own (pass_ops.h, model_ops.h, dense_ops.h).
+// behind an interface of its own (cache_ops.h, model_ops.h, linear_ops.h, dense_ops.h).
 //
 // THREADS: one at a time.
 #pragma once
