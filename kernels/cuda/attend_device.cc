@@ -9,8 +9,8 @@ namespace {
 void check(cudaError_t error, const char* what) {
   CERTKV_EXPECT(error == cudaSuccess, DeviceError, "{}: {}", what, cudaGetErrorString(error));
 }
-KernelShape kernel_shape(const PassShape& s) {
-  return {s.head_dim, s.heads, s.groups(), s.items, s.splits, s.certificate};
+KernelShape kernel_shape(const PassShape& s, bool early = false) {
+  return {s.head_dim, s.heads, s.groups(), s.items, s.splits, s.certificate, early};
 }
 uint32_t shared_bytes(const PassShape& s) {
   return shared_layout(s.head_dim, s.groups()).bytes;
@@ -36,11 +36,19 @@ void prepare_attend(const PassShape& shape) {
         "the device refuses the shared memory that the certified pass needs");
 }
 
-void attend(const PassArgs& args, const PassShape& shape, cudaStream_t stream) {
+bool begins_early() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "no CUDA device can be used");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "the CUDA device's properties cannot be read");
+  return major >= 9;
+}
+
+void attend(const PassArgs& args, const PassShape& shape, cudaStream_t stream, bool early) {
   check_shape(args, shape);
-  check(launch_attend(args, kernel_shape(shape), shared_bytes(shape), stream),
+  check(launch_attend(args, kernel_shape(shape, early), shared_bytes(shape), stream),
         "the certified pass cannot be launched");
-  check(launch_merge(args, kernel_shape(shape), stream),
+  check(launch_merge(args, kernel_shape(shape, early), stream),
         "the merge of the certified pass cannot be launched");
 }
 

@@ -14,8 +14,12 @@ DeviceShape device_shape();
 // launch or capture. Throws DeviceError.
 void prepare_attend(const PassShape& shape);
 
+// Whether the current device can begin a kernel before its predecessor has ended. Throws
+// DeviceError.
+bool begins_early();
+
 // Launches the pass and its merge; nothing is allocated and nothing waited for. args.items and all
-// it points to: device memory. Throws InvalidArgument, DeviceError.
-void attend(const PassArgs& args, const PassShape& shape, cudaStream_t stream);
+// it points to: device memory. early: begins_early(). Throws InvalidArgument, DeviceError.
+void attend(const PassArgs& args, const PassShape& shape, cudaStream_t stream, bool early);
 
 }  // namespace certkv::cuda

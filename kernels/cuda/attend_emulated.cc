@@ -22,6 +22,8 @@ void run(const PassArgs& args, const PassShape& shape) {
       std::vector<std::byte, boost::alignment::aligned_allocator<std::byte, 128>> shared(
           bytes, std::byte(0xff));
       for (int warp = 0; warp < kWarps; ++warp)
+        Block{args, item, shared.data(), split, warp}.begin_copies();
+      for (int warp = 0; warp < kWarps; ++warp)
         Block{args, item, shared.data(), split, warp}.begin();
       for (int warp = 0; warp < kWarps; ++warp)
         Block{args, item, shared.data(), split, warp}.walk();
@@ -42,7 +44,7 @@ void run(const PassArgs& args, const PassShape& shape) {
       for (int element = 0; element < kDim; element += 32) merge.elements(element, judged, &shared);
       if (!judged) continue;
       merge.tally(&shared);
-      emulated::judge_head(item, kDim, head, shared);
+      emulated::judge_head(args, item, kDim, head, shared);
     }
   }
 }

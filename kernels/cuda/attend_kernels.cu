@@ -13,14 +13,18 @@ template <int kDim, int kGroups, bool kCertificate>
 __global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const PassArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
   const int split = int(blockIdx.x);
-  const PassItem item = args.items[blockIdx.y];
+  PassItem item = args.items[blockIdx.y];
   if (split * pages_per_split(args, item) >= item.page_count) return;
   if (args.repeated && *item.again == 0) return;
   const Pass<kDim, kGroups, kCertificate> block{args, item, shared, split, int(threadIdx.y)};
+  block.begin_copies();
+  wait_for_previous();
+  item.unit = load_fresh(&args.items[blockIdx.y].unit);  // by append
   block.begin();
   __syncthreads();
   block.walk();
   __syncthreads();
+  let_next_begin();
   block.combine();
   if (!kCertificate || item.judged == nullptr) return;
   block.tally();
@@ -34,6 +38,7 @@ __global__ void merge_kernel(const PassArgs args, int head_dim) {
   const PassItem& item = args.items[blockIdx.y];
   const int head = int(blockIdx.x);
   if (head >= item.heads || (args.repeated && *item.again == 0)) return;
+  wait_for_previous();
   __shared__ MergeShared shared;
   const int each = pages_per_split(args, item), element = int(threadIdx.y) * 32;
   const MergeSplits merge{item, head_dim, (item.page_count + each - 1) / each, head};
@@ -44,10 +49,29 @@ __global__ void merge_kernel(const PassArgs args, int head_dim) {
     merge.tally(&shared);
   if (!judged) return;
   __syncthreads();
-  if (threadIdx.y == 0) judge_head(item, head_dim, head, shared);
+  if (threadIdx.y == 0) judge_head(args, item, head_dim, head, shared);
 }
 
 // ---- launchers ----------------------------------------------------------------------------------
+
+// early: the kernel begins before its predecessor in the stream has ended, and waits for it itself.
+struct Launch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+
+  Launch(dim3 grid, dim3 block, uint32_t shared_bytes, cudaStream_t stream, bool early) {
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+};
 
 // Calls body with the kernel of a shape.
 template <typename Body>
@@ -77,20 +101,20 @@ cudaError_t allow_shared_memory(const KernelShape& shape, uint32_t bytes) {
 cudaError_t launch_attend(const PassArgs& args, const KernelShape& shape, uint32_t shared_bytes,
                           cudaStream_t stream) {
   return with_kernel(shape, [&](auto kernel) {
-    kernel<<<dim3(unsigned(shape.splits), unsigned(shape.items)), dim3(32, kWarps), shared_bytes,
-             stream>>>(args);
-    return cudaGetLastError();
+    const Launch launch(dim3(unsigned(shape.splits), unsigned(shape.items)), dim3(32, kWarps),
+                        shared_bytes, stream, shape.early && args.after_append);
+    return cudaLaunchKernelEx(&launch.config, kernel, args);
   });
 }
 
 cudaError_t launch_merge(const PassArgs& args, const KernelShape& shape, cudaStream_t stream) {
   const dim3 grid(unsigned(shape.heads), unsigned(shape.items));
   const unsigned warps = unsigned(shape.head_dim / 32);
-  if (shape.certificate)
-    merge_kernel<true><<<grid, dim3(32, warps + 1), 0, stream>>>(args, shape.head_dim);
-  else
-    merge_kernel<false><<<grid, dim3(32, warps), 0, stream>>>(args, shape.head_dim);
-  return cudaGetLastError();
+  const dim3 block(32, warps + unsigned(shape.certificate));
+  const Launch launch(grid, block, 0, stream, shape.early);
+  return cudaLaunchKernelEx(&launch.config,
+                            shape.certificate ? merge_kernel<true> : merge_kernel<false>, args,
+                            shape.head_dim);
 }
 
 }  // namespace certkv::cuda

@@ -12,6 +12,7 @@ namespace certkv::cuda {
 struct KernelShape {
   int head_dim, heads, groups, items, splits;
   bool certificate;
+  bool early;  // the device can begin a kernel before its predecessor has ended
 };
 // REQUIRES a shape that check_shape accepts.
 cudaError_t allow_shared_memory(const KernelShape& shape, uint32_t bytes);

@@ -94,7 +94,8 @@ struct LadderArgs {
   int32_t head_dim = 0, groups = 1;
   SlotShape shape;
   double value_share = 0.5, max_share = 0.25;  // as LadderOptions
-  PageInRequest* list = nullptr;               // [sum of the items' quotas]
+  bool climbed = false;  // learn(): of the items that climbed in this step, or of the others
+  PageInRequest* list = nullptr;  // [sum of the items' quotas]
   uint32_t* listed = nullptr;
   int32_t* dense = nullptr;  // [count] items that go to rung 3
   uint32_t* dense_count = nullptr;

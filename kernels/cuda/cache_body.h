@@ -327,6 +327,7 @@ struct Learn {
   CERTKV_FN const LadderItem& item() const { return args.items[index]; }
   CERTKV_FN const PassItem& pass() const { return args.passes[index]; }
   CERTKV_FN int words(int part) const { return (item().quota[part] + 31) / 32; }
+  CERTKV_FN bool due() const { return (*pass().climbed != 0) == args.climbed; }
 
   CERTKV_FN void prepare() const {
     if (warp >= pass().heads) return;

@@ -8,7 +8,7 @@ namespace {
 
 class CudaCacheOps final : public CacheOps {
  public:
-  explicit CudaCacheOps(Device& device) : device_(CudaDevice::of(device)) {}
+  explicit CudaCacheOps(Device& device) : device_(CudaDevice::of(device)), early_(begins_early()) {}
 
   void append(const AppendArgs& args) override {
     check_cuda(launch_append(args, stream()), "appending a token cannot be launched");
@@ -17,7 +17,7 @@ class CudaCacheOps final : public CacheOps {
     const int kind = (shape.head_dim == 128) * 4 + (shape.groups() - 1) * 2 + shape.certificate;
     if ((prepared_ >> kind & 1) == 0) prepare_attend(shape);
     prepared_ |= 1 << kind;
-    cuda::attend(args, shape, stream());
+    cuda::attend(args, shape, stream(), early_);
   }
   void climb(const LadderArgs& args) override {
     check_cuda(launch_climb(args, stream()), "the ladder cannot be launched");
@@ -41,6 +41,7 @@ class CudaCacheOps final : public CacheOps {
  private:
   cudaStream_t stream() const { return device_.stream(); }
   CudaDevice& device_;
+  bool early_;
   int prepared_ = 0;
 };
 

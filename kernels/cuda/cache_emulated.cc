@@ -51,6 +51,7 @@ class EmulatedCacheOps final : public CacheOps {
     for (int i = 0; i < args.count; ++i) {
       emulated::LearnShared shared;
       std::memset(&shared, 0xff, sizeof shared);
+      if (!emulated::Learn{args, i, 0, &shared}.due()) continue;
       const auto all = [&](void (emulated::Learn::*part)() const) {
         for (int warp = 0; warp < emulated::kLearnWarps; ++warp)
           (emulated::Learn{args, i, warp, &shared}.*part)();

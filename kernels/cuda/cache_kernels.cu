@@ -16,6 +16,7 @@ __global__ void condition_kernel(cudaGraphConditionalHandle handle, const uint32
 }
 
 __global__ void append_kernel(const AppendArgs args) {
+  let_next_begin();
   append_part(args, int(blockIdx.x), int(threadIdx.y));
 }
 
@@ -67,6 +68,7 @@ __global__ void take_dense_kernel(const LadderArgs args, const DenseArgs dense, 
 __global__ void __launch_bounds__(32 * kLearnWarps) learn_kernel(const LadderArgs args) {
   __shared__ LearnShared shared;
   const Learn learn{args, int(blockIdx.x), int(threadIdx.y), &shared};
+  if (!learn.due()) return;
   learn.prepare();
   __syncthreads();
   learn.score();

@@ -2,9 +2,10 @@
 //
 // Everything is enqueued on the device's stream; nothing is allocated or waited for. A step of one
 // layer, for all its items (cache_args.h), with parts under Device::when():
-//   append; attend; while any head fails and rounds are left: climb, page_in, attend again;
-//   where heads still fail: list_dense, then for each item of the list stage_dense, attend to the
-//   staged item, take_dense; learn.
+//   append; attend; beside what follows: learn of the items within their tolerance;
+//   while any head fails and rounds are left: climb, page_in, attend again; where heads still fail:
+//   list_dense, then for each item of the list stage_dense, attend to the staged item, take_dense;
+//   learn of the items that climbed.
 // SOURCE: method section 5.
 #pragma once
 

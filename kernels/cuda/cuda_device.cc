@@ -5,6 +5,7 @@
 #include <exception>
 #include <map>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/attend_device.h"
@@ -56,6 +57,11 @@ class Gpu final : public CudaDevice {
     check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
                "a stream cannot be created");
     current_ = stream_;
+    check_cuda(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking),
+               "a stream cannot be created");
+    for (cudaEvent_t* event : {&forked_, &done_[0], &done_[1]})
+      check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming),
+                 "an event cannot be created");
     check_cuda(cudaMallocHost(reinterpret_cast<void**>(&word_), sizeof *word_),
                "a word of pinned host memory");
   }
@@ -64,6 +70,8 @@ class Gpu final : public CudaDevice {
       for (void* piece : pieces) (void)cudaHostUnregister(piece);
     for (cudaStream_t s : inner_) (void)cudaStreamDestroy(s);
     (void)cudaFreeHost(word_);
+    for (cudaEvent_t event : {forked_, done_[0], done_[1]}) (void)cudaEventDestroy(event);
+    (void)cudaStreamDestroy(side_);
     (void)cudaStreamDestroy(stream_);
   }
 
@@ -164,14 +172,56 @@ class Gpu final : public CudaDevice {
       if (*word_ != 0) body();
       return;
     }
-    const char* what = "a conditional part cannot be captured";
+    const Condition made = condition(word);
+    check_cuda(launch_condition(made.setter.handle, word, current_), kCaptureFailed);
+    when_set(made.setter.handle, body);
+  }
+
+  Condition condition(const uint32_t* word) override {
+    if (!capturing_) return {word, {}};
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     cudaGraph_t graph = nullptr;
-    check_cuda(capture_info(&status, &graph, nullptr, nullptr), what);
+    check_cuda(capture_info(&status, &graph, nullptr, nullptr), kCaptureFailed);
     cudaGraphConditionalHandle handle{};
     check_cuda(cudaGraphConditionalHandleCreate(&handle, graph, 0, cudaGraphCondAssignDefault),
-               what);
-    check_cuda(launch_condition(handle, word, current_), what);
+               kCaptureFailed);
+    return {word, {true, handle}};
+  }
+  void when(const Condition& condition, const std::function<void()>& body) override {
+    if (condition.setter.armed)
+      when_set(condition.setter.handle, body);
+    else
+      when(condition.word, body);
+  }
+
+  void beside(int branch, const std::function<void()>& body) override {
+    CERTKV_EXPECT(current_ == stream_, DeviceError,
+                  "work beside other work begins within a conditional part or beside other work");
+    const char* what = "work cannot be done beside other work";
+    check_cuda(cudaEventRecord(forked_, stream_), what);
+    check_cuda(cudaStreamWaitEvent(side_, forked_, 0), what);
+    current_ = side_;
+    try {
+      body();
+    } catch (...) {
+      current_ = stream_;
+      throw;
+    }
+    current_ = stream_;
+    check_cuda(cudaEventRecord(done_[branch], side_), what);
+    beside_[branch] = true;
+  }
+  void join(int branch) override {
+    if (!std::exchange(beside_[branch], false)) return;
+    check_cuda(cudaStreamWaitEvent(stream_, done_[branch], 0),
+               "work beside other work cannot be waited for");
+  }
+
+  // A conditional node after all work so far; the condition is set by what was enqueued before.
+  void when_set(cudaGraphConditionalHandle handle, const std::function<void()>& body) {
+    const char* what = kCaptureFailed;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaGraph_t graph = nullptr;
     const cudaGraphNode_t* before = nullptr;
     size_t count = 0;
     check_cuda(capture_info(&status, &graph, &before, &count), what);
@@ -228,6 +278,7 @@ class Gpu final : public CudaDevice {
       failed = std::current_exception();
     }
     capturing_ = false;
+    beside_[0] = beside_[1] = false;
     auto out = std::make_unique<CapturedGraph>();
     const cudaError_t ended = cudaStreamEndCapture(stream_, &out->graph);
     if (failed) {
@@ -254,6 +305,7 @@ class Gpu final : public CudaDevice {
     }
   };
   static constexpr auto kWhenDeadline = std::chrono::seconds(60);
+  static constexpr const char* kCaptureFailed = "a conditional part cannot be captured";
 
   cudaError_t capture_info(cudaStreamCaptureStatus* status, cudaGraph_t* graph,
                            const cudaGraphNode_t** before, size_t* count) const {
@@ -275,6 +327,9 @@ class Gpu final : public CudaDevice {
   cudaStream_t stream_ = nullptr;
   cudaStream_t current_ = nullptr;   // where work goes: stream_, or that of a body under capture
   std::vector<cudaStream_t> inner_;  // by depth
+  cudaStream_t side_ = nullptr;      // what goes beside
+  cudaEvent_t forked_ = nullptr, done_[kBranches] = {};
+  bool beside_[kBranches] = {};  // begun and not joined
   size_t depth_ = 0;
   bool capturing_ = false;
   uint32_t* word_ = nullptr;  // pinned

@@ -61,6 +61,27 @@ class Device {
   // other such parts. Throws as synchronize().
   virtual void when(const uint32_t* word, const std::function<void()>& body) = 0;
 
+  // The same of a word that a kernel yet to be enqueued writes: within a captured graph the kernel
+  // itself sets the condition (Setter, for set_condition() of lanes.h), which spares one that reads
+  // the word. Make it before that kernel, use it once.
+  struct Setter {
+    bool armed = false;  // within a captured graph
+    uint64_t handle = 0;
+  };
+  struct Condition {
+    const uint32_t* word = nullptr;
+    Setter setter;
+  };
+  virtual Condition condition(const uint32_t* word) = 0;
+  virtual void when(const Condition& condition, const std::function<void()>& body) = 0;
+
+  // Does `body` beside what is enqueued after it, until join(branch): after all work so far, and
+  // after what went beside before. Two branches, so that one may be under way when the next begins.
+  // Not within when(); a graph must have joined both before its capture ends.
+  static constexpr int kBranches = 2;
+  virtual void beside(int branch, const std::function<void()>& body) = 0;
+  virtual void join(int branch) = 0;
+
   // Work that is enqueued again and again as one piece: what `work` enqueues, with the same memory.
   // It must not wait, nor allocate; parts under when() are decided anew at every launch. Nothing is
   // done yet. Throws DeviceError.

@@ -288,6 +288,26 @@ CERTKV_LANE void add_count(uint32_t* to, uint32_t count) {
   if (threadIdx.x == 0) atomicAdd(to, count);
 }
 
+// A kernel that was launched to begin early has done what needs nothing of its predecessor: waits
+// for all of that one's work. Elsewhere there is nothing to wait for.
+CERTKV_LANE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may begin, if it was launched so, once all blocks have come here.
+CERTKV_LANE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+CERTKV_LANE float load_fresh(const float* from) {  // what another kernel has written meanwhile
+  return *reinterpret_cast<const volatile float*>(from);
+}
+CERTKV_LANE void set_condition(bool armed, uint64_t handle) {
+  if (armed && threadIdx.x == 0) cudaGraphSetConditional(handle, 1);
+}
+
 // One asynchronous copy at a time into one place of shared memory. All calls by the whole warp.
 struct CopyState {
   unsigned long long barrier;

@@ -92,6 +92,7 @@ struct PassItem {
   uint32_t* failing = nullptr;      // out: bit h or-ed in where head h is not within the tolerance
   uint32_t* any_failing = nullptr;  // out: 1 or-ed in if any is
   const uint32_t* again = nullptr;  // 0: a repeated pass leaves the item alone
+  uint32_t* climbed = nullptr;      // out: 1 or-ed in if any head has failed in this step
 };
 
 struct PassArgs {
@@ -99,6 +100,9 @@ struct PassArgs {
   int32_t pages_per_split = 0;      // of every item; 0: as each says
   DType dtype = DType::BF16;        // of originals
   bool repeated = false;            // only items whose `again` is not 0
+  bool after_append = false;        // a kernel of append() was enqueued right before
+  bool sets_condition = false;      // Device::Setter, of any_failing
+  uint64_t condition = 0;
 };
 CERTKV_INLINE int pages_per_split(const PassArgs& args, const PassItem& item) {
   if (args.pages_per_split > 0) return args.pages_per_split;

@@ -128,9 +128,9 @@ struct PassBlock {
     }
   }
 
-  // The first copies are begun before anything else; then some warps split the queries, the others
-  // fetch what all of them need.
-  CERTKV_FN void begin() const {
+  // The first copies are begun before anything else, of sealed pages: they need nothing of the
+  // append that may still be at work.
+  CERTKV_FN void begin_copies() const {
     for (int n = 0; n < kKeySlots + kValueSlots; ++n) copy_init(state(n));
     if (warp < pages()) {
       const PageEntry first = item.pages[first_page() + warp];
@@ -139,6 +139,9 @@ struct PassBlock {
         copy_begin(state(kKeySlots), value_slot(), first.page + kPage.key_bytes, kPage.value_bytes);
       }
     }
+  }
+  // Then some warps split the queries, the others fetch what all of them need.
+  CERTKV_FN void begin() const {
     if (warp < kHeads) {
       split_query(warp);
       return;

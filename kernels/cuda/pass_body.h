@@ -1,9 +1,9 @@
 // The certified pass of the device, last part: a warp's pages, a block's sums, the merge of splits.
 // Included by attend_kernels.cu and attend_emulated.cc alone. See pass_block.h.
 //
-// A block's work is one split of one KV head. begin() of all warps, then walk() of all, then
-// combine() and tally() of all, then finish_tally() of all, with a barrier between; MergeSplits
-// and judge_head() later, in a launch of its own.
+// A block's work is one split of one KV head. begin_copies() and begin() of all warps, then walk()
+// of all, then combine() and tally() of all, then finish_tally() of all, with a barrier between;
+// MergeSplits and judge_head() later, in a launch of its own.
 #pragma once
 
 #include "kernels/cuda/pass_judge.h"
@@ -249,7 +249,8 @@ struct MergeSplits {
 
 // One head's certificate and whether it holds; after all warps of its merge. All lanes compute the
 // same.
-CERTKV_FN void judge_head(const PassItem& item, int head_dim, int head, const MergeShared& shared) {
+CERTKV_FN void judge_head(const PassArgs& args, const PassItem& item, int head_dim, int head,
+                          const MergeShared& shared) {
   if (item.judged == nullptr) return;
   const double* t = shared.tally;
   ClosingSums x;
@@ -286,6 +287,8 @@ CERTKV_FN void judge_head(const PassItem& item, int head_dim, int head, const Me
   if (within_tolerance(c, item.relative != 0, item.tolerance)) return;
   raise_flag(item.failing, 1u << head);
   raise_flag(item.any_failing, 1u);
+  raise_flag(item.climbed, 1u);
+  set_condition(args.sets_condition, args.condition);
 }
 
 }  // namespace certkv::CERTKV_LANES_NAMESPACE

@@ -17,7 +17,6 @@ using cuda::kPageTokens;
 
 namespace {
 
-constexpr size_t kMarks = 3;  // failing, again, flags
 constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 
 void require(bool holds, const char* what) {

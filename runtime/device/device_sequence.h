@@ -12,6 +12,9 @@ namespace certkv {
 using cuda::DeviceArray;
 using cuda::HostArray;
 
+// Words of a KV head at a layer that its kernels raise, from 0 at a step's beginning.
+inline constexpr size_t kFailing = 0, kAgain = 1, kFlags = 2, kClimbed = 3, kMarks = 4;
+
 // A prefilled prompt, shared by its decodes. A cell is (layer, local KV head).
 struct DeviceCache::Prompt {
   OriginalsSpan span;                                 // of the sealed blocks
@@ -46,7 +49,7 @@ struct DeviceCache::Sequence {
   DeviceArray<int32_t> block_of[2], free_slots[2];  // [cells, quota]
   DeviceArray<float> score[2];
   DeviceArray<int32_t> free_count;             // [cells, 2]
-  DeviceArray<uint32_t> marks;                 // [cells, 3]: failing, again, flags
+  DeviceArray<uint32_t> marks;                 // [cells, kMarks]
   DeviceArray<cuda::LadderCounts> counts;      // [cells]
   DeviceArray<Certificate> judged, candidate;  // [cells, heads]
   // Read back at the end of a step.

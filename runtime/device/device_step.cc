@@ -17,8 +17,7 @@ using cuda::kValues;
 
 namespace {
 
-constexpr size_t kMarks = 3;  // failing, again, flags
-constexpr size_t kFailing = 0, kAgain = 1, kFlags = 2;
+constexpr size_t kBranches = size_t(cuda::Device::kBranches);
 constexpr size_t kAnyFailing = 0, kDenseCount = 1, kStageFailing = 2, kWords = 4;
 constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 
@@ -106,11 +105,12 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   grow(&b.ladder, device_, all, "items of a step");
   grow(&b.scaled, device_, items * n * d, "queries");
   grow(&b.norm, device_, items * n, "queries");
-  grow(&b.records, device_, items * pages * groups * cuda::kRecordFloats, "records of a pass");
+  const size_t records = items * pages * groups * cuda::kRecordFloats, merged = items * n * sums;
+  grow(&b.records, device_, kBranches * records, "records of a pass");
   grow(&b.used, device_, items * pages * kPageTiles, "records of a pass");
   grow(&b.split_sums, device_, items * splits * n * sums, "sums of a pass");
   grow(&b.tally, device_, items * splits * n * cuda::kTallyCount, "sums of a pass");
-  grow(&b.merged, device_, items * n * sums, "sums of a pass");
+  grow(&b.merged, device_, kBranches * merged, "sums of a pass");
   grow(&b.list, device_, quotas, "list of blocks to page in");
   grow(&b.listed, device_, items, "list of blocks to page in");
   grow(&b.words, device_, kWords + items, "marks of a step");
@@ -151,11 +151,14 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         p.value_slot = s.slot_of[kValues].data() + entry * kPageTiles;
         p.k_norm = s.k_norm.data() + entry * kPageTiles;
         p.open_nu = s.open_nu.data() + entry * kPageTiles;
-        p.records = b.records.data() + item * pages * groups * cuda::kRecordFloats;
+        // Of two layers, one beside the other: what the first one's learning still reads.
+        const size_t branch = layer % kBranches;
+        p.records =
+            b.records.data() + branch * records + item * pages * groups * cuda::kRecordFloats;
         p.used = b.used.data() + item * pages * kPageTiles;
         p.splits = b.split_sums.data() + item * splits * n * sums;
         p.tally = b.tally.data() + item * splits * n * cuda::kTallyCount;
-        p.merged = b.merged.data() + item * n * sums;
+        p.merged = b.merged.data() + branch * merged + item * n * sums;
         p.out = out + item * n * d;
         p.flags = marks + kFlags;
         p.slots = slots;
@@ -167,6 +170,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         p.failing = marks + kFailing;
         p.any_failing = b.words.data() + kAnyFailing;
         p.again = marks + kAgain;
+        p.climbed = marks + kClimbed;
         b.pass_host[at] = p;
 
         cuda::AppendItem a;
@@ -221,6 +225,8 @@ void DeviceCache::decode(int layer, const float* qkv) {
   const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
   const size_t first = size_t(layer) * items;
   const Policy policy = at(rows_[0]).rules.policy;
+  const int branch = layer % int(kBranches);
+  device_.join(branch);  // what this layer overwrites is learned from there
   ops_.append({.items = b.append.data() + first,
                .passes = b.pass.data() + first,
                .qkv = qkv,
@@ -238,7 +244,14 @@ void DeviceCache::decode(int layer, const float* qkv) {
                         .items = int(items),
                         .splits = b.most_splits[0],
                         .certificate = true};
+  // Of a policy that climbs: what is made must be used.
+  cuda::Device::Condition failing;
+  if (policy == Policy::Budget) failing = device_.condition(b.words.data() + kAnyFailing);
+  pass.after_append = true;
+  pass.sets_condition = failing.setter.armed;
+  pass.condition = failing.setter.handle;
   ops_.attend(pass, shape);
+  pass.after_append = pass.sets_condition = false;
   if (policy == Policy::Budget) {
     const LadderOptions& rules = at(rows_[0]).rules.ladder;
     cuda::LadderArgs ladder;
@@ -258,9 +271,11 @@ void DeviceCache::decode(int layer, const float* qkv) {
     ladder.dense = b.dense.data();
     ladder.dense_count = b.words.data() + kDenseCount;
     ladder.dense_listed = b.words.data() + kWords;
-    climb(pass, shape, ladder);
-    ops_.learn(ladder);
+    device_.beside(branch, [&] { ops_.learn(ladder); });
+    device_.when(failing, [&] { climb(pass, shape, ladder); });
   }
+  if (layer + 1 == int(config_.layers))
+    for (int other = 0; other < int(kBranches); ++other) device_.join(other);
   group_.alive();
 }
 
@@ -287,24 +302,25 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
   cuda::PassShape one = shape;
   one.items = 1;
   const int rounds = int(at(rows_[0]).rules.ladder.max_rounds);
-  device_.when(any_failing, [&] {
-    for (int round = 0; round < rounds; ++round)
-      device_.when(any_failing, [&] {
-        ops_.climb(ladder);
-        ops_.page_in(ladder);
-        device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
-        ops_.attend(pass, shape);
-      });
-    // Heads that found nothing to promote, or no room, are failing still, though no pass said so.
-    ops_.list_dense(ladder);
-    for (int i = 0; i < ladder.count; ++i)
-      device_.when(ladder.dense_listed + i, [&] {
-        device_.fill(dense.failing, 0, 2 * sizeof(uint32_t));
-        ops_.stage_dense(ladder, dense, i);
-        ops_.attend(staged, one);
-        ops_.take_dense(ladder, dense, i);
-      });
-  });
+  for (int round = 0; round < rounds; ++round)
+    device_.when(any_failing, [&] {
+      ops_.climb(ladder);
+      ops_.page_in(ladder);
+      device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
+      ops_.attend(pass, shape);
+    });
+  // Heads that found nothing to promote, or no room, are failing still, though no pass said so.
+  ops_.list_dense(ladder);
+  for (int i = 0; i < ladder.count; ++i)
+    device_.when(ladder.dense_listed + i, [&] {
+      device_.fill(dense.failing, 0, 2 * sizeof(uint32_t));
+      ops_.stage_dense(ladder, dense, i);
+      ops_.attend(staged, one);
+      ops_.take_dense(ladder, dense, i);
+    });
+  cuda::LadderArgs of_climbed = ladder;
+  of_climbed.climbed = true;
+  ops_.learn(of_climbed);
 }
 
 void DeviceCache::end_step() {

@@ -182,7 +182,7 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
         item.tally = hold(device<double>(size_t(plan.splits) * kHeads * cuda::kTallyCount));
         item.judged = hold(device<Certificate>(kHeads));
         item.failing = flags;
-        item.any_failing = flags;
+        item.any_failing = item.climbed = flags;
       }
       items.push_back(item);
     }
@@ -234,7 +234,7 @@ void bench(int tokens, int batch, int repeats, cudaStream_t stream) {
                     }
                     cuda::PassArgs args = s.args;
                     args.items = c.items;
-                    cuda::attend(args, s.shape, stream);
+                    cuda::attend(args, s.shape, stream, cuda::begins_early());
                   }),
          {}});
   };

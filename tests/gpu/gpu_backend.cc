@@ -30,7 +30,7 @@ class GpuBackend : public PassBackend {
   }
   void run(const cuda::PassArgs& args, const cuda::PassShape& shape) override {
     cuda::prepare_attend(shape);
-    cuda::attend(args, shape, nullptr);
+    cuda::attend(args, shape, nullptr, cuda::begins_early());
     check(cudaDeviceSynchronize());
   }
 

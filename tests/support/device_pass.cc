@@ -121,7 +121,7 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
   for (size_t b = 0; b < n; ++b)
     if (blocks[b].page == nullptr) open_nu[place[b]] = blocks[b].nu;
   std::vector<double> tally(size_t(shape.splits) * heads * cuda::kTallyCount, NAN);
-  std::vector<uint32_t> marks(2, 0);
+  std::vector<uint32_t> marks(3, 0);
   if (options.certificate) {
     judged.assign(heads, {});
     item.relative = 1;
@@ -132,6 +132,7 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
     item.judged = put(*backend, judged);
     item.failing = put(*backend, marks);
     item.any_failing = item.failing + 1;
+    item.climbed = item.failing + 2;
   }
   item.slots = slots.empty() ? nullptr : put(*backend, slots);
   item.slot_count = slot_count;
