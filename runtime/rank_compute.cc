@@ -73,6 +73,7 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
         backend);
   auto cache = std::make_unique<DeviceCache>(config, heads, cache_options(options, config), device,
                                              *rank->device.cache, pool, parts.store, *parts.group);
+  cache->use_library(*rank->device.dense, *rank->device.model);
   rank->forward = std::make_unique<DeviceTransformer>(
       config, *parts.weights, device,
       DeviceOps{*rank->device.model, *rank->device.linear, *rank->device.dense}, *cache,

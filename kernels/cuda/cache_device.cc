@@ -37,6 +37,12 @@ class CudaCacheOps final : public CacheOps {
   void learn(const LadderArgs& args) override {
     check_cuda(launch_learn(args, stream()), "the memory of a step cannot be launched");
   }
+  void largest_notes(const LibraryArgs& args) override {
+    check_cuda(launch_largest_notes(args, stream()), "the notes of originals cannot be looked at");
+  }
+  void judge_library(const LibraryArgs& args) override {
+    check_cuda(launch_judge_library(args, stream()), "judging dense attention cannot be launched");
+  }
 
  private:
   cudaStream_t stream() const { return device_.stream(); }

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/cache_body.h"
 #include "kernels/cuda/cache_ops.h"
+#include "kernels/cuda/library_body.h"
 
 namespace certkv::cuda {
 namespace {
@@ -60,6 +61,13 @@ class EmulatedCacheOps final : public CacheOps {
       all(&emulated::Learn::score);
       all(&emulated::Learn::list_free);
     }
+  }
+  void largest_notes(const LibraryArgs& args) override {
+    for (int i = 0; i < args.count; ++i) emulated::largest_notes(args, i);
+  }
+  void judge_library(const LibraryArgs& args) override {
+    for (int i = 0; i < args.count; ++i)
+      for (int h = 0; h < args.heads; ++h) emulated::judge_library(args, i, h);
   }
 
  private:

@@ -1,5 +1,6 @@
 #include "kernels/cuda/cache_body.h"
 #include "kernels/cuda/cache_kernels.h"
+#include "kernels/cuda/library_body.h"
 
 namespace certkv::cuda {
 
@@ -76,6 +77,14 @@ __global__ void __launch_bounds__(32 * kLearnWarps) learn_kernel(const LadderArg
   learn.list_free();
 }
 
+__global__ void largest_notes_kernel(const LibraryArgs args) {
+  largest_notes(args, int(blockIdx.x));
+}
+
+__global__ void judge_library_kernel(const LibraryArgs args) {
+  judge_library(args, int(blockIdx.x), int(threadIdx.y));
+}
+
 }  // namespace
 
 // ---- launchers ----------------------------------------------------------------------------------
@@ -122,6 +131,16 @@ cudaError_t launch_take_dense(const LadderArgs& args, const DenseArgs& dense, in
 
 cudaError_t launch_learn(const LadderArgs& args, cudaStream_t stream) {
   learn_kernel<<<unsigned(args.count), dim3(32, kLearnWarps), 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_largest_notes(const LibraryArgs& args, cudaStream_t stream) {
+  largest_notes_kernel<<<unsigned(args.count), 32, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_judge_library(const LibraryArgs& args, cudaStream_t stream) {
+  judge_library_kernel<<<unsigned(args.count), dim3(32, unsigned(args.heads)), 0, stream>>>(args);
   return cudaGetLastError();
 }
 

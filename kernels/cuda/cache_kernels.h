@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/cuda/cache_args.h"
+#include "kernels/cuda/library_args.h"
 
 namespace certkv::cuda {
 
@@ -19,5 +20,7 @@ cudaError_t launch_stage_dense(const LadderArgs& args, const DenseArgs& dense, i
 cudaError_t launch_take_dense(const LadderArgs& args, const DenseArgs& dense, int n,
                               cudaStream_t stream);
 cudaError_t launch_learn(const LadderArgs& args, cudaStream_t stream);
+cudaError_t launch_largest_notes(const LibraryArgs& args, cudaStream_t stream);
+cudaError_t launch_judge_library(const LibraryArgs& args, cudaStream_t stream);
 
 }  // namespace certkv::cuda

@@ -14,6 +14,7 @@
 
 #include "kernels/cuda/cache_args.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/library_args.h"
 #include "kernels/cuda/pass.h"
 
 namespace certkv::cuda {
@@ -31,6 +32,10 @@ class CacheOps {
   virtual void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n) = 0;
   virtual void take_dense(const LadderArgs& args, const DenseArgs& dense, int n) = 0;
   virtual void learn(const LadderArgs& args) = 0;
+  // Policy `dense` by a library: largest_notes() once a step for items of all layers; append, the
+  // library and judge_library() for each layer.
+  virtual void largest_notes(const LibraryArgs& args) = 0;
+  virtual void judge_library(const LibraryArgs& args) = 0;
 };
 
 std::unique_ptr<CacheOps> make_emulated_cache_ops(Device& device);

@@ -1,6 +1,7 @@
 #include "runtime/device/device_cache.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <mutex>
@@ -27,6 +28,13 @@ void require(bool holds, const char* what) {
 
 // A group's 64 rows of one cell as blocks of the arena.
 constexpr uint32_t kBlocksPerPage = kPageTiles;
+
+// Pages of policy dense, in steps of a sixteenth: a library's plan is made for a capacity, which
+// takes it long, so sequences of about the same length share one.
+size_t dense_capacity(size_t pages) {
+  const size_t step = std::bit_ceil(pages) / 16;
+  return step < 2 ? pages : (pages + step - 1) / step * step;
+}
 
 }  // namespace
 
@@ -209,14 +217,15 @@ void DeviceCache::lay_out(Sequence* s) {
   const size_t n = cells(), per_group = size_t(config_.heads_per_group());
   s->capacity = p.pages + s->own_capacity + kPageTiles;
   const size_t blocks = s->capacity * kPageTiles;
+  s->dense_blocks = dense_capacity(s->capacity) * kPageTiles;
   const auto quota = [&](int64_t blocks_of_layer) {
     const size_t most = (p.pages + s->own_capacity) * kPageTiles;
     return int32_t(std::min(size_t(blocks_of_layer / config_.kv_heads), most));
   };
   if (s->dense()) {
-    s->slots_each = 2 * blocks;
+    s->slots_each = 2 * s->dense_blocks;
     s->open_slot[0] = int32_t(p.pages * kPageTiles);
-    s->open_slot[1] = int32_t(blocks + p.pages * kPageTiles);
+    s->open_slot[1] = int32_t(s->dense_blocks + p.pages * kPageTiles);
   } else {
     s->quota[0] = quota(options_.scratch.key_blocks);
     s->quota[1] = quota(options_.scratch.value_blocks);
@@ -249,7 +258,7 @@ void DeviceCache::lay_out(Sequence* s) {
         open_nu[to] = p.nu[note];
         s->sealed_nu[cell] = std::max(s->sealed_nu[cell], p.nu[note]);
         for (size_t part = 0; part < 2 && s->dense(); ++part)
-          slot_of[part][to] = int32_t(part * blocks + page * kPageTiles + t);
+          slot_of[part][to] = int32_t(part * s->dense_blocks + page * kPageTiles + t);
       }
     }
     // The open entries: a block each.
@@ -309,7 +318,7 @@ void DeviceCache::lay_out(Sequence* s) {
 // Policy dense: the prompt's originals, from the arena.
 void DeviceCache::fill_dense(Sequence* s) {
   const Prompt& p = *s->prompt;
-  const size_t heads = size_t(heads_.count()), blocks = s->capacity * kPageTiles;
+  const size_t heads = size_t(heads_.count()), blocks = s->dense_blocks;
   const size_t sealed = p.pages * kPageTiles;
   if (sealed == 0) return;
   std::vector<std::byte> rows(2 * sealed * block_bytes_);

@@ -19,7 +19,9 @@
 
 #include "kernels/base/thread_pool.h"
 #include "kernels/cuda/cache_ops.h"
+#include "kernels/cuda/dense_ops.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/model_ops.h"
 #include "runtime/certified_cache.h"
 #include "runtime/device/device_attention.h"
 
@@ -33,6 +35,9 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
               cuda::Device& device, cuda::CacheOps& ops, ThreadPool& pool,
               std::shared_ptr<StoreClient> store, Communicator& group);
   ~DeviceCache() override;
+  // From here on policy `dense` attends by this library; without one, by our own pass over
+  // originals, which is slower and knows its rounding better. Both must outlive the cache.
+  void use_library(cuda::DenseOps& dense, cuda::ModelOps& model);
 
   int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) override;
   int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) override;
@@ -76,6 +81,9 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void climb(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
   void read_reports(Sequence* s);
+  bool by_library() const;  // the rows under way
+  void begin_library();
+  void decode_by_library(int layer, const float* qkv);
 
   const ModelConfig& config_;
   ShardRange heads_;
@@ -85,6 +93,8 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   ThreadPool& pool_;
   std::shared_ptr<StoreClient> store_;
   Communicator& group_;
+  cuda::DenseOps* library_ = nullptr;
+  cuda::ModelOps* conversions_ = nullptr;
   PageFormat format_;
   BlockShape block_;
   size_t page_bytes_, block_bytes_;

@@ -39,6 +39,7 @@ struct DeviceCache::Sequence {
 
   // On the device. capacity: entries of a cell; a cell has slots_each slots.
   size_t capacity = 0, own_capacity = 0, slots_each = 0;
+  size_t dense_blocks = 0;    // policy dense: blocks that a cell has room for
   int32_t open_slot[2] = {};  // first slot of the open rows, by part; see lay_out()
   int32_t quota[2] = {};
   std::vector<float> sealed_nu;  // [cells]
@@ -70,7 +71,8 @@ struct DeviceCache::StepBuffers {
     int splits[2] = {}, policy = 0;
     int64_t rounds = 0;
     double shares[2] = {};
-    uint64_t grown = 0;  // buffers that have moved
+    uint64_t grown = 0;               // buffers that have moved
+    std::vector<int64_t> by_library;  // sequences whose keys and values a library reads
     friend bool operator==(const Shape&, const Shape&) = default;
   } shape;
   uint64_t grown = 0;
@@ -94,7 +96,12 @@ struct DeviceCache::StepBuffers {
   DeviceArray<float> stage_k_norm, stage_nu, stage_out;
   DeviceArray<Certificate> stage_judged;
   DeviceArray<cuda::PassItem> stage_pass;
-  HostArray<std::byte> page_host;  // pages and rows on their way
+  // Policy dense by a library.
+  HostArray<int32_t> lengths_host;  // [rows]
+  DeviceArray<int32_t> lengths;
+  DeviceArray<float> largest;        // [layers, rows, kv_heads, 2]
+  DeviceArray<uint16_t> q16, out16;  // [rows, heads, head_dim]
+  HostArray<std::byte> page_host;    // pages and rows on their way
 };
 
 }  // namespace certkv

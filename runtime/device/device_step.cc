@@ -115,6 +115,13 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   grow(&b.listed, device_, items, "list of blocks to page in");
   grow(&b.words, device_, kWords + items, "marks of a step");
   grow(&b.dense, device_, items, "list of heads for rung 3");
+  if (by_library()) {
+    grow(&b.lengths_host, device_, rows_.size(), "lengths");
+    grow(&b.lengths, device_, rows_.size(), "lengths");
+    grow(&b.largest, device_, all * 2, "notes of originals");
+    grow(&b.q16, device_, items * n * d, "queries");
+    grow(&b.out16, device_, items * n * d, "outputs of dense attention");
+  }
   reserve_staging(staged);
 
   const StepRules& rules = at(rows_[0]).rules;
@@ -123,7 +130,8 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
                                  int(rules.policy),
                                  rules.ladder.max_rounds,
                                  {rules.ladder.value_share, rules.ladder.max_share},
-                                 b.grown};
+                                 b.grown,
+                                 by_library() ? rows_ : std::vector<int64_t>{}};
   if (!(shape == b.shape)) ++shape_;
   b.shape = shape;
 
@@ -217,6 +225,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   device_.copy(b.pass.data(), b.pass_host.data(), all * sizeof(cuda::PassItem));
   device_.copy(b.append.data(), b.append_host.data(), all * sizeof(cuda::AppendItem));
   device_.copy(b.ladder.data(), b.ladder_host.data(), all * sizeof(cuda::LadderItem));
+  if (by_library()) begin_library();
 }
 
 void DeviceCache::decode(int layer, const float* qkv) {
@@ -236,6 +245,7 @@ void DeviceCache::decode(int layer, const float* qkv) {
                .head_dim = int32_t(d),
                .dtype = options_.dtype,
                .any_failing = b.words.data() + kAnyFailing});
+  if (by_library()) return decode_by_library(layer, qkv);
   cuda::PassArgs pass;
   pass.items = b.pass.data() + first;
   pass.dtype = options_.dtype;

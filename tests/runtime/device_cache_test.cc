@@ -28,6 +28,7 @@ constexpr uint64_t kArena = uint64_t(8) << 20;
 struct Counts {
   uint64_t head_steps = 0, certified = 0, exact = 0, over = 0, failed = 0;
   uint64_t rung[kRungs] = {}, promoted = 0, hits = 0;
+  double worst = 0, tightest = 1e300;  // error over bound; bound over the outputs' norm
 };
 
 ModelConfig config_of(int head_dim, int kv_heads, int per_group) {
@@ -51,7 +52,8 @@ class DeviceCacheTest : public ::testing::Test {
   }
 
   // One KV head for each maker of rows; some steps of one sequence under one policy.
-  void run(Shape shape, uint64_t seed, Policy policy, double tolerance, Counts* counts) {
+  void run(Shape shape, uint64_t seed, Policy policy, double tolerance, Counts* counts,
+           bool library = false) {
     AttentionCase c = draw_case(shape, seed);
     std::mt19937_64 random(seed * 131 + uint64_t(shape));
     c.head_dim = random() % 2 == 0 ? 64 : 128;
@@ -71,6 +73,8 @@ class DeviceCacheTest : public ::testing::Test {
     ThreadPool pool(1);
     DeviceCache cache(config, {0, int64_t(kv)}, options, *backend_.device, *backend_.cache, pool,
                       store, *group);
+
+    if (library) cache.use_library(*backend_.dense, *backend_.model);
 
     std::vector<RowMaker> rows;
     std::vector<oracle::Originals> x(kv,
@@ -141,6 +145,10 @@ class DeviceCacheTest : public ::testing::Test {
             EXPECT_TRUE(verdict.holds)
                 << c.describe() << " step " << step << " KV head " << h << " head " << i << " rung "
                 << r.rung << ": " << verdict.why;
+            if (r.returned.bound > 0)
+              counts->worst = std::max(counts->worst, verdict.error / r.returned.bound);
+            if (r.returned.out_norm > 0)
+              counts->tightest = std::min(counts->tightest, r.returned.bound / r.returned.out_norm);
           }
           ++counts->head_steps;
           ++counts->rung[r.rung];
@@ -184,6 +192,30 @@ TEST_F(DeviceCacheTest, WhateverRungAnsweredThePromiseHolds) {
   EXPECT_GE(budget.hits, 20u);
   EXPECT_LE(budget.failed, budget.head_steps / 10);
   EXPECT_GE(naive.over, 20u);
+}
+
+// Policy dense: exact, whoever attends, with a bound that holds. A library takes and gives 16 bits,
+// so its bound is never below what that costs (2^-8 or 2^-11, twice for weights and once for the
+// outputs); ours is.
+TEST_F(DeviceCacheTest, DenseIsExactByALibraryAndByOurOwnPass) {
+  Counts own, library;
+  for (int shape = 0; shape < kShapes; ++shape)
+    for (uint64_t seed = 0; seed < 2; ++seed) {
+      run(Shape(shape), seed, Policy::Dense, 0.05, &own);
+      run(Shape(shape), seed, Policy::Dense, 0.05, &library, true);
+    }
+  for (const Counts* c : {&own, &library}) {
+    fmt::print(
+        "{}: {} head-steps, {} exact; error / bound at most {:.3g}, bound / |O| from {:.3g}\n",
+        c == &own ? "own" : "library", c->head_steps, c->exact, c->worst, c->tightest);
+    EXPECT_GE(c->head_steps, 500u);
+    EXPECT_EQ(c->rung[3], c->head_steps);
+    EXPECT_GE(c->exact, c->head_steps - c->head_steps / 10);
+    EXPECT_EQ(c->exact + c->failed, c->head_steps);
+  }
+  EXPECT_LT(own.tightest, 0x1p-12);
+  EXPECT_GE(library.tightest, 3 * 0x1p-11);
+  EXPECT_GE(library.worst, 0.005);  // a bound that says something
 }
 
 #ifndef CERTKV_TEST_ON_GPU

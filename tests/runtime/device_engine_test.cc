@@ -135,6 +135,29 @@ TEST_F(DeviceEngineTest, BitsDoNotDependOnNeighboursOrThreads) {
   expect_same(together, alone, "alone");
 }
 
+// A library is given addresses: a step captured for some sequences must never serve others, of
+// whatever shape. Requests of one length follow each other here, and share steps.
+TEST_F(DeviceEngineTest, DenseByALibraryReadsItsOwnSequences) {
+  std::vector<Request> requests = {request(3, 0.1), request(4, 0.1), request(5, 0.1, 64),
+                                   request(6, 0.1)};
+  for (Request& r : requests) r.compare = {Policy::Dense};
+  RunResult alone;
+  for (const Request& r : requests) {
+    const RunResult one = run(options(), 1, 2, {r});
+    alone.completions.insert(one.completions.begin(), one.completions.end());
+  }
+  for (const auto& [key, c] : alone.completions) {
+    EXPECT_FALSE(c.failed) << c.error;
+    EXPECT_EQ(c.outcome, Outcome::Exact);
+    EXPECT_EQ(c.counts.rungs[3], c.counts.head_steps);
+  }
+  for (const int64_t batch : {1, 2}) {
+    JobOptions o = options();
+    o.run.max_batch = batch;
+    expect_same(run(o, 1, 2, requests), alone, "together");
+  }
+}
+
 #ifndef CERTKV_TEST_ON_GPU
 // Sums over the ranks have another order than one rank's products: last places differ (see above).
 TEST_F(DeviceEngineTest, RanksShareTheHeadsAndAgree) {
