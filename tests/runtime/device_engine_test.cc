@@ -136,11 +136,14 @@ TEST_F(DeviceEngineTest, BitsDoNotDependOnNeighboursOrThreads) {
 }
 
 // A library is given addresses: a step captured for some sequences must never serve others, of
-// whatever shape. Requests of one length follow each other here, and share steps.
+// whatever shape. Requests follow each other here and share steps, with neighbours that change.
 TEST_F(DeviceEngineTest, DenseByALibraryReadsItsOwnSequences) {
   std::vector<Request> requests = {request(3, 0.1), request(4, 0.1), request(5, 0.1, 64),
                                    request(6, 0.1)};
-  for (Request& r : requests) r.compare = {Policy::Dense};
+  for (Request& r : requests) {
+    r.compare = {Policy::Dense};
+    r.sampling.max_tokens = kAnswer - 5 * int64_t(requests.back().id - r.id);
+  }
   RunResult alone;
   for (const Request& r : requests) {
     const RunResult one = run(options(), 1, 2, {r});
