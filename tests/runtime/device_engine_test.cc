@@ -136,7 +136,8 @@ TEST_F(DeviceEngineTest, BitsDoNotDependOnNeighboursOrThreads) {
 }
 
 // A library is given addresses: a step captured for some sequences must never serve others, of
-// whatever shape. Requests follow each other here and share steps, with neighbours that change.
+// whatever shape. Requests follow each other here and share steps, with neighbours that change. (An
+// emulated graph is enqueued anew each time: there DeviceCacheTest asks for the shape instead.)
 TEST_F(DeviceEngineTest, DenseByALibraryReadsItsOwnSequences) {
   std::vector<Request> requests = {request(3, 0.1), request(4, 0.1), request(5, 0.1, 64),
                                    request(6, 0.1)};
