@@ -22,6 +22,17 @@ CertifiedCacheOptions cache_options(const JobOptions& o, const ModelConfig& conf
           .read_deadline = std::chrono::milliseconds(int64_t(o.store.deadline_seconds * 1000))};
 }
 
+AuditShape audit_shape(const EngineParts& parts, ShardRange heads, DType originals,
+                       const PageFormat* format, bool device) {
+  return {.layers = parts.config->layers,
+          .query_heads = parts.config->heads,
+          .kv_heads = parts.config->kv_heads,
+          .heads = heads,
+          .dtype = originals,
+          .format = format,
+          .device = device};
+}
+
 void set_up_cpu(const JobOptions& options, const EngineParts& parts, ShardRange heads,
                 ThreadPool& pool, RankCompute* rank) {
   const ModelConfig& config = *parts.config;
@@ -29,12 +40,8 @@ void set_up_cpu(const JobOptions& options, const EngineParts& parts, ShardRange 
   auto cache = std::make_unique<CertifiedCache>(config, heads, cache_options(options, config), pool,
                                                 parts.store, *parts.group);
   if (parts.audit) {
-    rank->audit = std::make_unique<AuditLog>(*parts.audit, AuditShape{.layers = config.layers,
-                                                                      .query_heads = config.heads,
-                                                                      .kv_heads = config.kv_heads,
-                                                                      .heads = heads,
-                                                                      .dtype = originals,
-                                                                      .format = &cache->format()});
+    rank->audit = std::make_unique<AuditLog>(
+        *parts.audit, audit_shape(parts, heads, originals, &cache->format(), false));
     cache->watch(rank->audit.get());
   }
   rank->forward = std::make_unique<Transformer>(
@@ -48,9 +55,6 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
   const ModelConfig& config = *parts.config;
   const DType originals = originals_dtype(options, config);
   const std::string& backend = options.run.backend;
-  CERTKV_EXPECT(!parts.audit, InvalidArgument,
-                "run.backend {} cannot be audited yet: set audit.sample 0, or run.backend cpu",
-                backend);
   rank->device = make_device_backend(backend, parts.local_rank);
   cuda::Device& device = *rank->device.device;
   log_info("device: {}, {} free", device.name(), byte_size_text(device.free_bytes()));
@@ -73,6 +77,11 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
         backend);
   auto cache = std::make_unique<DeviceCache>(config, heads, cache_options(options, config), device,
                                              *rank->device.cache, pool, parts.store, *parts.group);
+  if (parts.audit) {
+    rank->audit = std::make_unique<AuditLog>(
+        *parts.audit, audit_shape(parts, heads, originals, &cache->format(), true));
+    cache->watch(rank->audit.get());
+  }
   cache->use_library(*rank->device.dense, *rank->device.model);
   rank->forward = std::make_unique<DeviceTransformer>(
       config, *parts.weights, device,

@@ -7,6 +7,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/log.h"
+#include "kernels/cuda/chains.h"
 #include "runtime/certify/learn.h"
 #include "runtime/output_file.h"
 #include "runtime/record_json.h"
@@ -126,10 +127,12 @@ json header_json(const AuditSetup& s, const AuditShape& shape) {
             {"key", planes_json(f.layout.key)},
             {"value", planes_json(f.layout.value)}}},
           // What the backend states about its own rounding (method 3 and 4b).
+          {"backend", shape.device ? "device" : "cpu"},
           {"rounding",
-           {{"eps_w", kEpsW},
+           {{"eps_w", shape.device ? cuda::kEpsWDevice : kEpsW},
             {"chain_codes", chain_codes(f.head_dim)},
-            {"chain_originals", chain_originals(f.head_dim)},
+            {"chain_originals",
+             shape.device ? cuda::chain_originals_device(f.head_dim) : chain_originals(f.head_dim)},
             {"chain_output", kChainOutput},
             {"query_levels", double(kQueryLevels)},
             {"exp_absolute", double(kExpAbsolute)}}}};

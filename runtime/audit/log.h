@@ -44,6 +44,7 @@ struct AuditShape {
   ShardRange heads{};                                 // KV heads of this rank
   DType dtype = DType::BF16;                          // of the originals
   const PageFormat* format = nullptr;
+  bool device = false;  // what a device backend serves and states (kernels/METHOD.md, 12b)
 };
 
 // The digest chain of one file.

@@ -111,6 +111,14 @@ FileHeader header_of(const json& v, const std::string& name) {
   const json& layout = json_member(v, "layout", name);
   l.key = planes_of(json_member(layout, "key", name), name);
   l.value = planes_of(json_member(layout, "value", name), name);
+  const std::string backend = v.contains("backend") ? json_string(v, "backend", name) : "cpu";
+  CERTKV_EXPECT(backend == "cpu" || backend == "device", BadFile, "{}: the backend is '{}'", name,
+                backend);
+  l.device = backend == "device";
+  // What is known of a device's bytes (kernels/METHOD.md, 12b).
+  CERTKV_EXPECT(!l.device || (l.block_tokens == 16 && l.value.code_bits == 4 &&
+                              l.value.residual_bits == 0 && l.value.half_metadata),
+                BadFile, "{}: no device serves such a layout", name);
   const json& rounding = json_member(v, "rounding", name);
   h.eps_w = number(rounding, "eps_w", name);
   h.chain_codes = number(rounding, "chain_codes", name);

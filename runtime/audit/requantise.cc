@@ -72,6 +72,23 @@ void read_line(const Line& l, const PlaneRules& p, double* step, double* base) {
       shift == 0 ? l.offset : double(float(l.offset + (std::ldexp(1.0, shift) - 1) / 2 * l.scale));
 }
 
+// The nearest binary16 number, ties to even; beyond the range: infinity.
+double to_half(double x) {
+  if (x == 0) return 0;
+  const double place = std::ldexp(1.0, std::max(std::ilogb(x), -14) - 10);
+  const double r = std::nearbyint(x / place) * place;
+  return std::abs(r) > 65504 ? std::copysign(std::numeric_limits<double>::infinity(), r) : r;
+}
+
+// The power of two of a scale group on a device: of its largest step and |base|. A code is a
+// multiple of 2^-24 there, so a step is at most 65504 2^-24; a base is at most 16.
+int device_exponent(double step, double base) {
+  int exponent = std::numeric_limits<int>::min();
+  if (step > 0) exponent = std::ilogb(step / (65504 * 0x1p-24)) + 1;
+  if (base > 0) exponent = std::max(exponent, std::ilogb(base / 16) + 1);
+  return step > 0 || base > 0 ? exponent : 0;
+}
+
 double norm(const float* x, size_t d) {
   double sum = 0;
   for (size_t c = 0; c < d; ++c) sum += double(x[c]) * x[c];
@@ -189,7 +206,44 @@ bool HeadRows::quantise_values(size_t first) {
     b.eta = std::max(b.eta, std::sqrt(error2));
     b.vbar = std::max(b.vbar, std::sqrt(bar2));
   }
+  if (rules_.device) serve_halves(first);
   return true;
+}
+
+// What a device makes of codes, steps and bases: fma(code 2^-24, step, base) in binary16, where the
+// codes of the second 8 of 16 tokens stand 4 bits higher. Replaces what was measured on the lines.
+void HeadRows::serve_halves(size_t first) {
+  const size_t n = size_t(rules_.group_tokens), d = size_t(rules_.head_dim);
+  const size_t width = size_t(rules_.value_group), per_token = d / width;
+  double largest_step = 0, largest_base = 0;
+  for (size_t i = first * per_token; i < (first + n) * per_token; ++i) {
+    largest_step = std::max(largest_step, v_step[i]);
+    largest_base = std::max(largest_base, std::abs(v_base[i]));
+  }
+  const int exponent = device_exponent(largest_step, largest_base);
+  v_served.resize((first + n) * d);
+  for (size_t b = first; b < first + n; b += size_t(rules_.block_tokens)) {
+    Block& block = blocks[b / size_t(rules_.block_tokens)];
+    block.eta = block.vbar = 0;
+    for (size_t t = b; t < b + size_t(rules_.block_tokens); ++t) {
+      const int raised = t % 16 >= 8 ? 4 : 0;
+      double error2 = 0, served2 = 0;
+      for (size_t c = 0; c < d; ++c) {
+        const size_t line = t * per_token + c / width;
+        const double step = to_half(std::ldexp(v_step[line], 24 - raised - exponent));
+        const double base = to_half(std::ldexp(v_base[line], -exponent));
+        const double code = std::ldexp(v_code[t * d + c], raised - 24);
+        const double served = std::ldexp(to_half(code * step + base), exponent);
+        const double error = v[t * d + c] - served;
+        v_served[t * d + c] = float(served);
+        error2 += error * error;
+        served2 += served * served;
+      }
+      served_norm[t] = std::sqrt(served2);
+      block.eta = std::max(block.eta, std::sqrt(error2));
+      block.vbar = std::max(block.vbar, served_norm[t]);  // sums run over v^ itself
+    }
+  }
 }
 
 }  // namespace certkv::audit

@@ -16,6 +16,9 @@ struct PlaneRules {
 struct LayoutRules {
   int head_dim = 0, block_tokens = 0, group_tokens = 0, value_group = 0;
   PlaneRules key, value;
+  // A device's order of bytes: values are halves times a power of two of their scale group, and a
+  // group is sealed behind the step that fills it.
+  bool device = false;
 };
 
 // Originals of one KV head and their stored form, growing.
@@ -37,6 +40,7 @@ class HeadRows {
   std::vector<uint16_t> k_code, v_code;  // [quantised tokens, head_dim]
   std::vector<double> k_step, k_base;    // [groups, head_dim]
   std::vector<double> v_step, v_base;    // [quantised tokens, value groups]
+  std::vector<float> v_served;           // [quantised tokens, head_dim] v^ on a device, else empty
   std::vector<double> served_norm;       // [quantised tokens] ||v^_t||
   std::vector<double> served_max;        // [blocks of quantised groups] largest of the group
   struct Group {
@@ -58,6 +62,7 @@ class HeadRows {
   void quantise(size_t group);
   bool quantise_keys(size_t first);
   bool quantise_values(size_t first);
+  void serve_halves(size_t first);
 
   LayoutRules rules_;
   std::vector<float> decoded_;  // of every 16-bit pattern

@@ -9,6 +9,7 @@
 #include "kernels/base/log.h"
 #include "kernels/quantize.h"
 #include "parallel/communicator.h"
+#include "runtime/audit/log.h"
 #include "runtime/device/device_sequence.h"
 
 namespace certkv {
@@ -104,7 +105,7 @@ uint64_t DeviceCache::sequence_bytes(const ModelConfig& config, int64_t kv_heads
   return cells * (prompt * page + n * (own * page + tables + (8 + quota) * block)) + staged;
 }
 
-int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t) {
+int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) {
   auto s = std::make_unique<Sequence>();
   s->handle = next_++;
   s->id = sequence_id;
@@ -117,6 +118,7 @@ int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t)
   p.nu = p.k_norm;
   p.open_k.resize(cells());
   p.open_v.resize(cells());
+  if (audit_ != nullptr) s->audit = audit_->open_prompt(sequence_id, prompt_tokens, max_tokens);
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;
@@ -184,6 +186,11 @@ void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, cons
     p.open_v[first_cell + h].assign(v + from, v + end);
   }
   p.tokens = tokens;
+  if (audit_ == nullptr) return;
+  for (size_t h = 0; h < heads; ++h) {
+    audit_->rows(at(sequence).audit, layer, int(h), tokens, k + h * tokens * d, v + h * tokens * d);
+    group_.alive();
+  }
 }
 
 int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
@@ -205,6 +212,8 @@ int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules&
   s->own = reserve(uint32_t(s->pages) * kBlocksPerPage, uint32_t(s->own_capacity) * kBlocksPerPage);
   lay_out(s.get());
   if (rules.policy == Policy::Budget) reserve_staging(s->capacity);
+  if (audit_ != nullptr)
+    s->audit = audit_->open_sequence(from.audit, int64_t(s->tokens), max_tokens, rules);
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;
@@ -340,7 +349,11 @@ void DeviceCache::fill_dense(Sequence* s) {
   }
 }
 
-void DeviceCache::drop(int64_t sequence, bool) {
+void DeviceCache::drop(int64_t sequence, bool failed) {
+  if (audit_ != nullptr) {
+    const Sequence& s = at(sequence);
+    audit_->close(s.audit, s.tokens, failed || s.failed());
+  }
   sequences_.erase(sequence);
 }
 

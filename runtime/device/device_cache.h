@@ -27,6 +27,8 @@
 
 namespace certkv {
 
+class AuditLog;
+
 class DeviceCache : public SequenceCache, public DeviceAttention {
  public:
   // heads: the KV heads of this rank, global indices. All references must outlive the cache.
@@ -38,6 +40,10 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   // From here on policy `dense` attends by this library; without one, by our own pass over
   // originals, which is slower and knows its rounding better. Both must outlive the cache.
   void use_library(cuda::DenseOps& dense, cuda::ModelOps& model);
+  // From here on: what the log chooses is audited, and policy `dense` stays with our own pass, for
+  // a library does not say what each block weighs. The log must outlive the cache.
+  void watch(AuditLog* audit);
+  const PageFormat& format() const { return format_; }
 
   int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) override;
   int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) override;
@@ -84,6 +90,12 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   bool by_library() const;  // the rows under way
   void begin_library();
   void decode_by_library(int layer, const float* qkv);
+  template <typename T>
+  std::vector<T> read_back(const T* from, size_t count) const;
+  void begin_audit(int layer, const float* qkv);
+  void read_audit(bool at_end);
+  PassState read_pass(const cuda::PassItem& pass, bool staged) const;
+  void write_audit();
 
   const ModelConfig& config_;
   ShardRange heads_;
@@ -95,6 +107,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   Communicator& group_;
   cuda::DenseOps* library_ = nullptr;
   cuda::ModelOps* conversions_ = nullptr;
+  AuditLog* audit_ = nullptr;
   PageFormat format_;
   BlockShape block_;
   size_t page_bytes_, block_bytes_;

@@ -10,7 +10,7 @@ void DeviceCache::use_library(cuda::DenseOps& dense, cuda::ModelOps& model) {
 }
 
 bool DeviceCache::by_library() const {
-  return library_ != nullptr && !rows_.empty() && at(rows_[0]).dense();
+  return library_ != nullptr && audit_ == nullptr && !rows_.empty() && at(rows_[0]).dense();
 }
 
 // The step's rows, before the first layer; their items are on the device.

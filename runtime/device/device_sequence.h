@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "runtime/audit/capture.h"
 #include "runtime/device/device_cache.h"
 
 namespace certkv {
@@ -29,6 +30,7 @@ struct DeviceCache::Prompt {
 // A decode of a prompt; or, with decoding == false, the prompt itself.
 struct DeviceCache::Sequence {
   int64_t handle = 0, id = 0;
+  uint32_t audit = 0;  // its stream in the audit
   bool decoding = false;
   StepRules rules;
   std::shared_ptr<Prompt> prompt;
@@ -96,6 +98,15 @@ struct DeviceCache::StepBuffers {
   DeviceArray<float> stage_k_norm, stage_nu, stage_out;
   DeviceArray<Certificate> stage_judged;
   DeviceArray<cuda::PassItem> stage_pass;
+  // What an audit has read back of a row at a layer.
+  struct Audited {
+    size_t row = 0, tokens = 0;
+    int layer = 0;
+    std::vector<float> q, out;           // [heads, head_dim]
+    std::vector<uint16_t> k, v;          // [kv_heads, head_dim] of the new token
+    std::vector<AuditCapture> captures;  // [kv_heads]
+  };
+  std::vector<Audited> audited;
   // Policy dense by a library.
   HostArray<int32_t> lengths_host;  // [rows]
   DeviceArray<int32_t> lengths;

@@ -132,7 +132,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
                                  {rules.ladder.value_share, rules.ladder.max_share},
                                  b.grown,
                                  by_library() ? rows_ : std::vector<int64_t>{}};
-  if (!(shape == b.shape)) ++shape_;
+  if (!(shape == b.shape) || audit_ != nullptr) ++shape_;  // an audit waits within the step
   b.shape = shape;
 
   for (size_t row = 0; row < rows_.size(); ++row) {
@@ -246,6 +246,7 @@ void DeviceCache::decode(int layer, const float* qkv) {
                .dtype = options_.dtype,
                .any_failing = b.words.data() + kAnyFailing});
   if (by_library()) return decode_by_library(layer, qkv);
+  if (audit_ != nullptr) begin_audit(layer, qkv);
   cuda::PassArgs pass;
   pass.items = b.pass.data() + first;
   pass.dtype = options_.dtype;
@@ -281,11 +282,14 @@ void DeviceCache::decode(int layer, const float* qkv) {
     ladder.dense = b.dense.data();
     ladder.dense_count = b.words.data() + kDenseCount;
     ladder.dense_listed = b.words.data() + kWords;
-    device_.beside(branch, [&] { ops_.learn(ladder); });
+    // An audit reads the tables that learning changes.
+    if (audit_ == nullptr) device_.beside(branch, [&] { ops_.learn(ladder); });
     device_.when(failing, [&] { climb(pass, shape, ladder); });
+    if (audit_ != nullptr) ops_.learn(ladder);
   }
   if (layer + 1 == int(config_.layers))
     for (int other = 0; other < int(kBranches); ++other) device_.join(other);
+  if (audit_ != nullptr) read_audit(true);
   group_.alive();
 }
 
@@ -319,6 +323,7 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
       device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
       ops_.attend(pass, shape);
     });
+  if (audit_ != nullptr) read_audit(false);
   // Heads that found nothing to promote, or no room, are failing still, though no pass said so.
   ops_.list_dense(ladder);
   for (int i = 0; i < ladder.count; ++i)
@@ -346,6 +351,10 @@ void DeviceCache::end_step() {
     Sequence& s = at(handle);
     ++s.tokens;
     read_reports(&s);
+  }
+  if (audit_ != nullptr) write_audit();
+  for (int64_t handle : rows_) {
+    Sequence& s = at(handle);
     if (s.failed() || s.tokens - s.pages * kPageTokens < kPageTokens) continue;
     try {
       seal_open(&s);
