@@ -218,6 +218,36 @@ TEST_F(DeviceCacheTest, DenseIsExactByALibraryAndByOurOwnPass) {
   EXPECT_GE(library.worst, 0.005);  // a bound that says something
 }
 
+// A library is handed addresses, so a step captured for some sequences is not another's. Our own
+// pass reads tables: there a step is.
+TEST_F(DeviceCacheTest, AStepOfALibraryNamesItsSequences) {
+  const ModelConfig config = config_of(64, 1, 1);
+  constexpr size_t kTokens = 80;
+  for (const bool library : {false, true}) {
+    test::ThreadHolder holder(kArena);
+    const auto store = holder.attach(0);
+    const auto world = LocalWorld::create(1);
+    const auto group = world->communicator(0);
+    ThreadPool pool(1);
+    DeviceCache cache(config, {0, 1}, {}, *backend_.device, *backend_.cache, pool, store, *group);
+    if (library) cache.use_library(*backend_.dense, *backend_.model);
+    const int64_t prompt = cache.create(kTokens, 1, 10);
+    const std::vector<uint16_t> rows(kTokens * 64, 0x3f80);
+    cache.store_prefill(prompt, 0, kTokens, rows.data(), rows.data(), {});
+    StepRules rules;
+    rules.policy = Policy::Dense;
+    const int64_t a = cache.fork(prompt, 10, rules), b = cache.fork(prompt, 10, rules);
+    const cuda::DeviceArray<float> out(*backend_.device, 64, "outputs");
+    const auto shape_of = [&](int64_t sequence) {
+      cache.begin_rows({&sequence, 1}, out.data());
+      return cache.shape();
+    };
+    const uint64_t first = shape_of(a);
+    EXPECT_EQ(shape_of(a), first);
+    EXPECT_EQ(shape_of(b) == first, !library);
+  }
+}
+
 #ifndef CERTKV_TEST_ON_GPU
 TEST_F(DeviceCacheTest, ABackendThatIsNotThereIsNamed) {
   const auto error = [](const char* backend) -> std::string {
