@@ -258,7 +258,7 @@ void DeviceCache::decode(int layer, const float* qkv) {
   // Of a policy that climbs: what is made must be used.
   cuda::Device::Condition failing;
   if (policy == Policy::Budget) failing = device_.condition(b.words.data() + kAnyFailing);
-  pass.after_append = true;
+  pass.after_append = audit_ == nullptr;  // an audit copies in between
   pass.sets_condition = failing.setter.armed;
   pass.condition = failing.setter.handle;
   ops_.attend(pass, shape);
