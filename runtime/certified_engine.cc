@@ -124,11 +124,23 @@ void CertifiedEngine::submit(Request r) {
                   "does not belong to this model",
                   t, parts_.config->vocab);
   const EngineNeed n = need(r);
-  CERTKV_EXPECT(
-      n.tier1 + n.scratch <= tier1_capacity_, OutOfMemory,
-      "a prompt of {} tokens needs {} of tier 1 and scratch on each rank, {} are allowed: "
-      "raise run.tier1_memory, or use more ranks (parallel.tensor)",
-      prompt, byte_size_text(n.tier1 + n.scratch), byte_size_text(tier1_capacity_));
+  if (n.on_device) {
+    CERTKV_EXPECT(
+        n.least() <= tier1_capacity_, OutOfMemory,
+        "a prompt of {} tokens does not fit the device: {} are allowed on each rank (auto is "
+        "what is free but for a tenth; raise run.tier1_memory, or use more ranks: "
+        "parallel.tensor), and it needs {} for its prefill, {} of tier 1 (lower "
+        "sampling.max_tokens), {} of scratch (lower scratch.key_blocks, scratch.value_blocks) "
+        "and {} to {} of rung 3's staging",
+        prompt, byte_size_text(tier1_capacity_), byte_size_text(n.prefill), byte_size_text(n.tier1),
+        byte_size_text(n.scratch), byte_size_text(n.least_staging), byte_size_text(n.staging));
+  } else {
+    CERTKV_EXPECT(
+        n.least() <= tier1_capacity_, OutOfMemory,
+        "a prompt of {} tokens needs {} of tier 1 and scratch on each rank, {} are allowed: "
+        "raise run.tier1_memory, or use more ranks (parallel.tensor)",
+        prompt, byte_size_text(n.least()), byte_size_text(tier1_capacity_));
+  }
   waiting_.push_back(std::move(r));
 }
 
@@ -173,7 +185,7 @@ Plan CertifiedEngine::make_plan(bool stop, std::vector<std::byte>* payload) {
     const Request& r = waiting_.front();
     const EngineNeed n = need(r);
     const bool room = open_forks_.size() < size_t(options_.run.max_batch) &&
-                      claimed() + n.tier1 + n.scratch <= tier1_capacity_;
+                      claimed() + n.peak() <= tier1_capacity_;
     if (room || running_.empty()) {
       *payload = encode_request(r);
       plan.action = uint64_t(Action::Admit);
@@ -232,18 +244,26 @@ bool CertifiedEngine::step(bool stop) {
 
 EngineNeed CertifiedEngine::need(const Request& r) const {
   return compute_.need(options_, *parts_.config, heads_, group_.size(), int64_t(r.prompt.size()),
-                       r.sampling.max_tokens, int(policies_of(r).size()));
+                       r.sampling.max_tokens, policies_of(r));
 }
 
 // The handle of the new prompt, or 0 with a reason where this rank has no room.
 int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
   const EngineNeed n = need(r);
   const uint64_t free = available_memory_bytes();
-  const uint64_t here = n.prefill + (compute_.on_device() ? 0 : n.tier1);
-  if (free != 0 && !(here < free)) {
+  if (free != 0 && !(n.host < free)) {
     *why = fmt::format("a prompt of {} tokens needs {} for prefill and tier 1, {} are free on {}",
-                       r.prompt.size(), byte_size_text(here), byte_size_text(free),
+                       r.prompt.size(), byte_size_text(n.host), byte_size_text(free),
                        group_.peer_name(group_.rank()));
+    return 0;
+  }
+  // What others on the device have taken meanwhile.
+  if (n.on_device && n.prompt + n.prefill > compute_.device.device->free_bytes()) {
+    *why = fmt::format(
+        "a prompt of {} tokens needs {} for its prefill and {} of tier 1; {} of {} are free on {}",
+        r.prompt.size(), byte_size_text(n.prefill), byte_size_text(n.prompt),
+        byte_size_text(compute_.device.device->free_bytes()),
+        byte_size_text(compute_.device.device->total_bytes()), compute_.device.device->name());
     return 0;
   }
   try {
@@ -287,7 +307,7 @@ void CertifiedEngine::admit(const Request& r) {
   }
   if (leader()) waiting_.pop_front();
   const EngineNeed n = need(r);
-  claims_[r.id] = n.tier1 + n.scratch;
+  claims_[r.id] = n.held();
   prefill(r, prompt);
 }
 
@@ -399,9 +419,9 @@ void CertifiedEngine::decode(Policy policy) {
     figures.add_to(i, &g.returned, &g.candidate);
     const Outcome outcome = outcome_of_severity(v.max.severity);
     if (out.nonfinite_layer[i] >= 0) {
-      fail(
-          g, ErrorKind::NonFinite,
-          fmt::format("layer {}: a NaN or an infinity in the activations", out.nonfinite_layer[i]));
+      fail(g, ErrorKind::NonFinite,
+           fmt::format("layer {}: {} of token {} is not finite", out.nonfinite_layer[i],
+                       layer_part_text(out.nonfinite_part[i]), inputs[i].position));
     } else if (outcome == Outcome::Failed) {
       const SequenceReport& mine = cache_.report(g.handle);
       const ErrorKind kind =
@@ -410,10 +430,15 @@ void CertifiedEngine::decode(Policy policy) {
            mine.error ? mine.error_text : "on another rank of the group; its log says more");
     } else {
       const size_t vocab = size_t(parts_.config->vocab);
-      g.accept(
-          sample_token({out.logits.data() + i * vocab, vocab}, g.sample_options(), g.uniform()));
-      ++tokens_;
-      ++record.tokens;
+      const std::span<const float> logits(out.logits.data() + i * vocab, vocab);
+      try {  // every rank draws from the same logits
+        g.accept(sample_token(logits, g.sample_options(), g.uniform()));
+        ++tokens_;
+        ++record.tokens;
+      } catch (const Error& e) {
+        if (e.kind() != ErrorKind::NonFinite) throw;
+        fail(g, e.kind(), fmt::format("after token {}: {}", inputs[i].position, e.what()));
+      }
     }
   }
   const double sample_seconds = seconds_since(sampling);

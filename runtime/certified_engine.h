@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "runtime/audit/log.h"
+#include "runtime/device/device_backend.h"
 #include "runtime/engine.h"
 
 namespace certkv {
@@ -31,6 +32,8 @@ struct EngineParts {
   int local_ranks = 1;                           // that share this node's memory
   int local_rank = 0;                            // among them; picks the device
   std::optional<AuditSetup> audit;               // where head-steps are audited
+  // Makes the device; empty: make_device_backend.
+  std::function<DeviceBackend(const std::string& backend, int ordinal)> make_device;
 };
 
 // Tokens of prompt + answer that a request may have: model.max_len, 0 meaning the model's own limit.
@@ -44,6 +47,21 @@ DType originals_dtype(const JobOptions& options, const ModelConfig& config);
 // What a rank takes for a given request shape. UNITS: bytes
 struct EngineNeed {
   uint64_t tier1 = 0, scratch = 0, arena = 0, prefill = 0;
+  // On a device, where prefill counts its memory too: tier 1 of the prompt alone, which prefill finds
+  // taken; rung 3's staging, whole and at least; the host's memory.
+  uint64_t prompt = 0, staging = 0, least_staging = 0, host = 0;
+  bool on_device = false;
+
+  uint64_t held() const { return tier1 + scratch + staging; }  // while it decodes
+  // The most at any time, of what run.tier1_memory limits: with all of the staging, and at least.
+  uint64_t peak() const { return most(staging); }
+  uint64_t least() const { return most(least_staging); }
+
+ private:
+  uint64_t most(uint64_t staged) const {
+    const uint64_t decoding = tier1 + scratch + staged;
+    return on_device && prompt + prefill > decoding ? prompt + prefill : decoding;
+  }
 };
 EngineNeed engine_need(const JobOptions& options, const ModelConfig& config, int tensor,
                        int64_t prompt_tokens, int64_t max_tokens, int forks);

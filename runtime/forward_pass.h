@@ -17,12 +17,17 @@ struct DecodeInput {
   int64_t position = 0;  // its position: tokens the sequence had before it
 };
 
+// What of a layer was the first not to be finite.
+enum class LayerPart : uint8_t { KeyValue, Attention, Mlp };
+const char* layer_part_text(LayerPart part);  // "the attention output"
+
 struct DecodeOutput {
   std::vector<float> logits;  // [rows, vocab]
   // Per row: the first layer with a NaN or an infinity, -1 if none. Such a row's logits are not to
   // be used: its request fails with NonFinite, the others go on.
-  std::vector<int> nonfinite_layer;  // [rows]
-  std::vector<int> fallback_layers;  // [rows]: layers that took rung 4
+  std::vector<int> nonfinite_layer;       // [rows]
+  std::vector<LayerPart> nonfinite_part;  // [rows], of that layer
+  std::vector<int> fallback_layers;       // [rows]: layers that took rung 4
 };
 
 struct ModelConfig;

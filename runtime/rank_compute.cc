@@ -33,6 +33,27 @@ AuditShape audit_shape(const EngineParts& parts, ShardRange heads, DType origina
           .device = device};
 }
 
+DeviceTransformerOptions transformer_options(const JobOptions& o, const ModelConfig& config) {
+  return {.originals = originals_dtype(o, config),
+          .weights = config.dtype,
+          .max_batch = size_t(o.run.max_batch),
+          .max_tokens = engine_token_limit(o, config)};
+}
+
+// Before anything is uploaded: all that will be asked for, and what there is.
+void check_room(const EngineParts& parts, const DeviceTransformerOptions& options,
+                const cuda::Device& device) {
+  const uint64_t weights = DeviceWeights::bytes(*parts.config, *parts.weights, options.weights);
+  const uint64_t step = DeviceTransformer::step_bytes(*parts.config, parts.group->size(), options);
+  const uint64_t free = device.free_bytes();
+  CERTKV_EXPECT(weights + step <= free, OutOfMemory,
+                "{} has too little memory: {} for the model's weights (raise parallel.tensor), {} "
+                "for a step's activations and the rotary table (lower run.max_batch, "
+                "model.max_len); {} of {} are free",
+                device.name(), byte_size_text(weights), byte_size_text(step), byte_size_text(free),
+                byte_size_text(device.total_bytes()));
+}
+
 void set_up_cpu(const JobOptions& options, const EngineParts& parts, ShardRange heads,
                 ThreadPool& pool, RankCompute* rank) {
   const ModelConfig& config = *parts.config;
@@ -53,9 +74,10 @@ void set_up_cpu(const JobOptions& options, const EngineParts& parts, ShardRange 
 void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRange heads,
                    ThreadPool& pool, RankCompute* rank) {
   const ModelConfig& config = *parts.config;
-  const DType originals = originals_dtype(options, config);
   const std::string& backend = options.run.backend;
-  rank->device = make_device_backend(backend, parts.local_rank);
+  const DType originals = originals_dtype(options, config);
+  rank->device = parts.make_device ? parts.make_device(backend, parts.local_rank)
+                                   : make_device_backend(backend, parts.local_rank);
   cuda::Device& device = *rank->device.device;
   log_info("device: {}, {} free", device.name(), byte_size_text(device.free_bytes()));
   if (parts.group->size() > 1) {
@@ -75,6 +97,7 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
         "run.backend {}: tier 1 in the device's memory is not scrubbed yet "
         "(cache.scrub_steps)",
         backend);
+  check_room(parts, transformer_options(options, config), device);
   auto cache = std::make_unique<DeviceCache>(config, heads, cache_options(options, config), device,
                                              *rank->device.cache, pool, parts.store, *parts.group);
   if (parts.audit) {
@@ -86,11 +109,7 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
   rank->forward = std::make_unique<DeviceTransformer>(
       config, *parts.weights, device,
       DeviceOps{*rank->device.model, *rank->device.linear, *rank->device.dense}, *cache,
-      rank->device_group.get(),
-      DeviceTransformerOptions{.originals = originals,
-                               .weights = config.dtype,
-                               .max_batch = size_t(options.run.max_batch),
-                               .max_tokens = engine_token_limit(options, config)});
+      rank->device_group.get(), transformer_options(options, config));
   rank->cache = std::move(cache);
 }
 
@@ -142,12 +161,25 @@ uint64_t RankCompute::tier1_memory(int local_ranks) const {
 
 EngineNeed RankCompute::need(const JobOptions& options, const ModelConfig& config, ShardRange heads,
                              int tensor, int64_t prompt_tokens, int64_t max_tokens,
-                             int forks) const {
-  EngineNeed n = engine_need(options, config, tensor, prompt_tokens, max_tokens, forks);
-  if (!on_device()) return n;
-  n.tier1 = DeviceCache::sequence_bytes(config, heads.count(), cache_options(options, config),
-                                        prompt_tokens, max_tokens, forks);
-  n.scratch = 0;  // counted with it
+                             std::span<const Policy> policies) const {
+  EngineNeed n =
+      engine_need(options, config, tensor, prompt_tokens, max_tokens, int(policies.size()));
+  if (!on_device()) {
+    n.host = n.prefill + n.tier1;
+    return n;
+  }
+  const DeviceCache::Need c =
+      DeviceCache::need(config, heads.count(), cache_options(options, config),
+                        device.device->shape(), prompt_tokens, max_tokens, policies);
+  n.on_device = true;
+  n.prompt = c.prompt;
+  n.tier1 = c.prompt + c.answers;
+  n.scratch = c.scratch;
+  n.staging = c.staging;
+  n.least_staging = c.least_staging;
+  const DeviceTransformerOptions transformer = transformer_options(options, config);
+  n.prefill = DeviceTransformer::prefill_bytes(config, tensor, prompt_tokens, transformer);
+  n.host = DeviceTransformer::prefill_host_bytes(config, tensor, prompt_tokens);
   return n;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "kernels/base/thread_pool.h"
 #include "parallel/shard.h"
@@ -27,7 +28,8 @@ struct RankCompute {
   // Under run.tier1_memory auto. UNITS: bytes
   uint64_t tier1_memory(int local_ranks) const;
   EngineNeed need(const JobOptions& options, const ModelConfig& config, ShardRange heads,
-                  int tensor, int64_t prompt_tokens, int64_t max_tokens, int forks) const;
+                  int tensor, int64_t prompt_tokens, int64_t max_tokens,
+                  std::span<const Policy> policies) const;
 };
 
 // By run.backend. `parts` and `pool` must outlive it. Throws InvalidArgument for what a backend

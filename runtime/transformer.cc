@@ -36,6 +36,18 @@ class Stopwatch {
 
 }  // namespace
 
+const char* layer_part_text(LayerPart part) {
+  switch (part) {
+    case LayerPart::KeyValue:
+      return "a key or value";
+    case LayerPart::Attention:
+      return "the attention output";
+    case LayerPart::Mlp:
+      return "the MLP output";
+  }
+  return "an unknown part";
+}
+
 void check_tokens(const ModelConfig& config, std::span<const int32_t> tokens) {
   for (size_t i = 0; i < tokens.size(); ++i)
     CERTKV_EXPECT(tokens[i] >= 0 && tokens[i] < config.vocab, InvalidArgument,
@@ -211,6 +223,7 @@ DecodeOutput Transformer::decode(std::span<const DecodeInput> rows) {
   k_.resize(rows.size() * local);
   v_.resize(k_.size());
   out.nonfinite_layer.assign(rows.size(), -1);
+  out.nonfinite_part.assign(rows.size(), LayerPart::KeyValue);
   out.fallback_layers.assign(rows.size(), 0);
   out.logits.resize(rows.size() * size_t(config_.vocab));
 
@@ -232,16 +245,20 @@ DecodeOutput Transformer::decode(std::span<const DecodeInput> rows) {
 }
 
 void Transformer::decode_layer(size_t layer, std::span<const DecodeInput> rows, DecodeOutput& out) {
-  const auto mark = [&](size_t r) {
-    if (out.nonfinite_layer[r] < 0) out.nonfinite_layer[r] = int(layer);
+  const auto mark_as = [&](LayerPart part) {
+    return [&out, layer, part](size_t r) {
+      if (out.nonfinite_layer[r] >= 0) return;
+      out.nonfinite_layer[r] = int(layer);
+      out.nonfinite_part[r] = part;
+    };
   };
   layers_.project_qkv(layer, x_.data(), rows.size(), rope_, ProductShape::Rows);
   std::vector<RowFlags> flags(rows.size());
   const float* sums = attend_rows(layer, rows, flags.data(), out);
   for (size_t r = 0; r < rows.size(); ++r)
-    if (!(flags[r].nonfinite == 0)) mark(r);
-  layers_.add_sums(sums, rows.size(), x_.data(), mark);
-  layers_.mlp(layer, x_.data(), rows.size(), ProductShape::Rows, mark);
+    if (!(flags[r].nonfinite == 0)) mark_as(LayerPart::KeyValue)(r);
+  layers_.add_sums(sums, rows.size(), x_.data(), mark_as(LayerPart::Attention));
+  layers_.mlp(layer, x_.data(), rows.size(), ProductShape::Rows, mark_as(LayerPart::Mlp));
 }
 
 // Attention and output projection of one layer; rows for which any rank asks for rung 4 are

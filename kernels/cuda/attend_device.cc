@@ -48,6 +48,7 @@ void attend(const PassArgs& args, const PassShape& shape, cudaStream_t stream, b
   check_shape(args, shape);
   check(launch_attend(args, kernel_shape(shape, early), shared_bytes(shape), stream),
         "the certified pass cannot be launched");
+  if (!shape.merge) return;
   check(launch_merge(args, kernel_shape(shape, early), stream),
         "the merge of the certified pass cannot be launched");
 }

@@ -16,7 +16,7 @@ void run(const PassArgs& args, const PassShape& shape) {
   for (int i = 0; i < shape.items; ++i) {
     const PassItem& item = args.items[i];
     if (args.repeated && *item.again == 0) continue;
-    for (int split = 0; split < shape.splits; ++split) {
+    for (int split = args.first_split; split < args.first_split + shape.splits; ++split) {
       if (split * pages_per_split(args, item) >= item.page_count) continue;
       // Of its own for each block, and poison: what a block reads it must have written.
       std::vector<std::byte, boost::alignment::aligned_allocator<std::byte, 128>> shared(
@@ -35,7 +35,7 @@ void run(const PassArgs& args, const PassShape& shape) {
       for (int warp = 0; warp < kWarps; ++warp)
         Block{args, item, shared.data(), split, warp}.finish_tally();
     }
-    for (int head = 0; head < item.heads; ++head) {
+    for (int head = 0; shape.merge && head < item.heads; ++head) {
       emulated::MergeShared shared;
       std::memset(&shared, 0xff, sizeof shared);
       const int each = pages_per_split(args, item);

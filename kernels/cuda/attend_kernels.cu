@@ -12,7 +12,7 @@ namespace {
 template <int kDim, int kGroups, bool kCertificate>
 __global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const PassArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
-  const int split = int(blockIdx.x);
+  const int split = int(blockIdx.x) + args.first_split;
   PassItem item = args.items[blockIdx.y];
   if (split * pages_per_split(args, item) >= item.page_count) return;
   if (args.repeated && *item.again == 0) return;

@@ -102,12 +102,15 @@ struct LadderArgs {
   uint32_t* dense_listed = nullptr;  // [count] 1: the list has an n-th item
 };
 
-// Rung 3 for one item: all of its originals, verified, into a staging area.
+// Rung 3 for one item: its originals, verified, into a staging area: those of some splits, of its
+// repeated plan, at a time.
 struct DenseArgs {
-  PassItem* pass = nullptr;      // out: the item to attend to
-  std::byte* slots = nullptr;    // [2 * blocks][16, head_dim]: of block b keys 2 b, values 2 b + 1
-  PageEntry* entries = nullptr;  // [entries]
-  int32_t* slot_of[2] = {};      // [entries, 4]
+  int32_t first_split = 0, splits = 0;
+  PassItem* pass = nullptr;  // out: the item to attend to
+  // [2 * blocks of the splits][16, head_dim]: of their block b keys 2 b, values 2 b + 1
+  std::byte* slots = nullptr;
+  PageEntry* entries = nullptr;                 // [entries]
+  int32_t* slot_of[2] = {};                     // [entries, 4]
   float *k_norm = nullptr, *open_nu = nullptr;  // [entries, 4]
   float* out = nullptr;                         // [heads, head_dim]
   Certificate* judged = nullptr;                // [heads]

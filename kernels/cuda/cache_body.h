@@ -217,7 +217,11 @@ CERTKV_FN void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n
   const LadderItem& item = args.items[index];
   const int block_bytes = 16 * args.head_dim * 2;
   const B one = lane_index() < 1;
-  for (int page = at; page < pass.page_count; page += warps) {
+  const int each = pass.repeated_per_split, first_page = dense.first_split * each;
+  const int rest = pass.page_count - first_page;
+  const int count = rest < dense.splits * each ? rest : dense.splits * each;
+  for (int nth = at; nth < count; nth += warps) {
+    const int page = first_page + nth;
     const PageEntry entry = pass.pages[page];
     const bool coded = entry.page != nullptr;
     const int tiles = coded ? kPageTiles : (entry.tokens + 15) / 16;
@@ -236,7 +240,8 @@ CERTKV_FN void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n
           nu = pass.open_nu[block];
         }
         for (int part = 0; part < 2; ++part) {
-          std::byte* to = dense.slots + (size_t(block) * 2 + size_t(part)) * size_t(block_bytes);
+          const int place = (nth * kPageTiles + t) * 2 + part;
+          std::byte* to = dense.slots + size_t(place) * size_t(block_bytes);
           bool sound = true;
           if (coded) {
             sound = fetch_block(args, item, block, part, to);
@@ -251,7 +256,7 @@ CERTKV_FN void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n
               store4_where(lane_index() >= 0, to + first, lane_index() * 16, words);
             }
           }
-          if (sound) slot[part] = block * 2 + part;
+          if (sound) slot[part] = place;
         }
       }
       for (int part = 0; part < 2; ++part)
@@ -263,13 +268,14 @@ CERTKV_FN void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n
   }
   if (at != 0) return;
   PassItem p = pass;
+  p.pages_per_split = each;
   p.pages = dense.entries;
   p.key_slot = dense.slot_of[kKeys];
   p.value_slot = dense.slot_of[kValues];
   p.k_norm = dense.k_norm;
   p.open_nu = dense.open_nu;
   p.slots = dense.slots;
-  p.slot_count = 2 * kPageTiles * pass.page_count;
+  p.slot_count = count > 0 ? 2 * kPageTiles * count : 0;
   p.out = dense.out;
   p.judged = dense.judged;
   p.relative = 0;

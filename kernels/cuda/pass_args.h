@@ -98,6 +98,7 @@ struct PassItem {
 struct PassArgs {
   const PassItem* items = nullptr;  // [grid.y]
   int32_t pages_per_split = 0;      // of every item; 0: as each says
+  int32_t first_split = 0;          // of those that this launch takes
   DType dtype = DType::BF16;        // of originals
   bool repeated = false;            // only items whose `again` is not 0
   bool after_append = false;        // a kernel of append() was enqueued right before

@@ -7,6 +7,10 @@
 
 namespace certkv::cuda {
 
+namespace {
+constexpr int kLeastPages = 8;
+}
+
 SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int max_pages,
                       int items) {
   CERTKV_EXPECT(max_pages >= 1 && items >= 1 && device.multiprocessors >= 1, InvalidArgument,
@@ -22,11 +26,17 @@ SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int m
   const int blocks = device.multiprocessors * resident;
   // As many splits as fill the device once, but 8 pages each at least: a block costs what one
   // costs.
-  constexpr int kLeastPages = 8;
   const int wanted = std::clamp(blocks / items, 1, (max_pages + kLeastPages - 1) / kLeastPages);
   int pages = (max_pages + wanted - 1) / wanted;
   pages = std::min(pages, kWarps * kMaxPagesPerWarp);
   return {pages, (max_pages + pages - 1) / pages};
+}
+
+int most_pages_per_split(const DeviceShape& device, int head_dim, int groups, int max_pages,
+                         int items) {
+  // Up to 8 pages a block of the device they are at most 8; from there on they grow with the pages.
+  const int longest = plan_splits(device, head_dim, groups, max_pages, items).pages_per_split;
+  return std::min(max_pages, std::max(kLeastPages, longest));
 }
 
 void check_shape(const PassArgs& args, const PassShape& s) {

@@ -51,6 +51,10 @@ struct SplitPlan {
 SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int max_pages,
                       int items);
 
+// The most that plan_splits() gives a split of any sequence of up to `max_pages`.
+int most_pages_per_split(const DeviceShape& device, int head_dim, int groups, int max_pages,
+                         int items);
+
 // Bytes that a pass reads of one page, codes and notes; what benches divide by time.
 inline double bytes_per_token(int head_dim) {
   return double(page_layout(head_dim).page_bytes()) / kPageTokens;

@@ -19,6 +19,14 @@ using cuda::kPageTokens;
 
 namespace {
 
+// Names of memory, with what makes it smaller.
+constexpr const char* kPromptMemory =
+    "tier 1: a prompt's pages (lower run.max_batch, or raise parallel.tensor)";
+constexpr const char* kAnswerMemory =
+    "tier 1: an answer's pages (lower sampling.max_tokens or run.max_batch)";
+constexpr const char* kScratchMemory = "scratch (lower scratch.key_blocks, scratch.value_blocks)";
+constexpr const char* kDenseMemory =
+    "originals of policy dense (lower run.max_batch, or choose policy budget)";
 constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 
 void require(bool holds, const char* what) {
@@ -89,20 +97,46 @@ const std::byte* DeviceCache::on_device(const std::byte* in_arena) const {
   return arena_ + (in_arena - arena_host_.data());
 }
 
-uint64_t DeviceCache::sequence_bytes(const ModelConfig& config, int64_t kv_heads,
-                                     const CertifiedCacheOptions& options, int64_t prompt_tokens,
-                                     int64_t max_tokens, int forks) {
+// As lay_out() and reserve_staging() allocate it.
+DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
+                                    const CertifiedCacheOptions& options,
+                                    const cuda::DeviceShape& device, int64_t prompt_tokens,
+                                    int64_t max_tokens, std::span<const Policy> policies) {
   const uint64_t d = uint64_t(config.head_dim), block = 16 * d * 2;
-  const uint64_t cells = uint64_t(config.layers) * uint64_t(kv_heads), n = uint64_t(forks);
+  const uint64_t cells = uint64_t(config.layers) * uint64_t(kv_heads);
+  const uint64_t heads = uint64_t(config.heads_per_group());
   const uint64_t prompt = uint64_t(prompt_tokens) / kPageTokens;
   const uint64_t own = uint64_t(prompt_tokens % kPageTokens + max_tokens) / kPageTokens;
   const uint64_t page = cuda::page_layout(int(d)).page_bytes();
-  const uint64_t entries = prompt + own + kPageTiles;
-  const uint64_t quota = uint64_t(options.scratch.key_blocks / config.kv_heads) +
-                         uint64_t(options.scratch.value_blocks / config.kv_heads);
-  const uint64_t tables = entries * (sizeof(cuda::PageEntry) + 4 * 16);
-  const uint64_t staged = 2 * kPageTiles * entries * block;
-  return cells * (prompt * page + n * (own * page + tables + (8 + quota) * block)) + staged;
+  const uint64_t entries = prompt + own + kPageTiles, blocks = entries * kPageTiles;
+  const uint64_t tables = entries * sizeof(cuda::PageEntry) + blocks * (2 * 4 + 2 * 4);
+  const uint64_t marks = 2 * 4 + kMarks * 4 + sizeof(cuda::LadderCounts);
+  Need n;
+  n.prompt = cells * prompt * page;
+  bool staged = false;
+  for (const Policy policy : policies) {
+    n.answers += cells * (tables + marks + heads * 2 * sizeof(Certificate));
+    staged |= policy == Policy::Budget;
+    if (policy == Policy::Dense) {
+      n.answers += cells * 2 * dense_capacity(entries) * kPageTiles * block;
+      continue;
+    }
+    n.answers += cells * (own * page + 2 * kPageTiles * block);
+    for (const int64_t of_layer : {options.scratch.key_blocks, options.scratch.value_blocks}) {
+      const uint64_t quota =
+          std::min(uint64_t(of_layer / config.kv_heads), (prompt + own) * kPageTiles);
+      n.scratch += cells * quota * (block + 3 * 4);
+    }
+  }
+  if (!staged) return n;
+  const auto staging = [&](uint64_t pages) {
+    return pages * 2 * kPageTiles * block + tables + heads * (d * 4 + sizeof(Certificate)) +
+           sizeof(cuda::PassItem);
+  };
+  n.staging = staging(entries);
+  n.least_staging = staging(
+      uint64_t(cuda::most_pages_per_split(device, int(d), int((heads + 3) / 4), int(entries), 1)));
+  return n;
 }
 
 int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) {
@@ -113,7 +147,7 @@ int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t 
   Prompt& p = *s->prompt;
   p.pages = size_t(prompt_tokens) / kPageTokens;
   p.span = reserve(0, uint32_t(p.pages) * kBlocksPerPage);
-  p.page = {device_, cells() * p.pages * page_bytes_, "tier 1: a prompt's pages"};
+  p.page = {device_, cells() * p.pages * page_bytes_, kPromptMemory};
   p.k_norm.assign(cells() * p.pages * kPageTiles, 0);
   p.nu = p.k_norm;
   p.open_k.resize(cells());
@@ -241,12 +275,10 @@ void DeviceCache::lay_out(Sequence* s) {
     s->slots_each = size_t(2 * kPageTiles + s->quota[0] + s->quota[1]);
     s->open_slot[0] = 0;
     s->open_slot[1] = kPageTiles;
-    s->own_page = {device_, n * s->own_capacity * page_bytes_, "tier 1: an answer's pages"};
+    s->own_page = {device_, n * s->own_capacity * page_bytes_, kAnswerMemory};
   }
   s->slots = {device_, n * s->slots_each * block_bytes_,
-              s->dense() ? "originals of policy dense"
-                         : "scratch (scratch.key_blocks, "
-                           "scratch.value_blocks)"};
+              s->dense() ? kDenseMemory : kScratchMemory};
   std::vector<cuda::PageEntry> entries(n * s->capacity);
   std::vector<int32_t> slot_of[2];
   slot_of[0].assign(n * blocks, -1);

@@ -65,10 +65,17 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void decode(int layer, const float* qkv) override;
   uint64_t shape() const override { return shape_; }
 
-  // What a decode of a prompt takes on the device at most. UNITS: bytes
-  static uint64_t sequence_bytes(const ModelConfig& config, int64_t kv_heads,
-                                 const CertifiedCacheOptions& options, int64_t prompt_tokens,
-                                 int64_t max_tokens, int forks);
+  // What the decodes of a prompt, one for each policy, take on the device; beside it, and shared
+  // by all sequences, a step's records and sums. UNITS: bytes
+  struct Need {
+    uint64_t prompt = 0;   // tier 1 of the prompt, from create() on
+    uint64_t answers = 0;  // the rest of tier 1, tables, and originals under policy dense
+    uint64_t scratch = 0;
+    uint64_t staging = 0, least_staging = 0;  // of rung 3: all at once, piece by piece
+  };
+  static Need need(const ModelConfig& config, int64_t kv_heads,
+                   const CertifiedCacheOptions& options, const cuda::DeviceShape& device,
+                   int64_t prompt_tokens, int64_t max_tokens, std::span<const Policy> policies);
 
  private:
   struct Prompt;

@@ -73,6 +73,7 @@ struct DeviceCache::StepBuffers {
     int splits[2] = {}, policy = 0;
     int64_t rounds = 0;
     double shares[2] = {};
+    int staged_splits = 0;
     uint64_t grown = 0;               // buffers that have moved
     std::vector<int64_t> by_library;  // sequences whose keys and values a library reads
     friend bool operator==(const Shape&, const Shape&) = default;
@@ -90,8 +91,10 @@ struct DeviceCache::StepBuffers {
   DeviceArray<cuda::PageInRequest> list;
   DeviceArray<uint32_t> listed, words;  // words: any failing, count of dense items, and two
   DeviceArray<int32_t> dense;
-  // Rung 3's staging area, for one KV head.
-  size_t staged_pages = 0;
+  // Rung 3's staging area, for one KV head: tables of as many entries, and originals of as many
+  // pages, which are all of them where the device has room.
+  size_t staged_entries = 0, staged_pages = 0;
+  int staged_splits = 0;  // of this step's rows, at a time
   DeviceArray<std::byte> stage;
   DeviceArray<cuda::PageEntry> stage_entries;
   DeviceArray<int32_t> stage_slot[2];

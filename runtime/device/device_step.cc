@@ -47,16 +47,31 @@ cuda::OriginalsRun run_of(const OriginalsSpan& span, const std::byte* first, uin
 }  // namespace
 
 // Rung 3's staging area, for one KV head: the others wait. Reserved when a sequence comes, so that
-// no step finds it missing.
+// no step finds it missing. Where the device has no room for all of a KV head's originals, for as
+// many as it has room for: a head then takes several passes.
 void DeviceCache::reserve_staging(size_t entries) {
   StepBuffers& b = *step_;
-  if (entries <= b.staged_pages) return;
+  if (entries <= b.staged_entries) return;
+  b.staged_entries = 0;
   const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
-  const char* what = "staging of rung 3 (a KV head's originals)";
+  const char* what = "staging of rung 3, a KV head's originals (lower sampling.max_tokens)";
   const auto grow = [&](auto* array, size_t count) {
     b.grown += grow_array(array, device_, count, what);
   };
-  grow(&b.stage, 2 * kPageTiles * entries * block_bytes_);
+  const size_t each = 2 * kPageTiles * block_bytes_;
+  const size_t least = size_t(
+      cuda::most_pages_per_split(device_.shape(), int(d), int((n + 3) / 4), int(entries), 1));
+  for (size_t pages = entries; pages > b.staged_pages;) {
+    try {
+      grow(&b.stage, pages * each);
+      b.staged_pages = pages;
+    } catch (const Error& e) {
+      b.staged_pages = 0;  // what there was is gone
+      if (e.kind() != ErrorKind::OutOfMemory || pages <= least) throw;
+      log_warning("{}; rung 3 goes through a KV head's originals piece by piece", e.what());
+      pages = std::max(least, pages / 2);
+    }
+  }
   grow(&b.stage_entries, entries);
   for (auto& slot_of : b.stage_slot) grow(&slot_of, entries * kPageTiles);
   grow(&b.stage_k_norm, entries * kPageTiles);
@@ -64,7 +79,7 @@ void DeviceCache::reserve_staging(size_t entries) {
   grow(&b.stage_out, n * d);
   grow(&b.stage_judged, n);
   grow(&b.stage_pass, 1);
-  b.staged_pages = entries;
+  b.staged_entries = entries;
 }
 
 void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
@@ -123,6 +138,9 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
     grow(&b.out16, device_, items * n * d, "outputs of dense attention");
   }
   reserve_staging(staged);
+  int largest = 1;
+  for (const auto& plan : plans) largest = std::max(largest, plan[1].pages_per_split);
+  b.staged_splits = std::min(int(b.staged_pages) / largest, b.most_splits[1]);
 
   const StepRules& rules = at(rows_[0]).rules;
   const StepBuffers::Shape shape{rows_.size(),
@@ -130,6 +148,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
                                  int(rules.policy),
                                  rules.ladder.max_rounds,
                                  {rules.ladder.value_share, rules.ladder.max_share},
+                                 b.staged_splits,
                                  b.grown,
                                  by_library() ? rows_ : std::vector<int64_t>{}};
   if (!(shape == b.shape) || audit_ != nullptr) ++shape_;  // an audit waits within the step
@@ -329,8 +348,13 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
   for (int i = 0; i < ladder.count; ++i)
     device_.when(ladder.dense_listed + i, [&] {
       device_.fill(dense.failing, 0, 2 * sizeof(uint32_t));
-      ops_.stage_dense(ladder, dense, i);
-      ops_.attend(staged, one);
+      for (int first = 0; first < shape.splits; first += b.staged_splits) {
+        dense.first_split = staged.first_split = first;
+        dense.splits = one.splits = std::min(b.staged_splits, shape.splits - first);
+        one.merge = first + one.splits == shape.splits;
+        ops_.stage_dense(ladder, dense, i);
+        ops_.attend(staged, one);
+      }
       ops_.take_dense(ladder, dense, i);
     });
   cuda::LadderArgs of_climbed = ladder;

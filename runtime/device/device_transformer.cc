@@ -16,14 +16,19 @@ namespace certkv {
 namespace {
 
 // Where in a layer a row's first fault was; with the layer, the code that the operations are given.
-enum class Stage : uint32_t { KeyValue = 0, Attention = 1, Mlp = 2 };
-constexpr uint32_t kStages = 4;
+constexpr uint32_t kParts = 4;
 
-uint32_t fault_code(size_t layer, Stage stage) {
-  return uint32_t(layer) * kStages + uint32_t(stage);
+// Names of memory, with what makes it smaller.
+constexpr const char* kPromptMemory =
+    "a prompt's activations (shorten it, or raise parallel.tensor)";
+constexpr const char* kStepMemory = "a step's activations (lower run.max_batch)";
+constexpr const char* kLogitsMemory = "a step's logits (lower run.max_batch)";
+
+uint32_t fault_code(size_t layer, LayerPart part) {
+  return uint32_t(layer) * kParts + uint32_t(part);
 }
 int fault_layer(uint32_t code) {
-  return code == cuda::kNoFault ? -1 : int(code / kStages);
+  return code == cuda::kNoFault ? -1 : int(code / kParts);
 }
 
 ShardRange groups_of(const ModelConfig& config, const DeviceGroup* group) {
@@ -38,6 +43,11 @@ const Weights& check_weights(const ModelConfig& config, const Weights& weights,
                 "weights of KV groups {}..{} given to a device that owns {}..{}",
                 weights.groups.begin, weights.groups.end, own.begin, own.end);
   return weights;
+}
+
+ShardRange vocab_of(const ModelConfig& c, ShardRange groups) {
+  return {shard_range(c.vocab, c.kv_heads, groups.begin).begin,
+          shard_range(c.vocab, c.kv_heads, groups.end - 1).end};
 }
 
 size_t mlp_of(const ModelConfig& c, ShardRange groups) {
@@ -93,32 +103,31 @@ DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights we
                 "max_batch is {}, chunk_rows {}, max_tokens {}: positive numbers are needed",
                 options.max_batch, options.chunk_rows, options.max_tokens);
   for (size_t r = 0; r < ranks_; ++r) {
-    const ShardRange g = kv_heads_of_rank(config.kv_heads, int64_t(ranks_), int64_t(r));
-    vocab_.push_back({shard_range(config.vocab, config.kv_heads, g.begin).begin,
-                      shard_range(config.vocab, config.kv_heads, g.end - 1).end});
+    vocab_.push_back(
+        vocab_of(config, kv_heads_of_rank(config.kv_heads, int64_t(ranks_), int64_t(r))));
     vocab_widest_ = std::max(vocab_widest_, size_t(vocab_.back().count()));
   }
 
   RopeTable table;
   table.fill(model_rope_frequencies(config), model_rope_magnitude(config), 0, size_t(max_tokens_));
-  cos_ = {device, table.cos.size(), "the rotary table"};
-  sin_ = {device, table.sin.size(), "the rotary table"};
+  cos_ = {device, table.cos.size(), "the rotary table (lower model.max_len)"};
+  sin_ = {device, table.sin.size(), "the rotary table (lower model.max_len)"};
   device.copy(cos_.data(), table.cos.data(), cos_.bytes());
   device.copy(sin_.data(), table.sin.data(), sin_.bytes());
 
   const size_t batch = options.max_batch;
   step_ = make_buffers(batch, false);
-  x_ = {device, batch * hidden_, "a step's activations"};
-  logits_ = {device, batch * vocab_widest_, "a step's logits"};
-  if (ranks_ > 1) all_logits_ = {device, ranks_ * batch * vocab_widest_, "a step's logits"};
-  host_logits_ = {device, ranks_ * batch * vocab_widest_, "a step's logits"};
+  x_ = {device, batch * hidden_, kStepMemory};
+  logits_ = {device, batch * vocab_widest_, kLogitsMemory};
+  if (ranks_ > 1) all_logits_ = {device, ranks_ * batch * vocab_widest_, kLogitsMemory};
+  host_logits_ = {device, ranks_ * batch * vocab_widest_, kLogitsMemory};
   host_rows_ = {device, 2 * batch, "a step's tokens"};
   host_q_ = {device, KvAttention::kLastQueries * heads_ * head_dim_, "a prompt's last queries"};
   device.synchronize(Deadline::after(options.deadline));
 }
 
 DeviceTransformer::Buffers DeviceTransformer::make_buffers(size_t rows, bool prompt) {
-  const char* what = prompt ? "a prompt's activations" : "a step's activations";
+  const char* what = prompt ? kPromptMemory : kStepMemory;
   const size_t element = dtype_bytes(options_.weights), width = heads_ * head_dim_;
   Buffers b;
   b.rows = rows;
@@ -142,20 +151,53 @@ DeviceTransformer::Buffers DeviceTransformer::make_buffers(size_t rows, bool pro
   return b;
 }
 
+namespace {
+
+// Of the largest rank.
+struct RankSizes {
+  RankSizes(const ModelConfig& c, int64_t tensor, DType weights)
+      : hidden(uint64_t(c.hidden)),
+        kv(uint64_t(c.kv_heads / tensor) * uint64_t(c.head_dim)),
+        q(kv * uint64_t(c.heads_per_group())),
+        element(dtype_bytes(weights)) {
+    for (int64_t r = 0; r < tensor; ++r) {
+      const ShardRange g = kv_heads_of_rank(c.kv_heads, tensor, r);
+      mlp = std::max<uint64_t>(mlp, mlp_of(c, g));
+      vocab = std::max<uint64_t>(vocab, vocab_of(c, g).count());
+    }
+  }
+  // Of make_buffers(), for either kind of rows.
+  uint64_t row(int64_t tensor) const {
+    const uint64_t faults = 1 + (tensor > 1 ? uint64_t(tensor) : 0);
+    return (hidden + q + mlp) * element + 4 * (q + 2 * kv + hidden + 2 * mlp + faults);
+  }
+  uint64_t hidden, kv, q, element, mlp = 0, vocab = 0;
+};
+
+}  // namespace
+
 uint64_t DeviceTransformer::prefill_bytes(const ModelConfig& c, int64_t tensor, int64_t tokens,
                                           const DeviceTransformerOptions& options) {
-  uint64_t most = 0;
-  for (int64_t r = 0; r < tensor; ++r)
-    most = std::max<uint64_t>(most, mlp_of(c, kv_heads_of_rank(c.kv_heads, tensor, r)));
-  const uint64_t hidden = uint64_t(c.hidden), element = dtype_bytes(options.weights);
-  const uint64_t kv = uint64_t(c.kv_heads / tensor) * uint64_t(c.head_dim);
-  const uint64_t q = kv * uint64_t(c.heads_per_group());
-  const uint64_t faults = 1 + (tensor > 1 ? uint64_t(tensor) : 0);
-  const uint64_t chunk_row =
-      (hidden + q + most) * element + 4 * (q + 2 * kv + hidden + 2 * most + faults) + 4 * q;
+  const RankSizes s(c, tensor, options.weights);
   const uint64_t capacity = std::bit_ceil(uint64_t(tokens));
-  return uint64_t(tokens) * (4 + 4 * hidden) + capacity * 4 * kv +
-         std::min(uint64_t(options.chunk_rows), capacity) * chunk_row;
+  return uint64_t(tokens) * (4 + 4 * s.hidden) + capacity * 4 * s.kv +
+         std::min(uint64_t(options.chunk_rows), capacity) * (s.row(tensor) + 4 * s.q);
+}
+
+uint64_t DeviceTransformer::prefill_host_bytes(const ModelConfig& c, int64_t tensor,
+                                               int64_t tokens) {
+  const uint64_t kv = uint64_t(c.kv_heads / tensor) * uint64_t(c.head_dim);
+  return std::bit_ceil(uint64_t(tokens)) * 4 * kv;
+}
+
+uint64_t DeviceTransformer::step_bytes(const ModelConfig& c, int64_t tensor,
+                                       const DeviceTransformerOptions& options) {
+  const RankSizes s(c, tensor, options.weights);
+  const uint64_t tokens =
+      uint64_t(options.max_tokens == 0 ? c.max_tokens : std::min(options.max_tokens, c.max_tokens));
+  const uint64_t logits = 4 * s.vocab * (1 + (tensor > 1 ? uint64_t(tensor) : 0));
+  return tokens * 4 * uint64_t(c.head_dim) +
+         options.max_batch * (s.row(tensor) + 2 * 4 + 4 * s.q + 4 * s.hidden + logits);
 }
 
 // ---- parts of a layer ---------------------------------------------------------------------------
@@ -195,7 +237,7 @@ void DeviceTransformer::project_qkv(const DeviceLayer& layer, Buffers& b, size_t
   rotation.sin = sin_.data();
   rotation.originals = options_.originals;
   rotation.fault = b.fault.data();
-  rotation.code = fault_code(index, Stage::KeyValue);
+  rotation.code = fault_code(index, LayerPart::KeyValue);
   rotation.rows = rows;
   rotation.heads = heads_;
   rotation.kv_heads = kv_heads_;
@@ -211,7 +253,7 @@ void DeviceTransformer::finish_layer(size_t index, Buffers& b, const void* atten
                          .y = b.sums.data(),
                          .bias = w.o_bias.data(),
                          .fault = fault,
-                         .code = fault_code(index, Stage::Attention),
+                         .code = fault_code(index, LayerPart::Attention),
                          .weight = w.post_attention_norm.data(),
                          .eps = float(config_.rms_norm_eps),
                          .dtype = weights_.dtype,
@@ -228,7 +270,7 @@ void DeviceTransformer::finish_layer(size_t index, Buffers& b, const void* atten
   project(w.down, b.gated.data(), rows, b.sums.data());
   if (group_ != nullptr) group_->sum(b.sums.data(), rows * hidden_);
   add.bias = w.down_bias.data();
-  add.code = fault_code(index, Stage::Mlp);
+  add.code = fault_code(index, LayerPart::Mlp);
   add.weight = next == nullptr ? nullptr : next->data();
   ops_.model.residual_norm(add);
 }
@@ -286,7 +328,7 @@ std::vector<float> DeviceTransformer::prefill(int64_t sequence, std::span<const 
   p.tokens = tokens.size();
   p.capacity = std::bit_ceil(p.tokens);
   const size_t originals = kv_heads_ * p.capacity * head_dim_;
-  const char* what = "a prompt's activations";
+  const char* what = kPromptMemory;
   p.ids = {device_, p.tokens, what};
   p.x = {device_, p.tokens * hidden_, what};
   p.k = {device_, originals, what};
@@ -418,17 +460,17 @@ void DeviceTransformer::check_chunk(const Prompt& p, size_t layer, size_t first,
   for (size_t r = 0; r < rows; ++r) {
     const uint32_t code = fault_of(p.chunk, rows, r);
     if (code == cuda::kNoFault) continue;
-    switch (Stage(code % kStages)) {
-      case Stage::KeyValue:
+    switch (LayerPart(code % kParts)) {
+      case LayerPart::KeyValue:
         CERTKV_THROW(
             NonFinite,
             "layer {}: a key or value of token {} of the prompt is NaN, infinite or beyond "
             "the range of {}",
             layer, first + r, dtype_name(options_.originals));
-      case Stage::Attention:
+      case LayerPart::Attention:
         CERTKV_THROW(NonFinite, "layer {}: the attention output of token {} is not finite", layer,
                      first + r);
-      case Stage::Mlp:
+      case LayerPart::Mlp:
         CERTKV_THROW(NonFinite, "layer {}: the MLP output of token {} is not finite", layer,
                      first + r);
     }
@@ -448,6 +490,7 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   out.logits.resize(n * vocab);
   out.fallback_layers.assign(n, 0);
   out.nonfinite_layer.assign(n, -1);
+  out.nonfinite_part.assign(n, LayerPart::KeyValue);
   if (n == 0) return;
   CERTKV_EXPECT(n <= options_.max_batch, InvalidArgument,
                 "a step of {} sequences: at most {} were announced (max_batch)", n,
@@ -486,7 +529,9 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   device_.synchronize(Deadline::after(options_.deadline));
 
   for (size_t r = 0; r < n; ++r) {
-    out.nonfinite_layer[r] = fault_layer(fault_of(step_, n, r));
+    const uint32_t code = fault_of(step_, n, r);
+    out.nonfinite_layer[r] = fault_layer(code);
+    if (code != cuda::kNoFault) out.nonfinite_part[r] = LayerPart(code % kParts);
     copy_logits(r, n, out.logits.data() + r * vocab);
   }
 }

@@ -94,6 +94,11 @@ class DeviceTransformer : public ForwardPass {
   // UNITS: bytes
   static uint64_t prefill_bytes(const ModelConfig& config, int64_t tensor, int64_t tokens,
                                 const DeviceTransformerOptions& options);
+  // Of the host, for as long as no longer prompt comes. UNITS: bytes
+  static uint64_t prefill_host_bytes(const ModelConfig& config, int64_t tensor, int64_t tokens);
+  // Device memory that the constructor takes beside the weights, at most. UNITS: bytes
+  static uint64_t step_bytes(const ModelConfig& config, int64_t tensor,
+                             const DeviceTransformerOptions& options);
 
  private:
   // What some rows need on their way through a layer. Sizes per row: see the constructor.

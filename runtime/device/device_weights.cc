@@ -112,10 +112,10 @@ DeviceLayer upload_layer(Uploader& to, const ModelConfig& c, const LayerWeights&
     tile_at += size_t(t);
   }
   DeviceLayer out;
-  out.qkv = to.join(groups * (n + 2) * d, H, qkv, "qkv weights");
-  out.o = to.join(H, groups * n * d, o, "o weights");
-  out.gate_up = to.join(2 * mlp, H, gate_up, "gate and up weights");
-  out.down = to.join(H, mlp, down, "down weights");
+  out.qkv = to.join(groups * (n + 2) * d, H, qkv, "qkv weights (raise parallel.tensor)");
+  out.o = to.join(H, groups * n * d, o, "o weights (raise parallel.tensor)");
+  out.gate_up = to.join(2 * mlp, H, gate_up, "gate and up weights (raise parallel.tensor)");
+  out.down = to.join(H, mlp, down, "down weights (raise parallel.tensor)");
   out.input_norm = to.vector(layer.input_norm, "norm weights");
   out.post_attention_norm = to.vector(layer.post_attention_norm, "norm weights");
   out.q_norm = to.vector(layer.q_norm, "norm weights");
@@ -165,7 +165,7 @@ DeviceWeights::DeviceWeights(const ModelConfig& config, const Weights& weights,
     tiles.push_back({&m, 0, m.rows, at, 0});
     at += size_t(m.rows);
   }
-  lm_head = to.join(vocab_rows, H, tiles, "the language model's head");
+  lm_head = to.join(vocab_rows, H, tiles, "the language model's head (raise parallel.tensor)");
 }
 
 void DeviceWeights::repeat_last_layer(cuda::Device& device, size_t count) {

@@ -292,7 +292,7 @@ TEST_F(DeviceCacheTest, MemoryThatIsNotThereIsNamed) {
     } catch (const Error& e) {
       EXPECT_EQ(e.kind(), ErrorKind::OutOfMemory) << e.what();
       const std::string what = e.what();
-      EXPECT_NE(what.find(prompt_fits ? "scratch (scratch.key_blocks" : "tier 1: a prompt's pages"),
+      EXPECT_NE(what.find(prompt_fits ? "scratch (lower scratch.key_blocks" : "tier 1: a prompt's pages"),
                 std::string::npos)
           << what;
       EXPECT_NE(what.find(fmt::format("of {} are free", total)), std::string::npos) << what;

@@ -206,8 +206,9 @@ void damage_arena(const StoreClient& store, Damage damage) {
 TEST_F(DeviceEngineTest, DamagedOriginalsAreNeverServed) {
   for (const Damage damage : {Damage::Bits, Damage::Places})
     for (const double tolerance : {0.2, 0.05}) {
-      const RunResult r = run(options(), 1, 2, {request(6, tolerance)},
-                              [&](const StoreClient& store) { damage_arena(store, damage); });
+      test::RunHooks hooks;
+      hooks.after_prefill = [&](const StoreClient& store) { damage_arena(store, damage); };
+      const RunResult r = run(options(), 1, 2, {request(6, tolerance)}, hooks);
       const Completion& c = only(r);
       if (tolerance > 0.1) {
         EXPECT_FALSE(c.failed) << c.error;

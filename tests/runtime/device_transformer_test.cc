@@ -306,6 +306,9 @@ TEST_F(DeviceTransformerTest, ANanInAWeightIsNonFiniteWithItsLayerAndPart) {
     }
     const DecodeOutput out = bad->decode(std::vector<DecodeInput>{{1, 3, 40}});
     EXPECT_EQ(out.nonfinite_layer, std::vector{1}) << poison.says;
+    EXPECT_NE(std::string(poison.says).find(layer_part_text(out.nonfinite_part[0])),
+              std::string::npos)
+        << poison.says << layer_part_text(out.nonfinite_part[0]);
   }
 }
 
@@ -349,6 +352,9 @@ TEST_F(DeviceTransformerTest, MemoryIsWhatWasForetoldAndAPromptThatDoesNotFitIsN
     Model m = make(c);
     const uint64_t before = device_->free_bytes();
     used = device_->total_bytes() - before;
+    EXPECT_EQ(used, DeviceWeights::bytes(c.config, random_weights(c.config, 1, 0, kSeed),
+                                         m.options.weights) +
+                        DeviceTransformer::step_bytes(c.config, 1, m.options));
     uint64_t least = before;
     m->prefill(0, ids, [&](int, size_t) { least = std::min(least, device_->free_bytes()); });
     EXPECT_EQ(before - least, DeviceTransformer::prefill_bytes(c.config, 1, 70, m.options));

@@ -36,15 +36,17 @@ Request random_request(uint64_t id, int64_t vocab, size_t prompt, int64_t max_to
 }
 
 RunResult run(const JobOptions& options, int ranks, int threads,
-              const std::vector<Request>& requests,
-              const std::function<void(const StoreClient&)>& after_prefill) {
+              const std::vector<Request>& requests, const RunHooks& hooks) {
   ThreadHolder store(kArena);
   RunResult result;
   run_thread_ranks(ranks, [&](LocalWorld& world, int rank) {
     const auto group = world.communicator(rank);
     EngineParts parts;
     parts.config = std::make_shared<const ModelConfig>(random_model_config());
-    parts.weights = std::make_shared<const Weights>(random_weights(*parts.config, ranks, rank, 11));
+    Weights weights = random_weights(*parts.config, ranks, rank, 11);
+    if (hooks.change) hooks.change(weights);
+    parts.weights = std::make_shared<const Weights>(std::move(weights));
+    parts.make_device = hooks.make_device;
     parts.tokenizer = byte_tokenizer();
     parts.group = group.get();
     parts.store = store.attach(rank);
@@ -56,7 +58,7 @@ RunResult run(const JobOptions& options, int ranks, int threads,
     };
     engine->on_step = [&](const StepRecord& s) {
       result.steps.push_back(s);
-      if (result.steps.size() == 1 && after_prefill) after_prefill(*parts.store);
+      if (result.steps.size() == 1 && hooks.after_prefill) hooks.after_prefill(*parts.store);
     };
     engine->on_prefill_progress = [&](double share) { result.prefilled.push_back(share); };
     if (rank == 0)

@@ -23,10 +23,14 @@ struct RunResult {
   std::vector<StepRecord> steps;
   std::vector<double> prefilled;  // shares, as they were told
 };
-// after_prefill: called by rank 0 once, with its store, when the first step is done.
+struct RunHooks {
+  // Called by rank 0 once, with its store, when the first step is done.
+  std::function<void(const StoreClient&)> after_prefill;
+  std::function<void(Weights&)> change;  // every rank's
+  std::function<DeviceBackend(const std::string& backend, int ordinal)> make_device;
+};
 RunResult run(const JobOptions& options, int ranks, int threads,
-              const std::vector<Request>& requests,
-              const std::function<void(const StoreClient&)>& after_prefill = {});
+              const std::vector<Request>& requests, const RunHooks& hooks = {});
 
 JobOptions deterministic_options();
 
