@@ -7,6 +7,7 @@ namespace certkv::cuda {
 namespace {
 
 void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) (void)cudaGetLastError();  // or an innocent call would report it again
   CERTKV_EXPECT(error == cudaSuccess, DeviceError, "{}: {}", what, cudaGetErrorString(error));
 }
 KernelShape kernel_shape(const PassShape& s, bool early = false) {

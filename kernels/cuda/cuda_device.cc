@@ -57,22 +57,25 @@ class Gpu final : public CudaDevice {
     check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
                "a stream cannot be created");
     current_ = stream_;
-    check_cuda(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking),
-               "a stream cannot be created");
-    for (cudaEvent_t* event : {&forked_, &done_[0], &done_[1]})
-      check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming),
-                 "an event cannot be created");
-    check_cuda(cudaMallocHost(reinterpret_cast<void**>(&word_), sizeof *word_),
-               "a word of pinned host memory");
+    try {
+      check_cuda(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking),
+                 "a stream cannot be created");
+      for (cudaEvent_t* event : {&forked_, &done_[0], &done_[1]})
+        check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming),
+                   "an event cannot be created");
+      check_cuda(cudaMallocHost(reinterpret_cast<void**>(&word_), sizeof *word_),
+                 "a word of pinned host memory");
+    } catch (...) {
+      free_streams();
+      throw;
+    }
   }
   ~Gpu() override {
     for (const auto& [memory, pieces] : mapped_)
       for (void* piece : pieces) (void)cudaHostUnregister(piece);
     for (cudaStream_t s : inner_) (void)cudaStreamDestroy(s);
     (void)cudaFreeHost(word_);
-    for (cudaEvent_t event : {forked_, done_[0], done_[1]}) (void)cudaEventDestroy(event);
-    (void)cudaStreamDestroy(side_);
-    (void)cudaStreamDestroy(stream_);
+    free_streams();
   }
 
   bool emulated() const override { return false; }
@@ -304,6 +307,13 @@ class Gpu final : public CudaDevice {
       if (graph != nullptr) (void)cudaGraphDestroy(graph);
     }
   };
+  void free_streams() noexcept {
+    for (cudaEvent_t event : {forked_, done_[0], done_[1]})
+      if (event != nullptr) (void)cudaEventDestroy(event);
+    for (cudaStream_t s : {side_, stream_})
+      if (s != nullptr) (void)cudaStreamDestroy(s);
+  }
+
   static constexpr auto kWhenDeadline = std::chrono::seconds(60);
   static constexpr const char* kCaptureFailed = "a conditional part cannot be captured";
 
