@@ -190,7 +190,7 @@ class Gpu final : public CudaDevice {
                kCaptureFailed);
     return {word, {true, handle}};
   }
-  void when(const Condition& condition, const std::function<void()>& body) override {
+  void when_met(const Condition& condition, const std::function<void()>& body) override {
     if (condition.setter.armed)
       when_set(condition.setter.handle, body);
     else

@@ -72,15 +72,18 @@ class Device {
     const uint32_t* word = nullptr;
     Setter setter;
   };
-  virtual Condition condition(const uint32_t* word) = 0;
-  virtual void when(const Condition& condition, const std::function<void()>& body) = 0;
+  virtual Condition condition(const uint32_t* word) { return {word, {}}; }
+  virtual void when_met(const Condition& condition, const std::function<void()>& body) {
+    when(condition.word, body);
+  }
 
   // Does `body` beside what is enqueued after it, until join(branch): after all work so far, and
   // after what went beside before. Two branches, so that one may be under way when the next begins.
   // Not within when(); a graph must have joined both before its capture ends.
   static constexpr int kBranches = 2;
-  virtual void beside(int branch, const std::function<void()>& body) = 0;
-  virtual void join(int branch) = 0;
+  // Where all is done in order, so is this.
+  virtual void beside(int /*branch*/, const std::function<void()>& body) { body(); }
+  virtual void join(int /*branch*/) {}
 
   // Work that is enqueued again and again as one piece: what `work` enqueues, with the same memory.
   // It must not wait, nor allocate; parts under when() are decided anew at every launch. Nothing is

@@ -52,12 +52,6 @@ class EmulatedDevice final : public Device {
   void when(const uint32_t* word, const std::function<void()>& body) override {
     if (*word != 0) body();
   }
-  Condition condition(const uint32_t* word) override { return {word, {}}; }
-  void when(const Condition& condition, const std::function<void()>& body) override {
-    when(condition.word, body);
-  }
-  void beside(int, const std::function<void()>& body) override { body(); }
-  void join(int) override {}
   // What `work` captures by reference must outlive the graph, as the device's memory must.
   std::unique_ptr<Graph> capture(const std::function<void()>& work) override {
     auto graph = std::make_unique<Again>();

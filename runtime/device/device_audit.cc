@@ -10,7 +10,6 @@ using cuda::kPageTiles;
 
 namespace {
 
-constexpr size_t kMarks = 3, kFailing = 0;  // as device_step.cc
 constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 
 }  // namespace

@@ -303,7 +303,7 @@ void DeviceCache::decode(int layer, const float* qkv) {
     ladder.dense_listed = b.words.data() + kWords;
     // An audit reads the tables that learning changes.
     if (audit_ == nullptr) device_.beside(branch, [&] { ops_.learn(ladder); });
-    device_.when(failing, [&] { climb(pass, shape, ladder); });
+    device_.when_met(failing, [&] { climb(pass, shape, ladder); });
     if (audit_ != nullptr) ops_.learn(ladder);
   }
   if (layer + 1 == int(config_.layers))

@@ -168,6 +168,21 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return certkv::test::destroy(&fake_cudart.streams, stream);
 }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+  CERTKV_FAKE(cudaStreamWaitEvent);
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  CERTKV_FAKE(cudaEventCreateWithFlags);
+  return certkv::test::make(&fake_cudart.streams, event);
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  return certkv::test::destroy(&fake_cudart.streams, event);
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+  CERTKV_FAKE(cudaEventRecord);
+  return cudaSuccess;
+}
 cudaError_t cudaStreamQuery(cudaStream_t) {
   CERTKV_FAKE(cudaStreamQuery);
   return fake_cudart.never_done ? done(cudaErrorNotReady) : cudaSuccess;
