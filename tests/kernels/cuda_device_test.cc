@@ -73,6 +73,26 @@ TEST_F(DeviceTest, AGraphDecidesItsPartsAtEveryLaunch) {
   EXPECT_EQ(launch(0, 0), (std::vector<uint32_t>{1, 0, 0, 0, 1}));
 }
 
+// What goes beside begins after all that came before, and is done when it is joined.
+TEST_F(DeviceTest, WorkBesideOtherWorkIsDoneOnceItIsJoined) {
+  const auto a = words(1), b = words(4);
+  const auto work = [&] {
+    for (int branch = 0; branch < cuda::Device::kBranches; ++branch) {
+      device_->fill(a.data(), uint8_t(1 + branch), 1);
+      device_->beside(branch, [&] { device_->copy(b.data() + branch, a.data(), 4); });
+      device_->join(branch);
+      device_->copy(b.data() + 2 + branch, b.data() + branch, 4);
+    }
+  };
+  work();
+  EXPECT_EQ(get(b), (std::vector<uint32_t>{1, 2, 1, 2}));
+  device_->fill(b.data(), 0, b.bytes());
+  const auto graph = device_->capture(work);
+  EXPECT_EQ(get(b), std::vector<uint32_t>(4, 0));
+  for (int launch = 0; launch < 3; ++launch) device_->launch(*graph);
+  EXPECT_EQ(get(b), (std::vector<uint32_t>{1, 2, 1, 2}));
+}
+
 TEST_F(DeviceTest, MoreMemoryThanThereIsIsRefusedWithItsFigures) {
   const uint64_t total = device_->total_bytes();
   EXPECT_LE(device_->free_bytes(), total);

@@ -174,11 +174,11 @@ TEST_F(CudaFaults, APassThatCannotBeLaunchedIsNamed) {
          [&] { cuda::prepare_attend(shape); });
   fake_cudart.fail["launch_attend"] = cudaErrorInvalidConfiguration;
   expect(ErrorKind::DeviceError, {"the certified pass cannot be launched"},
-         [&] { cuda::attend(args, shape, nullptr); });
+         [&] { cuda::attend(args, shape, nullptr, true); });
   fake_cudart.fail["launch_merge"] = cudaErrorNoKernelImageForDevice;
   expect(ErrorKind::DeviceError, {"the merge of the certified pass cannot be launched"},
-         [&] { cuda::attend(args, shape, nullptr); });
-  cuda::attend(args, shape, nullptr);
+         [&] { cuda::attend(args, shape, nullptr, true); });
+  cuda::attend(args, shape, nullptr, true);
 }
 
 }  // namespace
