@@ -158,7 +158,19 @@ TEST_F(DeviceEngineTest, DenseByALibraryReadsItsOwnSequences) {
   for (const int64_t batch : {1, 2}) {
     JobOptions o = options();
     o.run.max_batch = batch;
-    expect_same(run(o, 1, 2, requests), alone, "together");
+    const RunResult together = run(o, 1, 2, requests);
+#ifdef CERTKV_TEST_ON_GPU
+    // Products of another number of rows may differ in their last bits.
+    if (batch > 1) {
+      for (const auto& [key, c] : together.completions) {
+        EXPECT_EQ(c.tokens, alone.completions.at(key).tokens);
+        EXPECT_EQ(c.outcome, Outcome::Exact);
+        EXPECT_EQ(c.counts.rungs, alone.completions.at(key).counts.rungs);
+      }
+      continue;
+    }
+#endif
+    expect_same(together, alone, "together");
   }
 }
 
