@@ -13,6 +13,7 @@
 #include "tests/support/engine_run.h"
 #include "tests/support/faulty_device.h"
 #include "tests/support/random_model.h"
+#include "tests/support/thrown_by.h"
 
 namespace certkv {
 namespace {
@@ -22,16 +23,6 @@ using test::random_request;
 using test::run;
 using test::RunHooks;
 using test::RunResult;
-
-template <typename Body>
-std::string thrown_by(Body body) {
-  try {
-    body();
-  } catch (const Error& e) {
-    return std::string(error_kind_name(e.kind())) + ": " + e.what();
-  }
-  return "";
-}
 
 ::testing::AssertionResult says(const std::string& text, const std::vector<std::string>& parts) {
   for (const std::string& part : parts)

@@ -13,6 +13,7 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_ops.h"
 #include "kernels/cuda/model_ops.h"
+#include "tests/support/thrown_by.h"
 
 namespace certkv {
 
@@ -47,16 +48,5 @@ class OnTestDevice : public testing::Test {
 
   std::unique_ptr<cuda::Device> device_;
 };
-
-// The text of the error that `body` throws, "kind: message"; empty where it throws none.
-template <typename Body>
-std::string thrown_by(Body body) {
-  try {
-    body();
-  } catch (const Error& e) {
-    return std::string(error_kind_name(e.kind())) + ": " + e.what();
-  }
-  return "";
-}
 
 }  // namespace certkv
