@@ -129,9 +129,9 @@ void SilenceWatch::check(std::span<const Peer> peers, std::chrono::milliseconds 
 
 void PollPause::pause() {
   ++polls_;
-  if (polls_ <= 500) {  // under a millisecond; a yield costs peers on the same core nothing
+  if (polls_ <= yields_) {  // a yield costs peers on the same core nothing
     sched_yield();
-  } else if (polls_ <= 20000) {
+  } else if (polls_ <= yields_ + 20000) {
     std::this_thread::sleep_for(std::chrono::microseconds(20));
   } else {
     std::this_thread::sleep_for(std::chrono::microseconds(100));

@@ -118,9 +118,12 @@ class SilenceWatch {
 // that grow with the wait.
 class PollPause {
  public:
+  // The first 500 yields take under a millisecond.
+  explicit PollPause(int yields = 500) : yields_(yields) {}
   void pause();
 
  private:
+  int yields_;
   int polls_ = 0;
 };
 

@@ -20,11 +20,12 @@ constexpr Moves kMoves = Moves::HostAndDeviceMemory;
 // Elements that a sum in rank order gathers at a time: bounds the memory for it.
 constexpr size_t kOrderedPiece = size_t(1) << 21;
 constexpr size_t kBytesPerMillisecond = size_t(1) << 14;  // see nccl_communicator.h
+constexpr int kYields = 20000;  // some 20 ms: a sleep would cost a decode step more than it saves
 
-class NcclCommunicator final : public Communicator {
+class NcclRank final : public NcclCommunicator {
  public:
-  NcclCommunicator(std::unique_ptr<Communicator> control, std::shared_ptr<const NcclApi> api,
-                   NcclDevice& device, const NcclOptions& options)
+  NcclRank(std::unique_ptr<Communicator> control, std::shared_ptr<const NcclApi> api,
+           NcclDevice& device, const NcclOptions& options)
       : control_(std::move(control)),
         life_(control_->group_life()),
         device_(device),
@@ -35,7 +36,7 @@ class NcclCommunicator final : public Communicator {
     set_silence(control_->silence());
     set_up(*api);
   }
-  ~NcclCommunicator() override;
+  ~NcclRank() override;
 
   int rank() const override { return control_->rank(); }
   int size() const override { return control_->size(); }
@@ -75,6 +76,7 @@ class NcclCommunicator final : public Communicator {
   void reduce_verdict(std::span<VerdictRecord> inout, Stream stream) override;
 
   void barrier(Stream stream) override {
+    CERTKV_EXPECT(!capturing_, InvalidArgument, "a barrier is not captured");
     enqueue("barrier", 0, stream, {}, [&] {
       std::byte* word = on_device_.take(sizeof(uint64_t));
       device_.device().fill(word, 0, sizeof(uint64_t));
@@ -84,6 +86,13 @@ class NcclCommunicator final : public Communicator {
 
   using Communicator::wait;
   void wait(std::chrono::milliseconds silence) override;
+
+  std::string capture(const std::function<void()>& work) override;
+  void launch() override;
+  void discard() noexcept override {
+    captured_ = {};
+    handle_.abort();
+  }
 
   void poll_error() override {
     try {
@@ -189,7 +198,7 @@ class NcclCommunicator final : public Communicator {
     const int self = members[size_t(rank())];
     SilenceWatch watch(life_.life(), self, silence, what_);
     std::vector<SilenceWatch::Peer> peers;
-    PollPause pause;
+    PollPause pause(kYields);
     while (!over()) {
       life_.life().throw_if_broken();
       if (watch.due()) {
@@ -208,9 +217,11 @@ class NcclCommunicator final : public Communicator {
     if (life_.life().broken()) stop();
     life_.life().throw_if_broken();
   }
-  // Aborts NCCL, and waits a little for that.
+  // Aborts NCCL, and waits a little for that. The abort ends as soon as no graph is left; one that
+  // runs goes with the end of its kernels, which the abort brings about.
   void stop() noexcept {
     handle_.abort();
+    captured_ = {};
     if (stopped_) return;
     stopped_ = true;
     if (handle_.wait_abort(options_.abort_time)) return;
@@ -242,6 +253,11 @@ class NcclCommunicator final : public Communicator {
   uint64_t enqueued_ = 0;
   size_t bytes_ = 0;  // moved by what is under way
   int under_way_ = 0;
+  struct Captured {
+    std::unique_ptr<cuda::Device::Graph> graph;
+    size_t bytes = 0;  // moved by a launch
+  } captured_;
+  bool capturing_ = false;
   std::vector<Finish> finish_;  // of what is under way
   struct Votes {
     std::span<VerdictRecord> inout;
@@ -253,7 +269,7 @@ class NcclCommunicator final : public Communicator {
 
 // ---- from set-up to the end ---------------------------------------------------------------------
 
-void NcclCommunicator::agree_on_version(const NcclApi& api) {
+void NcclRank::agree_on_version(const NcclApi& api) {
   uint64_t own = uint64_t(api.version);
   std::vector<uint64_t> all(static_cast<size_t>(size()));
   control_->all_gather(view_u64(&own, 1), view_u64(all.data(), all.size()), {});
@@ -267,7 +283,7 @@ void NcclCommunicator::agree_on_version(const NcclApi& api) {
   }
 }
 
-void NcclCommunicator::set_up(const NcclApi& api) {
+void NcclRank::set_up(const NcclApi& api) {
   what_ = "the start of NCCL";
   try {
     agree_on_version(api);
@@ -288,8 +304,9 @@ void NcclCommunicator::set_up(const NcclApi& api) {
   }
 }
 
-NcclCommunicator::~NcclCommunicator() {
+NcclRank::~NcclRank() {
   LifeTable& life = life_.life();
+  if (under_way_ == 0) captured_ = {};  // or close() would wait for it
   if (under_way_ > 0 && !life.broken()) {
     life_.fail(ErrorKind::CommError,
                fmt::format("{} left with operations under way", peer_name(rank())));
@@ -308,8 +325,8 @@ NcclCommunicator::~NcclCommunicator() {
 // ---- operations ---------------------------------------------------------------------------------
 
 template <typename Steps>
-void NcclCommunicator::enqueue(const char* name, size_t bytes, Stream stream,
-                               std::initializer_list<TensorView> views, Steps&& steps) {
+void NcclRank::enqueue(const char* name, size_t bytes, Stream stream,
+                       std::initializer_list<TensorView> views, Steps&& steps) {
   CERTKV_EXPECT(stream.handle == nullptr || stream.handle == device_.stream(), InvalidArgument,
                 "{}: the stream is not the one of the communicator's device", name);
   for (const TensorView& view : views) {
@@ -317,10 +334,17 @@ void NcclCommunicator::enqueue(const char* name, size_t bytes, Stream stream,
         view.memory == MemoryKind::Host || view.count == 0 || device_.is_device_memory(view.data),
         InvalidArgument, "{}: the view says device memory, but its data is not on {}", name,
         device_.device().name());
+    CERTKV_EXPECT(view.memory == MemoryKind::Device || !capturing_, InvalidArgument,
+                  "{}: a view of host memory cannot be captured", name);
   }
   throw_if_broken();
   alive();
   what_ = name;
+  if (capturing_) {
+    steps();
+    captured_.bytes += bytes;
+    return;
+  }
   if (under_way_ == 0) first_ = name;
   try {
     steps();
@@ -332,7 +356,48 @@ void NcclCommunicator::enqueue(const char* name, size_t bytes, Stream stream,
   bytes_ += bytes;
 }
 
-void NcclCommunicator::reduce_verdict(std::span<VerdictRecord> inout, Stream stream) {
+std::string NcclRank::capture(const std::function<void()>& work) {
+  throw_if_broken();
+  CERTKV_EXPECT(under_way_ == 0, InvalidArgument, "a capture with {} operations under way",
+                under_way_);
+  captured_ = {};
+  capturing_ = true;
+  what_ = "the capture of a graph";
+  std::string refused;
+  try {
+    captured_.graph = device_.device().capture(work);
+  } catch (const Error& error) {
+    capturing_ = false;
+    if (error.kind() == ErrorKind::InvalidArgument) throw;
+    const bool of_nccl_or_device =
+        error.kind() == ErrorKind::CommError || error.kind() == ErrorKind::DeviceError;
+    if (life_.life().broken() || !of_nccl_or_device) give_up(error);
+    refused = error.what();
+  }
+  capturing_ = false;
+  on_device_.reset();
+  ++enqueued_;  // for peers, who may be in the midst of their capture
+  return refused;
+}
+
+void NcclRank::launch() {
+  CERTKV_EXPECT(captured_.graph != nullptr, InvalidArgument, "nothing has been captured");
+  throw_if_broken();
+  alive();
+  what_ = "a captured step";
+  if (under_way_ == 0) first_ = what_;
+  try {
+    device_.device().launch(*captured_.graph);
+  } catch (const Error& error) {
+    give_up(error);
+  }
+  ++enqueued_;
+  ++under_way_;
+  bytes_ += captured_.bytes;
+}
+
+void NcclRank::reduce_verdict(std::span<VerdictRecord> inout, Stream stream) {
+  CERTKV_EXPECT(!capturing_, InvalidArgument, "verdicts lie in host memory: they are not captured");
   const size_t n = inout.size(), max_words = n * kVerdictMaxWords;
   const size_t words = n * kVerdictWords, bytes = words * sizeof(uint64_t);
   enqueue("reduce_verdict", bytes, stream, {}, [&] {
@@ -359,7 +424,7 @@ void NcclCommunicator::reduce_verdict(std::span<VerdictRecord> inout, Stream str
   });
 }
 
-void NcclCommunicator::wait(std::chrono::milliseconds silence) {
+void NcclRank::wait(std::chrono::milliseconds silence) {
   throw_if_broken();
   what_ = under_way_ > 0 ? first_ : "the stream's work";
   try {
@@ -388,11 +453,11 @@ void NcclCommunicator::wait(std::chrono::milliseconds silence) {
 
 }  // namespace
 
-std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> control,
-                                                     std::shared_ptr<const NcclApi> api,
-                                                     NcclDevice& device,
-                                                     const NcclOptions& options) {
-  return std::make_unique<NcclCommunicator>(std::move(control), std::move(api), device, options);
+std::unique_ptr<NcclCommunicator> make_nccl_communicator(std::unique_ptr<Communicator> control,
+                                                         std::shared_ptr<const NcclApi> api,
+                                                         NcclDevice& device,
+                                                         const NcclOptions& options) {
+  return std::make_unique<NcclRank>(std::move(control), std::move(api), device, options);
 }
 
 }  // namespace certkv

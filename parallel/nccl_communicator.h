@@ -3,8 +3,13 @@
 // Device views are used where they lie; host views are carried through pinned and device memory of
 // the communicator's own, which grows to the largest need between two waits and is kept, so that
 // what a CUDA graph has captured stays true. A Stream given to an operation must be the device's,
-// or null, which means the same. Operations on device views may be captured, once the same ones
-// have been done outside of a capture; wait() then also waits for launches of the graph.
+// or null, which means the same.
+//
+// Operations on device views may be captured in a graph, which belongs to the communicator: NCCL
+// neither finalizes nor gives up a communicator that a graph still refers to. Between a capture and
+// its launches nothing of the communicator changes: it stays non-blocking, a call that NCCL goes on
+// with by itself is waited for before the capture goes on, and what is launched is watched, timed
+// and aborted as everything else of the stream.
 //
 // NCCL itself has no time-outs, no names and no way back from an error. Peers are watched through
 // the group that this one was set up over, as over MPI: a rank that is stopped, hung or gone is
@@ -19,7 +24,9 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
+#include <string>
 
 #include "parallel/communicator.h"
 #include "parallel/nccl_api.h"
@@ -34,13 +41,30 @@ struct NcclOptions {
   std::chrono::milliseconds abort_time{1000};  // what ncclCommAbort may take before it is left
 };
 
+class NcclCommunicator : public Communicator {
+ public:
+  // Captures what `work` enqueues on the device's stream, this communicator's operations on device
+  // views included, in place of what was captured before; nothing of it is done yet. The same
+  // operations must have been done outside of a capture before: `work` must neither allocate nor
+  // wait. NCCL asks that all ranks capture an operation or none, and launch the same graph.
+  // Returns "", or why NCCL or the device refused: then this communicator is good for nothing more,
+  // and discard() is to follow on all ranks. Throws as operations do, where a peer failed or `work`
+  // did something else wrong.
+  // REQUIRES no operation under way.
+  virtual std::string capture(const std::function<void()>& work) = 0;
+  // One operation: all that was captured, once more.
+  virtual void launch() = 0;
+  // Aborts NCCL without a failure of the group. Only the destructor may follow.
+  virtual void discard() noexcept = 0;
+};
+
 // Collective over `control`, which is used for the set-up and then only for signs of life, names
 // and failures. The ranks must have one version of NCCL (CommError names two that differ). `device`
 // outlives the communicator and is the current device of the calling thread.
 // Throws as Communicator's operations do.
-std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> control,
-                                                     std::shared_ptr<const NcclApi> api,
-                                                     NcclDevice& device,
-                                                     const NcclOptions& options = {});
+std::unique_ptr<NcclCommunicator> make_nccl_communicator(std::unique_ptr<Communicator> control,
+                                                         std::shared_ptr<const NcclApi> api,
+                                                         NcclDevice& device,
+                                                         const NcclOptions& options = {});
 
 }  // namespace certkv

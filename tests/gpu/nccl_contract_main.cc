@@ -1,5 +1,5 @@
 // The contract of communicators over NCCL on GPUs, and its faults, with one process per rank:
-//   mpirun -np 2 gpu_nccl_contract [contract | late | stop | abort] [gtest flags]
+//   mpirun -np 2 gpu_nccl_contract [contract | late | late-graph | stop | abort] [gtest flags]
 // Ranks share GPUs where there are fewer of them: NCCL then takes each for a host of its own and
 // goes over sockets. Exits with 77 where no GPU answers.
 #include <gmock/gmock.h>
@@ -32,7 +32,7 @@ constexpr milliseconds kNoticed{
     5000};  // from a fault to its error: silence, abort, and time to spare
 constexpr int kSkipped = 77;
 
-Communicator* world = nullptr;
+NcclCommunicator* world = nullptr;
 cuda::CudaDevice* gpu = nullptr;
 
 class NcclCommunicators : public testing::TestWithParam<CommunicatorCase> {};
@@ -99,16 +99,9 @@ TEST(NcclGraphs, DoTheSumsThatTheyHaveCaptured) {
   fill();
   step();  // connects, and allocates: neither may happen in a capture
   world->wait(kSilence);
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  ASSERT_EQ(cudaStreamBeginCapture(gpu->stream(), cudaStreamCaptureModeThreadLocal), cudaSuccess);
-  step();
-  ASSERT_EQ(cudaStreamEndCapture(gpu->stream(), &graph), cudaSuccess);
-  ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
-  world->wait(kSilence);
+  ASSERT_EQ(world->capture(step), "");
   fill();
-  for (int i = 0; i < kLaunches; ++i)
-    ASSERT_EQ(cudaGraphLaunch(executable, gpu->stream()), cudaSuccess);
+  for (int i = 0; i < kLaunches; ++i) world->launch();
   world->wait(kSilence);  // for what the graph enqueued
   std::vector<float> x(n);
   std::vector<uint16_t> h(n);
@@ -119,22 +112,67 @@ TEST(NcclGraphs, DoTheSumsThatTheyHaveCaptured) {
   for (int i = 0; i < kLaunches; ++i) expected *= float(world->size());
   EXPECT_EQ(x, std::vector<float>(n, expected));
   EXPECT_EQ(h, std::vector<uint16_t>(n, float_to_f16(expected)));
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
+}
+
+// What is captured last, alone, goes with the communicator; what came before, at once.
+TEST(NcclGraphs, TakeThePlaceOfWhatWasCapturedBefore) {
+  const cuda::DeviceArray<float> sum(*gpu, 1, "test");
+  const TensorView view{sum.data(), 1, DType::F32, MemoryKind::Device};
+  const auto launch = [&](float x) {
+    gpu->copy(sum.data(), &x, sizeof x);
+    world->launch();
+    gpu->copy(&x, sum.data(), sizeof x);
+    world->wait(kSilence);
+    return x;
+  };
+  const float p = float(world->size());
+  for (const int times : {1, 2, 1}) {
+    ASSERT_EQ(world->capture([&] {
+      for (int i = 0; i < times; ++i) world->all_reduce_sum(view, {});
+    }),
+              "");
+    EXPECT_EQ(launch(3), times == 1 ? 3 * p : 3 * p * p);
+  }
 }
 
 // What the steps cost, for the record; no claim.
 TEST(NcclTimes, AreStated) {
   constexpr int kRounds = 20;
   VerdictRecord vote;
-  const auto start = steady_clock::now();
+  auto start = steady_clock::now();
   for (int i = 0; i < kRounds; ++i) {
     vote = VerdictRecord{};
     world->reduce_verdict({&vote, 1}, {});
     world->wait(kSilence);
   }
-  const std::chrono::duration<double, std::micro> time = steady_clock::now() - start;
+  std::chrono::duration<double, std::micro> time = steady_clock::now() - start;
   if (world->rank() == 0) std::printf("reduce_verdict and wait: %.0f us\n", time.count() / kRounds);
+
+  // A step's sums at batch 1: 32 layers, two sums of 4,096 floats each.
+  constexpr int kSums = 64;
+  constexpr size_t n = 4096;
+  const cuda::DeviceArray<float> x(*gpu, n, "test");
+  gpu->fill(x.data(), 0, x.bytes());
+  const auto sums = [&] {
+    for (int i = 0; i < kSums; ++i)
+      world->all_reduce_sum({x.data(), n, DType::F32, MemoryKind::Device}, {});
+  };
+  for (const bool captured : {false, true}) {
+    const std::string refused = captured ? world->capture(sums) : "";
+    ASSERT_EQ(refused, "");
+    for (int i = -1; i < kRounds; ++i) {
+      if (i == 0) start = steady_clock::now();
+      if (captured)
+        world->launch();
+      else
+        sums();
+      world->wait(kSilence);
+    }
+    time = steady_clock::now() - start;
+    if (world->rank() == 0)
+      std::printf("%d sums of %zu floats, %s, and wait: %.0f us\n", kSums, n,
+                  captured ? "captured" : "one by one", time.count() / kRounds);
+  }
 }
 
 int run_contract(int argc, char** argv, MpiSession& session) {
@@ -164,13 +202,29 @@ int run_fault(std::string_view scenario, MpiSession& session) {
   float x = 1;
   world->all_reduce_sum(view_f32(&x, 1), {});
   world->wait(kSilence);
+  const bool graph = scenario == "late-graph";
+  const cuda::DeviceArray<float> on_device(*gpu, 1, "test");
+  if (graph) {
+    const std::string refused = world->capture([&] {
+      world->all_reduce_sum({on_device.data(), 1, DType::F32, MemoryKind::Device}, {});
+    });
+    if (!refused.empty()) {
+      std::printf("REFUSED %d: %s\n", session.rank(), refused.c_str());
+      return 1;
+    }
+    world->launch();
+    world->wait(kSilence);
+  }
   const bool culprit = session.rank() == session.size() - 1;
   const auto start = steady_clock::now();
   try {
-    if (culprit && scenario == "late") std::this_thread::sleep_for(2 * kNoticed);
+    if (culprit && (graph || scenario == "late")) std::this_thread::sleep_for(2 * kNoticed);
     if (culprit && scenario == "stop") raise(SIGSTOP);
     if (culprit && scenario == "abort") world->abort("on fire");
-    world->all_reduce_sum(view_f32(&x, 1), {});
+    if (graph)
+      world->launch();
+    else
+      world->all_reduce_sum(view_f32(&x, 1), {});
     world->wait(kShort);
     std::printf("NOTHING %d\n", session.rank());
   } catch (const Error& error) {

@@ -56,15 +56,15 @@ struct Rank {
   FakeStreamDevice device;
   Gate& all_started;
 
-  std::unique_ptr<Communicator> communicator(milliseconds silence = kLong,
-                                             milliseconds init = milliseconds(0)) {
+  std::unique_ptr<NcclCommunicator> communicator(milliseconds silence = kLong,
+                                                 milliseconds init = milliseconds(0)) {
     auto control = world.communicator(rank);
     control->set_silence(silence);
     return make_nccl_communicator(std::move(control), std::make_shared<NcclApi>(api), device,
                                   {.init_time = init, .abort_time = kAbort});
   }
   // The same, once every rank has one: no later fault meets a start.
-  std::unique_ptr<Communicator> started(milliseconds silence = kLong) {
+  std::unique_ptr<NcclCommunicator> started(milliseconds silence = kLong) {
     auto c = communicator(silence);
     all_started.pass();
     return c;

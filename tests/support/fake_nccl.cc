@@ -1,9 +1,13 @@
 #include "tests/support/fake_nccl.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "kernels/cuda/rank_sum.h"
@@ -14,7 +18,36 @@ namespace certkv {
 
 FakeStreamDevice::FakeStreamDevice() : memory_(cuda::make_emulated_device()) {}
 
+struct FakeStreamDevice::Captured : Graph {
+  std::vector<std::function<bool()>> work;
+  std::vector<std::shared_ptr<void>> references;
+};
+
+void FakeStreamDevice::enqueue(std::function<bool()> work, std::shared_ptr<void> reference) {
+  if (capturing_ == nullptr) return queue_.push_back(std::move(work));
+  capturing_->work.push_back(std::move(work));
+  capturing_->references.push_back(std::move(reference));
+}
+std::unique_ptr<cuda::Device::Graph> FakeStreamDevice::capture(const std::function<void()>& work) {
+  auto graph = std::make_unique<Captured>();
+  capturing_ = graph.get();
+  try {
+    work();
+  } catch (...) {
+    capturing_ = nullptr;
+    throw;
+  }
+  capturing_ = nullptr;
+  const std::string refusal = std::exchange(refusal_, "");
+  if (!refusal.empty()) CERTKV_THROW(DeviceError, "{}", refusal);
+  return graph;
+}
+void FakeStreamDevice::launch(Graph& graph) {
+  for (const auto& work : dynamic_cast<Captured&>(graph).work) queue_.push_back(work);
+}
+
 bool FakeStreamDevice::done() {
+  if (capturing_ != nullptr) throw std::logic_error("the stream is asked during a capture");
   while (!queue_.empty() && queue_.front()()) queue_.pop_front();
   return queue_.empty();
 }
@@ -36,6 +69,7 @@ void FakeStreamDevice::sum_ranks(DType dtype, const void* parts, int ranks, uint
   });
 }
 std::byte* FakeStreamDevice::allocate(uint64_t bytes, const char* what) {
+  if (capturing_ != nullptr) throw std::logic_error("an allocation during a capture");
   CERTKV_EXPECT(!refuse_, OutOfMemory, "{}: {} bytes of device memory asked for, none is free",
                 what, bytes);
   std::byte* memory = memory_->allocate(bytes, what);
@@ -80,19 +114,22 @@ class FakeNccl::State {
   struct Collective {
     std::vector<const void*> send;  // by rank, null until it has come
     int missing = 0;
+    int captured = 0;  // of the ranks that have come
     std::vector<char> result;
   };
   struct Comm {
-    int rank = 0;
-    uint64_t operations = 0;
-    bool over = false;  // aborted or destroyed; kept, so that late calls can be told
+    int rank = 0, generation = 0;
+    uint64_t operations = 0;  // that its stream has come to
+    bool finalizing = false;
+    bool over = false;           // aborted or destroyed; kept, so that late calls can be told
+    std::atomic<int> graphs{0};  // operations in graphs that are alive
   };
 
   explicit State(int of_ranks) : ranks(of_ranks) {}
 
   // Runs in the rank's stream: true once the result has been written.
-  bool step(uint64_t index, int rank, const void* send, void* receive, size_t result_bytes,
-            const std::function<void(Collective&)>& combine);
+  bool step(const Comm& comm, uint64_t index, bool captured, const void* send, void* receive,
+            size_t result_bytes, const std::function<void(Collective&)>& combine);
   NcclResult enqueue(NcclComm comm, NcclStream stream, const void* send, void* receive,
                      size_t result_bytes, std::function<void(Collective&)> combine);
 
@@ -100,23 +137,30 @@ class FakeNccl::State {
   std::mutex mutex;
   Calls calls;
   std::vector<std::unique_ptr<Comm>> comms;
+  bool mixed = false;  // a collective was captured by some ranks alone
 
  private:
-  std::vector<std::unique_ptr<Collective>> collectives_;  // by their number
+  // By their number, for every communicator that the ranks have made.
+  std::map<int, std::vector<std::unique_ptr<Collective>>> collectives_;
 };
 
-bool FakeNccl::State::step(uint64_t index, int rank, const void* send, void* receive,
-                           size_t result_bytes, const std::function<void(Collective&)>& combine) {
+bool FakeNccl::State::step(const Comm& comm, uint64_t index, bool captured, const void* send,
+                           void* receive, size_t result_bytes,
+                           const std::function<void(Collective&)>& combine) {
   const std::lock_guard lock(mutex);
-  while (collectives_.size() <= index) {
-    collectives_.push_back(std::make_unique<Collective>());
-    collectives_.back()->send.resize(size_t(ranks));
-    collectives_.back()->missing = ranks;
+  if (comm.over) return true;  // an abort ends the kernels
+  auto& collectives = collectives_[comm.generation];
+  while (collectives.size() <= index) {
+    collectives.push_back(std::make_unique<Collective>());
+    collectives.back()->send.resize(size_t(ranks));
+    collectives.back()->missing = ranks;
   }
-  Collective& c = *collectives_[index];
-  if (c.send[size_t(rank)] == nullptr) {
-    c.send[size_t(rank)] = send;
+  Collective& c = *collectives[index];
+  if (c.send[size_t(comm.rank)] == nullptr) {
+    c.send[size_t(comm.rank)] = send;
+    c.captured += captured ? 1 : 0;
     if (--c.missing == 0) {
+      mixed = mixed || (c.captured != 0 && c.captured != ranks);
       c.result.resize(result_bytes);
       combine(c);
     }
@@ -133,11 +177,21 @@ NcclResult FakeNccl::State::enqueue(NcclComm handle, NcclStream stream, const vo
   auto* comm = static_cast<Comm*>(handle);
   if (comm->over) throw std::logic_error("a call of a communicator that is over");
   if (send == nullptr) return NcclResult::InvalidArgument;
-  const uint64_t index = comm->operations++;
-  const int rank = comm->rank;
-  static_cast<FakeStreamDevice*>(stream)->enqueue([=, this, combine = std::move(combine)] {
-    return step(index, rank, send, receive, result_bytes, combine);
-  });
+  auto* device = static_cast<FakeStreamDevice*>(stream);
+  const bool captured = device->capturing();
+  std::shared_ptr<void> reference;
+  if (captured) {
+    ++comm->graphs;
+    reference = std::shared_ptr<void>(nullptr, [comm](void*) { --comm->graphs; });
+  }
+  // Numbered when the stream comes to it, at every launch anew.
+  constexpr uint64_t kNew = UINT64_MAX;
+  device->enqueue(
+      [=, this, combine = std::move(combine), index = kNew]() mutable {
+        if (index == kNew) index = comm->operations++;
+        return step(*comm, index, captured, send, receive, result_bytes, combine);
+      },
+      std::move(reference));
   return NcclResult::Success;
 }
 
@@ -186,13 +240,20 @@ NcclApi FakeNccl::api() {
     ++state->calls.inits;
     state->comms.push_back(std::make_unique<State::Comm>());
     state->comms.back()->rank = rank;
+    for (const auto& other : state->comms)
+      state->comms.back()->generation += other->rank == rank && other != state->comms.back();
     *comm = state->comms.back().get();
     return NcclResult::InProgress;
   };
   api.get_async_error = [state](NcclComm comm, NcclResult* result) {
     const std::lock_guard lock(state->mutex);
-    if (static_cast<State::Comm*>(comm)->over) return NcclResult::InvalidUsage;
-    *result = state->calls.inits < state->ranks ? NcclResult::InProgress : NcclResult::Success;
+    const auto* c = static_cast<State::Comm*>(comm);
+    if (c->over) return NcclResult::InvalidUsage;
+    const bool starts = state->calls.inits < state->ranks * (c->generation + 1);
+    const bool held = c->finalizing && c->graphs > 0;
+    *result = state->mixed     ? NcclResult::InvalidUsage
+              : starts || held ? NcclResult::InProgress
+                               : NcclResult::Success;
     return NcclResult::Success;
   };
   api.all_reduce = [state](const void* send, void* receive, size_t count, NcclType type, NcclOp op,
@@ -229,17 +290,26 @@ NcclApi FakeNccl::api() {
       if (bytes > 0) std::memcpy(c.result.data(), c.send[size_t(root)], bytes);
     });
   };
-  const auto end = [state](int Calls::*count, bool over) {
-    return [=](NcclComm comm) {
-      const std::lock_guard lock(state->mutex);
-      ++(state->calls.*count);
-      static_cast<State::Comm*>(comm)->over = over;
+  api.finalize = [state](NcclComm comm) {
+    const std::lock_guard lock(state->mutex);
+    ++state->calls.finalizes;
+    static_cast<State::Comm*>(comm)->finalizing = true;
+    return NcclResult::Success;
+  };
+  const auto end = [state](int Calls::*count) {
+    return [=](NcclComm handle) {
+      auto* comm = static_cast<State::Comm*>(handle);
+      {
+        const std::lock_guard lock(state->mutex);
+        ++(state->calls.*count);
+        comm->over = true;
+      }
+      while (comm->graphs > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       return NcclResult::Success;
     };
   };
-  api.finalize = end(&Calls::finalizes, false);
-  api.destroy = end(&Calls::destroys, true);
-  api.abort = end(&Calls::aborts, true);
+  api.destroy = end(&Calls::destroys);
+  api.abort = end(&Calls::aborts);
   api.last_error = [](NcclComm) { return std::string(); };
   return api;
 }

@@ -1,13 +1,17 @@
 // NCCL and GPUs of thread ranks in host memory: a stream per rank whose work waits its turn, and
 // collectives in it that are done once every rank's stream has come to them. As honest as NCCL
 // where it promises nothing: sums are made from the last rank to the first, 16-bit sums are
-// refused, and a collective runs only when the stream is asked whether it is done.
+// refused, and a collective runs only when the stream is asked whether it is done. As strict where
+// graphs are concerned: a collective that some ranks have captured and others not is an error, and
+// neither finalizing nor aborting a communicator ends while a graph refers to it.
 #pragma once
 
 #include <deque>
 #include <functional>
 #include <memory>
 #include <set>
+#include <string>
+#include <utility>
 
 #include "parallel/nccl_api.h"
 #include "parallel/nccl_device.h"
@@ -19,8 +23,12 @@ class FakeStreamDevice final : public NcclDevice, private cuda::Device {
  public:
   FakeStreamDevice();
 
-  // Work of the stream: called until it returns true, then the next.
-  void enqueue(std::function<bool()> work) { queue_.push_back(std::move(work)); }
+  // Work of the stream: called until it returns true, then the next. During a capture it goes into
+  // the graph, with what it refers to.
+  void enqueue(std::function<bool()> work, std::shared_ptr<void> reference = nullptr);
+  bool capturing() const { return capturing_ != nullptr; }
+  // The next capture fails as CUDA's do, with this.
+  void refuse_capture(std::string why) { refusal_ = std::move(why); }
 
   cuda::Device& device() override { return *this; }
   NcclStream stream() override { return this; }
@@ -47,13 +55,14 @@ class FakeStreamDevice final : public NcclDevice, private cuda::Device {
   void fill(void* to, uint8_t byte, uint64_t bytes) override;
   void synchronize(Deadline) override;
   void when(const uint32_t* word, const std::function<void()>& body) override;
-  std::unique_ptr<Graph> capture(const std::function<void()>& work) override {
-    return memory_->capture(work);
-  }
-  void launch(Graph& graph) override { memory_->launch(graph); }
+  std::unique_ptr<Graph> capture(const std::function<void()>& work) override;
+  void launch(Graph& graph) override;
 
   std::unique_ptr<cuda::Device> memory_;
+  struct Captured;
   std::deque<std::function<bool()>> queue_;
+  Captured* capturing_ = nullptr;
+  std::string refusal_;
   std::set<const std::byte*> held_;
   uint64_t allocations_ = 0;
   bool refuse_ = false;
