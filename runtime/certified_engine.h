@@ -24,8 +24,8 @@ struct EngineParts {
   std::shared_ptr<const Tokenizer> tokenizer;
   std::vector<int32_t> stop_ids;                 // that end an answer, besides the model's EOS
   Communicator* group = nullptr;                 // tensor-parallel group; must outlive the engine
-  // Another communicator of the group, for NCCL to be laid over; asked for on devices, T > 1, by all
-  // ranks of the group.
+  // Another communicator of the group, for NCCL to be laid over; asked for on devices, T > 1, twice,
+  // by all ranks of the job at its start.
   std::function<std::unique_ptr<Communicator>()> device_control;
   std::shared_ptr<StoreClient> store;            // attached
   int threads = 1;

@@ -82,14 +82,15 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
   log_info("device: {}, {} free", device.name(), byte_size_text(device.free_bytes()));
   if (parts.group->size() > 1) {
     if (backend == "emulated") {
-      rank->device_group = make_host_group(*parts.group);
+      rank->device_group = make_host_group(*parts.group, device);
     } else {
       CERTKV_EXPECT(
           parts.device_control != nullptr, InvalidArgument,
           "run.backend {} over several ranks is there for mpirun-launched jobs alone: set "
           "parallel.tensor 1",
           backend);
-      rank->device_group = make_nccl_group(parts.device_control(), device);
+      NcclControls controls{parts.device_control(), parts.device_control()};
+      rank->device_group = make_nccl_group(std::move(controls), *parts.group, device);
     }
   }
   if (options.cache.scrub_steps > 0)

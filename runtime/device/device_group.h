@@ -2,14 +2,15 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 
 #include "kernels/cuda/device.h"
 
 namespace certkv {
 
-// Both are enqueued on the device's stream and read and write the device's memory. All ranks call
-// them in the same order with the same counts.
+// Both sum() and gather() are enqueued on the device's stream and read and write the device's
+// memory. All ranks call everything in the same order with the same counts.
 class DeviceGroup {
  public:
   virtual ~DeviceGroup() = default;
@@ -22,17 +23,39 @@ class DeviceGroup {
   // Until all of it is done, while the other ranks show signs of life. Throws what the group's
   // communicator does.
   virtual void wait() = 0;
+
+  // Between the hosts: true where every rank says so.
+  virtual bool all_agree(bool mine) = 0;
+  // Captures what `work` enqueues, sums and gathers included, as one piece, in place of what was
+  // captured before; the same must have been done once outside of a capture. False where a rank's
+  // NCCL or device refused: the log says why, the group goes on, and this is never tried again.
+  // REQUIRES that the group's work has been waited for.
+  virtual bool capture(const std::function<void()>& work) = 0;
+  // Enqueues what was captured once more.
+  virtual void launch() = 0;
 };
 
 class Communicator;
+class NcclDevice;
+struct NcclApi;
 
 // Over the group's communicator itself, for an emulated device, whose memory is the host's: every
-// call waits. `group` must outlive it.
-std::unique_ptr<DeviceGroup> make_host_group(Communicator& group);
-// NCCL between the GPUs of the group's ranks. Collective over `control`, another communicator of
-// the same ranks, which it keeps. Throws InvalidArgument where this build has no CUDA, DeviceError
-// where there is no usable NCCL, and what the group's communicator does.
-std::unique_ptr<DeviceGroup> make_nccl_group(std::unique_ptr<Communicator> control,
+// call waits. Both must outlive it.
+std::unique_ptr<DeviceGroup> make_host_group(Communicator& group, cuda::Device& device);
+
+// What NCCL is laid over: two more communicators of the group's ranks, for its signs of life; the
+// second one for a second start, where NCCL refuses to be captured.
+struct NcclControls {
+  std::unique_ptr<Communicator> first, second;
+};
+// NCCL between the GPUs of the group's ranks. Collective over `group`, which the hosts agree
+// through and which must outlive it. Throws InvalidArgument where this build has no CUDA,
+// DeviceError where there is no usable NCCL, and what the group's communicator does.
+std::unique_ptr<DeviceGroup> make_nccl_group(NcclControls controls, Communicator& group,
                                              cuda::Device& device);
+// The same over a given table of NCCL's calls. `device` must outlive it.
+std::unique_ptr<DeviceGroup> make_nccl_group(NcclControls controls, Communicator& group,
+                                             std::shared_ptr<const NcclApi> api,
+                                             NcclDevice& device);
 
 }  // namespace certkv

@@ -511,20 +511,7 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   }
   cache_.begin_rows(sequences, step_.attention.data());
 
-  const bool same = captured_.rows == n && captured_.shape == cache_.shape();
-  if (!same) {
-    captured_.graph.reset();
-    captured_.rows = n;
-    captured_.shape = cache_.shape();
-    enqueue_step(n);
-  } else {
-    if (captured_.graph == nullptr && group_ == nullptr)
-      captured_.graph = device_.capture([this, n] { enqueue_step(n); });
-    if (captured_.graph != nullptr)
-      device_.launch(*captured_.graph);
-    else
-      enqueue_step(n);
-  }
+  run_step(n);
   if (group_ != nullptr) group_->wait();
   device_.synchronize(Deadline::after(options_.deadline));
 
@@ -534,6 +521,28 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
     if (code != cuda::kNoFault) out.nonfinite_part[r] = LayerPart(code % kParts);
     copy_logits(r, n, out.logits.data() + r * vocab);
   }
+}
+
+// Shapes change on all ranks alike, unless their devices differ, and with them the splits. What is
+// captured on one rank must be on all, so they agree.
+void DeviceTransformer::run_step(size_t n) {
+  bool same = captured_.rows == n && captured_.shape == cache_.shape();
+  if (group_ != nullptr) same = group_->all_agree(same);
+  if (!same) {
+    captured_.graph.reset();
+    captured_.ready = false;
+    captured_.rows = n;
+    captured_.shape = cache_.shape();
+    return enqueue_step(n);
+  }
+  const auto work = [this, n] { enqueue_step(n); };
+  if (group_ != nullptr) {
+    if (!captured_.ready) captured_.ready = group_->capture(work);
+    return captured_.ready ? group_->launch() : enqueue_step(n);
+  }
+  if (!captured_.ready) captured_.graph = device_.capture(work);
+  captured_.ready = true;
+  device_.launch(*captured_.graph);
 }
 
 // From host_rows_ to host_logits_ and the rows' faults.

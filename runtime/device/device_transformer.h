@@ -125,6 +125,7 @@ class DeviceTransformer : public ForwardPass {
   void attend_prompt(Prompt& p, size_t first, size_t rows);
   void check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows);
 
+  void run_step(size_t rows);  // enqueues it, captured or piece by piece
   void enqueue_step(size_t rows);
   void project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y);
   void project_qkv(const DeviceLayer& layer, Buffers& b, size_t rows, cuda::RotateQkv rotation,
@@ -160,12 +161,13 @@ class DeviceTransformer : public ForwardPass {
   cuda::DeviceArray<float> logits_, all_logits_;  // [max_batch, widest], [ranks, max_batch, widest]
   cuda::HostArray<float> host_logits_;            // the same
   cuda::HostArray<int32_t> host_rows_;            // [2, max_batch]: ids, positions
-  // The last step's work, once a shape has been seen twice: its first step runs piece by piece, so
-  // that libraries make their plans.
+  // The last step's work, once a shape has been seen twice on all ranks: its first step runs piece
+  // by piece, so that libraries make their plans.
   struct {
     size_t rows = 0;
     uint64_t shape = 0;
-    std::unique_ptr<cuda::Device::Graph> graph;
+    bool ready = false;
+    std::unique_ptr<cuda::Device::Graph> graph;  // of one rank; a group keeps its own
   } captured_;
   cuda::HostArray<uint16_t> host_k_, host_v_;  // of a prompt's layer; they only grow
   cuda::HostArray<float> host_q_;              // [kLastQueries, heads, head_dim]

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <mutex>
+#include <optional>
 
 #include "kernels/base/error.h"
 #include "parallel/communicator.h"
@@ -17,6 +18,36 @@ namespace {
 constexpr uint64_t kSeed = 7;
 constexpr size_t kPrompt = 40;
 
+// Counts what was captured and launched.
+struct CountingGroup final : DeviceGroup {
+  explicit CountingGroup(std::unique_ptr<DeviceGroup> of) : group(std::move(of)) {}
+  std::unique_ptr<DeviceGroup> group;
+  bool refuses = false;
+  int captures = 0, launches = 0;
+
+  int rank() const override { return group->rank(); }
+  int size() const override { return group->size(); }
+  void sum(float* inout, size_t count) override { group->sum(inout, count); }
+  void gather(const void* own, void* all, size_t count) override { group->gather(own, all, count); }
+  void wait() override { group->wait(); }
+  bool all_agree(bool mine) override { return group->all_agree(mine); }
+  bool capture(const std::function<void()>& work) override {
+    ++captures;
+    return !refuses && group->capture(work);
+  }
+  void launch() override {
+    ++launches;
+    group->launch();
+  }
+};
+
+// Its shape is what the test says. An emulated graph runs this class's code again.
+struct ShapedAttention final : PlainDeviceAttention {
+  using PlainDeviceAttention::PlainDeviceAttention;
+  std::optional<uint64_t> given;
+  uint64_t shape() const override { return given ? *given : PlainDeviceAttention::shape(); }
+};
+
 // An emulated device's memory is the host's, and its stream is always done.
 struct Rank {
   ModelConfig config = random_model_config();
@@ -24,16 +55,16 @@ struct Rank {
   std::unique_ptr<cuda::ModelOps> model = cuda::make_emulated_model_ops(*device);
   std::unique_ptr<cuda::LinearOps> linear = cuda::make_emulated_linear_ops(*device);
   std::unique_ptr<cuda::DenseOps> dense = cuda::make_emulated_dense_ops(*device);
-  std::unique_ptr<DeviceGroup> group;
-  PlainDeviceAttention cache;
+  CountingGroup group;
+  ShapedAttention cache;
   DeviceTransformer transformer;
 
   Rank(Communicator& ranks, const std::function<void(Weights&)>& change)
-      : group(make_host_group(ranks)),
+      : group(make_host_group(ranks, *device)),
         cache(*device, size_t(config.kv_heads / ranks.size()), size_t(config.heads_per_group()),
               size_t(config.head_dim), DType::F16),
         transformer(config, weights_of(ranks, change), *device, {*model, *linear, *dense}, cache,
-                    group.get(),
+                    &group,
                     {.originals = DType::F16,
                      .weights = DType::F32,
                      .max_batch = 2,
@@ -90,6 +121,53 @@ TEST(DeviceRanks, LogitsAreTheSameOnAllRanksAndCloseForEveryNumber) {
     for (size_t i = 0; i < one.size(); ++i)
       EXPECT_NEAR(several[i], one[i], kReordering * largest) << tensor << " ranks, logit " << i;
   }
+}
+
+// Logits of steps of one sequence, whose shapes are given; on rank 1 perhaps others.
+struct Steps {
+  std::vector<float> logits;
+  int captures = 0, launches = 0;
+};
+Steps decode_shapes(const std::vector<uint64_t>& shapes, const std::vector<uint64_t>& of_rank_1,
+                    bool refuses = false) {
+  std::vector<Steps> by_rank(2);
+  run_thread_ranks(2, [&](Communicator& ranks) {
+    Rank rank(ranks, {});
+    rank.group.refuses = refuses;
+    Steps& out = by_rank[size_t(ranks.rank())];
+    rank.transformer.prefill(0, prompt(0));
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      rank.cache.given = ranks.rank() == 1 ? of_rank_1[i] : shapes[i];
+      const DecodeOutput step = rank.transformer.decode(
+          std::vector<DecodeInput>{{0, int32_t(5 + i), int64_t(kPrompt + i)}});
+      out.logits.insert(out.logits.end(), step.logits.begin(), step.logits.end());
+    }
+    out.captures = rank.group.captures;
+    out.launches = rank.group.launches;
+  });
+  EXPECT_EQ(by_rank[0].logits, by_rank[1].logits);
+  EXPECT_EQ(by_rank[0].captures, by_rank[1].captures) << "one rank captured, the other did not";
+  EXPECT_EQ(by_rank[0].launches, by_rank[1].launches);
+  return by_rank[0];
+}
+
+TEST(DeviceRanks, AStepIsCapturedWhereItsShapeStaysOnAllRanks) {
+  const std::vector<uint64_t> always_new = {1, 2, 3, 4, 5, 6};
+  const Steps plain = decode_shapes(always_new, always_new);
+  EXPECT_EQ(plain.captures, 0);
+  EXPECT_EQ(plain.launches, 0);
+  const auto check = [&](const Steps& steps, int captures, int launches) {
+    EXPECT_EQ(steps.logits, plain.logits);
+    EXPECT_EQ(steps.captures, captures);
+    EXPECT_EQ(steps.launches, launches);
+  };
+  const std::vector<uint64_t> same = {1, 1, 1, 1, 1, 1}, changes = {1, 1, 1, 2, 2, 2};
+  check(decode_shapes(same, same), 1, 5);
+  check(decode_shapes(changes, changes), 2, 4);
+  check(decode_shapes(same, changes), 2, 4);  // devices of two kinds: other splits
+  check(decode_shapes(changes, same), 2, 4);
+  check(decode_shapes(same, always_new), 0, 0);
+  check(decode_shapes(same, same, true), 5, 0);
 }
 
 TEST(DeviceRanks, AValueThatOneRankCannotRoundIsNamedByAll) {
