@@ -68,6 +68,13 @@ int32_t sample_greedy(std::span<const float> logits) {
   return int32_t(best);
 }
 
+int32_t sample_greedy(int32_t token, float logit) {
+  CERTKV_EXPECT(token >= 0, InvalidArgument, "token {} has no logit", token);
+  CERTKV_EXPECT(logit < INFINITY, NonFinite, "logit of token {} is {}", token, logit);
+  CERTKV_EXPECT(logit > -INFINITY, NonFinite, "all logits are -inf");
+  return token;
+}
+
 int32_t sample_token(std::span<const float> logits, const SampleOptions& options, double uniform) {
   CERTKV_EXPECT(options.temperature >= 0 && std::isfinite(options.temperature), InvalidArgument,
                 "temperature is {}: a finite number of at least 0 is needed", options.temperature);

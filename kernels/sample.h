@@ -23,6 +23,9 @@ double uniform_at(uint64_t seed, uint64_t request, uint64_t position);
 // Throws NonFinite if a logit is NaN or +infinity, or if all are -infinity; InvalidArgument for none.
 int32_t sample_greedy(std::span<const float> logits);
 
+// The same where that token and its logit have been found elsewhere; a NaN counts as the largest.
+int32_t sample_greedy(int32_t token, float logit);
+
 // temperature 0: sample_greedy. Otherwise, in this order: logits / temperature; the top_k largest
 // (ties: lowest ids first); softmax; the smallest prefix, largest first, whose mass reaches top_p;
 // the token at `uniform` of what is left. All in double.

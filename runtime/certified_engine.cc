@@ -383,7 +383,10 @@ void CertifiedEngine::decode(Policy policy) {
   std::vector<DecodeInput> inputs;
   std::vector<int64_t> handles;
   for (auto g : rows) {
-    inputs.push_back({g->handle, g->tokens.back(), g->position()});
+    inputs.push_back({.sequence = g->handle,
+                      .token = g->tokens.back(),
+                      .position = g->position(),
+                      .only_best = g->greedy()});
     handles.push_back(g->handle);
   }
   const auto scrubbing = Clock::now();
@@ -430,9 +433,12 @@ void CertifiedEngine::decode(Policy policy) {
            mine.error ? mine.error_text : "on another rank of the group; its log says more");
     } else {
       const size_t vocab = size_t(parts_.config->vocab);
-      const std::span<const float> logits(out.logits.data() + i * vocab, vocab);
+      const DecodeOutput::Best& best = out.best[i];
       try {  // every rank draws from the same logits
-        g.accept(sample_token(logits, g.sample_options(), g.uniform()));
+        g.accept(best.token >= 0
+                     ? sample_greedy(best.token, best.logit)
+                     : sample_token(std::span(out.logits).subspan(i * vocab, vocab),
+                                    g.sample_options(), g.uniform()));
         ++tokens_;
         ++record.tokens;
       } catch (const Error& e) {

@@ -12,9 +12,10 @@
 namespace certkv {
 
 struct DecodeInput {
-  int64_t sequence = 0;  // handle of the cache
-  int32_t token = 0;     // the newest token
-  int64_t position = 0;  // its position: tokens the sequence had before it
+  int64_t sequence = 0;    // handle of the cache
+  int32_t token = 0;       // the newest token
+  int64_t position = 0;    // its position: tokens the sequence had before it
+  bool only_best = false;  // the largest logit and its token will do
 };
 
 // What of a layer was the first not to be finite.
@@ -22,7 +23,15 @@ enum class LayerPart : uint8_t { KeyValue, Attention, Mlp };
 const char* layer_part_text(LayerPart part);  // "the attention output"
 
 struct DecodeOutput {
-  std::vector<float> logits;  // [rows, vocab]
+  // [rows, vocab]; not set for rows whose best says enough, and empty where all do.
+  std::vector<float> logits;
+  // Of a row with only_best the largest logit with the lowest token, a NaN counting as largest;
+  // token -1 where the row has its logits: a forward pass may always give them.
+  struct Best {
+    int32_t token = -1;
+    float logit = 0;
+  };
+  std::vector<Best> best;  // [rows]
   // Per row: the first layer with a NaN or an infinity, -1 if none. Such a row's logits are not to
   // be used: its request fails with NonFinite, the others go on.
   std::vector<int> nonfinite_layer;       // [rows]

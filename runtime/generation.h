@@ -27,6 +27,8 @@ struct Generation {
   SampleOptions sample_options() const {
     return {sampling.temperature, sampling.top_k, sampling.top_p};
   }
+  // Whether the largest logit alone decides; see sample_token.
+  bool greedy() const { return sampling.temperature == 0 || sampling.top_k == 1; }
   // The draw for the next token: depends on seed, request and position alone.
   double uniform() const { return uniform_at(sampling.seed, request_id, tokens.size()); }
   // Position of the newest token.

@@ -2,6 +2,7 @@
 // pointer is memory of the device.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -84,10 +85,26 @@ struct Conversion {
   uint64_t count = 0;
 };
 
-// ids[r] = the smallest i with the largest x[r, i]; -1 where the row has a NaN.
+// An element of a row and its place as one word: of two, the larger is that of the larger element,
+// or of the smaller place among equals; -0 equals 0, a NaN is above infinity. Never 0.
+CERTKV_HD inline uint64_t argmax_word(float x, uint32_t place) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x == 0.0f ? 0.0f : x);
+  const uint32_t order = x != x ? ~0u : (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+  return uint64_t(order) << 32 | (~0u - place);
+}
+inline uint32_t argmax_place(uint64_t word) {
+  return ~0u - uint32_t(word);
+}
+inline float argmax_value(uint64_t word) {  // a NaN where it is one
+  const uint32_t order = uint32_t(word >> 32);
+  return std::bit_cast<float>((order & 0x80000000u) != 0 ? order & 0x7fffffffu : ~order);
+}
+
+// best[r] = the largest argmax_word of row r.
 struct ArgmaxRows {
   const float* x = nullptr;  // [rows, n]
-  int32_t* ids = nullptr;    // [rows]
+  size_t stride = 0;         // floats from a row to the next
+  uint64_t* best = nullptr;  // [rows]
   size_t rows = 0, n = 0;
 };
 

@@ -13,6 +13,7 @@ namespace certkv::cuda {
 inline constexpr int kRowThreads = 1024;  // of a block that does one row
 inline constexpr int kHeadThreads = 128;  // of a block that does one head
 inline constexpr int kSumParts = 32;
+inline constexpr size_t kArgmaxPart = 4096;  // elements of a row that one block looks at
 // Elements that a thread asks for before it stores any: a compiler may not move a load over a
 // store.
 inline constexpr int kAhead = 4;
@@ -209,25 +210,20 @@ struct RotateHead {
   }
 };
 
-// One row by one block. An element as a word that orders as (value, smaller index first).
-struct ArgmaxRow {
+// One part of a row by one block.
+struct ArgmaxPart {
   const ArgmaxRows& a;
-  size_t row;
+  size_t row, part;
   uint64_t* shared;  // [threads + kSumParts]
   int threads;
 
-  // Larger is better: the float's order as an integer, then the index from above. A NaN is above
-  // everything.
-  CERTKV_INLINE static uint64_t rank(float x, size_t i) {
-    const uint32_t u = std::bit_cast<uint32_t>(x == 0.0f ? 0.0f : x);
-    const uint32_t order = x != x ? 0xffffffffu : (u & 0x80000000u) != 0 ? ~u : u | 0x80000000u;
-    return uint64_t(order) << 32 | (0xffffffffu - uint32_t(i));
-  }
   CERTKV_INLINE void best(int thread) const {
+    const size_t first = part * kArgmaxPart;
+    const size_t end = a.n - first < kArgmaxPart ? a.n : first + kArgmaxPart;
     uint64_t top = 0;
-    for (size_t i = size_t(thread); i < a.n; i += size_t(threads)) {
-      const uint64_t r = rank(a.x[row * a.n + i], i);
-      if (r > top) top = r;
+    for (size_t i = first + size_t(thread); i < end; i += size_t(threads)) {
+      const uint64_t word = argmax_word(a.x[row * a.stride + i], uint32_t(i));
+      if (word > top) top = word;
     }
     shared[thread] = top;
   }
@@ -237,11 +233,16 @@ struct ArgmaxRow {
       if (shared[i] > top) top = shared[i];
     shared[threads + thread] = top;
   }
+  // Parts meet in any order: the largest of whole numbers does not depend on it.
   CERTKV_INLINE void finish() const {
     uint64_t top = 0;
     for (int i = 0; i < kSumParts; ++i)
       if (shared[threads + i] > top) top = shared[threads + i];
-    a.ids[row] = top >> 32 == 0xffffffffu ? -1 : int32_t(0xffffffffu - uint32_t(top));
+#if defined(__CUDA_ARCH__)
+    atomicMax(reinterpret_cast<unsigned long long*>(a.best + row), (unsigned long long)(top));
+#else
+    if (top > a.best[row]) a.best[row] = top;
+#endif
   }
 };
 

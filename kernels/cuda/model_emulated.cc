@@ -62,10 +62,13 @@ class EmulatedModelOps final : public ModelOps {
     check_rows(a);
     std::vector<uint64_t> shared(kRowThreads + kSumParts);
     for (size_t r = 0; r < a.rows; ++r) {
-      const ArgmaxRow row{a, r, shared.data(), kRowThreads};
-      for (int t = 0; t < kRowThreads; ++t) row.best(t);
-      for (int t = 0; t < kSumParts; ++t) row.join(t);
-      row.finish();
+      a.best[r] = 0;
+      for (size_t part = 0; part * kArgmaxPart < a.n; ++part) {
+        const ArgmaxPart row{a, r, part, shared.data(), kRowThreads};
+        for (int t = 0; t < kRowThreads; ++t) row.best(t);
+        for (int t = 0; t < kSumParts; ++t) row.join(t);
+        row.finish();
+      }
     }
   }
 
@@ -106,6 +109,8 @@ void check_rows(const Conversion& a) {
 void check_rows(const ArgmaxRows& a) {
   CERTKV_EXPECT(a.n > 0 && a.n <= size_t(std::numeric_limits<int32_t>::max()), InvalidArgument,
                 "argmax of rows of {} elements: 1 to 2^31 - 1 are possible", a.n);
+  CERTKV_EXPECT(a.rows <= 65535, InvalidArgument, "argmax of {} rows: up to 65535 are possible",
+                a.rows);
 }
 
 std::unique_ptr<ModelOps> make_emulated_model_ops(Device& device) {

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kHeadThreads) rotate_kernel(const RotateQkv a)
 
 __global__ void __launch_bounds__(kRowThreads) argmax_kernel(const ArgmaxRows a) {
   __shared__ uint64_t shared[kRowThreads + kSumParts];
-  const ArgmaxRow row{a, blockIdx.x, shared, kRowThreads};
+  const ArgmaxPart row{a, blockIdx.y, blockIdx.x, shared, kRowThreads};
   const int thread = int(threadIdx.x);
   row.best(thread);
   __syncthreads();
@@ -101,7 +101,10 @@ cudaError_t launch_convert(const Conversion& a, cudaStream_t stream) {
 }
 
 cudaError_t launch_argmax(const ArgmaxRows& a, cudaStream_t stream) {
-  argmax_kernel<<<unsigned(a.rows), kRowThreads, 0, stream>>>(a);
+  const cudaError_t error = cudaMemsetAsync(a.best, 0, a.rows * sizeof(uint64_t), stream);
+  if (error != cudaSuccess) return error;
+  const unsigned parts = unsigned((a.n + kArgmaxPart - 1) / kArgmaxPart);
+  argmax_kernel<<<dim3(parts, unsigned(a.rows)), kRowThreads, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

@@ -121,6 +121,9 @@ DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights we
   logits_ = {device, batch * vocab_widest_, kLogitsMemory};
   if (ranks_ > 1) all_logits_ = {device, ranks_ * batch * vocab_widest_, kLogitsMemory};
   host_logits_ = {device, ranks_ * batch * vocab_widest_, kLogitsMemory};
+  best_ = {device, batch, kLogitsMemory};
+  if (ranks_ > 1) all_best_ = {device, ranks_ * batch, kLogitsMemory};
+  host_best_ = {device, ranks_ * batch, kLogitsMemory};
   host_rows_ = {device, 2 * batch, "a step's tokens"};
   host_q_ = {device, KvAttention::kLastQueries * heads_ * head_dim_, "a prompt's last queries"};
   device.synchronize(Deadline::after(options.deadline));
@@ -195,7 +198,8 @@ uint64_t DeviceTransformer::step_bytes(const ModelConfig& c, int64_t tensor,
   const RankSizes s(c, tensor, options.weights);
   const uint64_t tokens =
       uint64_t(options.max_tokens == 0 ? c.max_tokens : std::min(options.max_tokens, c.max_tokens));
-  const uint64_t logits = 4 * s.vocab * (1 + (tensor > 1 ? uint64_t(tensor) : 0));
+  // And of each row the likeliest token.
+  const uint64_t logits = (4 * s.vocab + 8) * (1 + (tensor > 1 ? uint64_t(tensor) : 0));
   return tokens * 4 * uint64_t(c.head_dim) +
          options.max_batch * (s.row(tensor) + 2 * 4 + 4 * s.q + 4 * s.hidden + logits);
 }
@@ -275,7 +279,7 @@ void DeviceTransformer::finish_layer(size_t index, Buffers& b, const void* atten
   ops_.model.residual_norm(add);
 }
 
-void DeviceTransformer::logits(const Buffers& b, size_t rows) {
+void DeviceTransformer::project_logits(const Buffers& b, size_t rows) {
   ops_.linear.linear({.weight = weights_.lm_head_values(),
                       .dtype = weights_.dtype,
                       .out = weights_.vocab_rows,
@@ -285,10 +289,38 @@ void DeviceTransformer::logits(const Buffers& b, size_t rows) {
                       .y = logits_.data(),
                       .y_stride = vocab_widest_,
                       .rows = rows});
+}
+
+void DeviceTransformer::fetch_logits(size_t rows) {
   const size_t part = rows * vocab_widest_;
   if (group_ != nullptr && ranks_ > 1) group_->gather(logits_.data(), all_logits_.data(), part);
   const float* from = ranks_ > 1 ? all_logits_.data() : logits_.data();
   device_.copy(host_logits_.data(), from, ranks_ * part * sizeof(float));
+}
+
+void DeviceTransformer::fetch_best(size_t rows) {
+  ops_.model.argmax({.x = logits_.data(),
+                     .stride = vocab_widest_,
+                     .best = best_.data(),
+                     .rows = rows,
+                     .n = size_t(vocab_[rank_].count())});
+  const uint64_t* from = best_.data();
+  if (group_ != nullptr && ranks_ > 1) {
+    group_->gather(best_.data(), all_best_.data(), rows * sizeof(uint64_t) / sizeof(uint32_t));
+    from = all_best_.data();
+  }
+  device_.copy(host_best_.data(), from, ranks_ * rows * sizeof(uint64_t));
+}
+
+// Places are within a rank's part of the vocabulary.
+DecodeOutput::Best DeviceTransformer::best_of(size_t row, size_t rows) const {
+  uint64_t best = 0;
+  for (size_t r = 0; r < ranks_; ++r) {
+    const uint64_t word = host_best_[r * rows + row];
+    const uint32_t place = uint32_t(vocab_[r].begin) + cuda::argmax_place(word);
+    best = std::max(best, cuda::argmax_word(cuda::argmax_value(word), place));
+  }
+  return {int32_t(cuda::argmax_place(best)), cuda::argmax_value(best)};
 }
 
 void DeviceTransformer::copy_logits(size_t row, size_t rows, float* out) const {
@@ -351,7 +383,8 @@ std::vector<float> DeviceTransformer::prefill(int64_t sequence, std::span<const 
   for (size_t layer = 0; layer < weights_.layers.size(); ++layer) prefill_layer(layer, p, progress);
 
   norm(p.x.data() + (p.tokens - 1) * hidden_, weights_.final_norm, 1, p.chunk.normed.data());
-  logits(p.chunk, 1);
+  project_logits(p.chunk, 1);
+  fetch_logits(1);
   wait(&phases_.projections);
   std::vector<float> out(size_t(config_.vocab));
   copy_logits(0, 1, out.data());
@@ -487,7 +520,10 @@ DecodeOutput DeviceTransformer::decode(std::span<const DecodeInput> rows) {
 
 void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& out) {
   const size_t n = rows.size(), vocab = size_t(config_.vocab);
-  out.logits.resize(n * vocab);
+  Wanted wanted;
+  for (const DecodeInput& row : rows) (row.only_best ? wanted.best : wanted.logits) = true;
+  out.logits.resize(wanted.logits ? n * vocab : 0);
+  out.best.assign(n, {});
   out.fallback_layers.assign(n, 0);
   out.nonfinite_layer.assign(n, -1);
   out.nonfinite_part.assign(n, LayerPart::KeyValue);
@@ -511,7 +547,7 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   }
   cache_.begin_rows(sequences, step_.attention.data());
 
-  run_step(n);
+  run_step(n, wanted);
   if (group_ != nullptr) group_->wait();
   device_.synchronize(Deadline::after(options_.deadline));
 
@@ -519,34 +555,39 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
     const uint32_t code = fault_of(step_, n, r);
     out.nonfinite_layer[r] = fault_layer(code);
     if (code != cuda::kNoFault) out.nonfinite_part[r] = LayerPart(code % kParts);
-    copy_logits(r, n, out.logits.data() + r * vocab);
+    if (rows[r].only_best)
+      out.best[r] = best_of(r, n);
+    else
+      copy_logits(r, n, out.logits.data() + r * vocab);
   }
 }
 
 // Shapes change on all ranks alike, unless their devices differ, and with them the splits. What is
 // captured on one rank must be on all, so they agree.
-void DeviceTransformer::run_step(size_t n) {
-  bool same = captured_.rows == n && captured_.shape == cache_.shape();
+void DeviceTransformer::run_step(size_t n, Wanted wanted) {
+  bool same =
+      captured_.rows == n && captured_.shape == cache_.shape() && captured_.wanted == wanted;
   if (group_ != nullptr) same = group_->all_agree(same);
   if (!same) {
     captured_.graph.reset();
     captured_.ready = false;
     captured_.rows = n;
     captured_.shape = cache_.shape();
-    return enqueue_step(n);
+    captured_.wanted = wanted;
+    return enqueue_step(n, wanted);
   }
-  const auto work = [this, n] { enqueue_step(n); };
+  const auto work = [this, n, wanted] { enqueue_step(n, wanted); };
   if (group_ != nullptr) {
     if (!captured_.ready) captured_.ready = group_->capture(work);
-    return captured_.ready ? group_->launch() : enqueue_step(n);
+    return captured_.ready ? group_->launch() : enqueue_step(n, wanted);
   }
   if (!captured_.ready) captured_.graph = device_.capture(work);
   captured_.ready = true;
   device_.launch(*captured_.graph);
 }
 
-// From host_rows_ to host_logits_ and the rows' faults.
-void DeviceTransformer::enqueue_step(size_t n) {
+// From host_rows_ to what is wanted on the host, and the rows' faults.
+void DeviceTransformer::enqueue_step(size_t n, Wanted wanted) {
   Buffers& b = step_;
   device_.copy(b.ids.data(), host_rows_.data(), n * sizeof(int32_t));
   device_.copy(b.positions.data(), host_rows_.data() + n, n * sizeof(int32_t));
@@ -567,7 +608,9 @@ void DeviceTransformer::enqueue_step(size_t n) {
     finish_layer(layer, b, attention, n, x_.data(), b.fault.data(),
                  last ? &weights_.final_norm : &weights_.layers[layer + 1].input_norm);
   }
-  logits(b, n);
+  project_logits(b, n);
+  if (wanted.logits) fetch_logits(n);
+  if (wanted.best) fetch_best(n);
   collect_faults(b, n);
 }
 

@@ -80,7 +80,7 @@ class DeviceTransformer : public ForwardPass {
   // fallback_layers is 0: the cache answers in one call, whatever rung it takes.
   DecodeOutput decode(std::span<const DecodeInput> rows) override;
   // The same into memory that is used again: half a megabyte of logits a row is costly to take
-  // anew.
+  // anew. Rows with only_best have their best; their logits stay on the device.
   void decode(std::span<const DecodeInput> rows, DecodeOutput& out);
 
   // Gives the weights up; nothing may be called afterwards.
@@ -117,6 +117,11 @@ class DeviceTransformer : public ForwardPass {
     cuda::HostArray<uint32_t> host_faults;      // [ranks, rows]
   };
   struct Prompt;
+  // What a step brings to the host: half a megabyte of logits a row only where a row needs them.
+  struct Wanted {
+    bool logits = false, best = false;
+    bool operator==(const Wanted&) const = default;
+  };
 
   Buffers make_buffers(size_t rows, bool prompt);
   void prefill_layer(size_t layer, Prompt& p, const Progress& progress);
@@ -125,8 +130,8 @@ class DeviceTransformer : public ForwardPass {
   void attend_prompt(Prompt& p, size_t first, size_t rows);
   void check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows);
 
-  void run_step(size_t rows);  // enqueues it, captured or piece by piece
-  void enqueue_step(size_t rows);
+  void run_step(size_t rows, Wanted wanted);  // enqueues it, captured or piece by piece
+  void enqueue_step(size_t rows, Wanted wanted);
   void project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y);
   void project_qkv(const DeviceLayer& layer, Buffers& b, size_t rows, cuda::RotateQkv rotation,
                    size_t index);
@@ -135,7 +140,10 @@ class DeviceTransformer : public ForwardPass {
   void finish_layer(size_t index, Buffers& b, const void* attention, size_t rows, float* x,
                     uint32_t* fault, const cuda::DeviceArray<float>* next);
   void norm(const float* x, const cuda::DeviceArray<float>& weight, size_t rows, void* normed);
-  void logits(const Buffers& b, size_t rows);  // of b.normed, to host_logits_
+  void project_logits(const Buffers& b, size_t rows);  // of b.normed, to logits_
+  void fetch_logits(size_t rows);                      // to host_logits_, of all ranks
+  void fetch_best(size_t rows);                        // to host_best_, of all ranks
+  DecodeOutput::Best best_of(size_t row, size_t rows) const;
   void copy_logits(size_t row, size_t rows, float* out) const;
   void collect_faults(Buffers& b, size_t rows);
   uint32_t fault_of(const Buffers& b, size_t rows, size_t row) const;
@@ -160,12 +168,15 @@ class DeviceTransformer : public ForwardPass {
   cuda::DeviceArray<float> x_;                    // [max_batch, hidden]
   cuda::DeviceArray<float> logits_, all_logits_;  // [max_batch, widest], [ranks, max_batch, widest]
   cuda::HostArray<float> host_logits_;            // the same
+  cuda::DeviceArray<uint64_t> best_, all_best_;   // [max_batch], [ranks, max_batch]: argmax_word
+  cuda::HostArray<uint64_t> host_best_;           // [ranks, max_batch]
   cuda::HostArray<int32_t> host_rows_;            // [2, max_batch]: ids, positions
   // The last step's work, once a shape has been seen twice on all ranks: its first step runs piece
   // by piece, so that libraries make their plans.
   struct {
     size_t rows = 0;
     uint64_t shape = 0;
+    Wanted wanted;
     bool ready = false;
     std::unique_ptr<cuda::Device::Graph> graph;  // of one rank; a group keeps its own
   } captured_;

@@ -389,21 +389,39 @@ TEST_F(ModelOpsOnDevice, AConversionRoundsToNearestEvenBetweenAllTypes) {
   }
 }
 
-TEST_F(ModelOpsOnDevice, TheLargestElementIsFoundTheFirstOfEqualsAndNoneWhereThereIsANan) {
-  const size_t n = 3000;
-  std::vector<float> x0 = normal(6 * n, 15);
-  x0[0 * n + 2999] = 100;
-  x0[1 * n + 700] = x0[1 * n + 1700] = 100;
-  std::fill_n(x0.begin() + 2 * n, n, -5.0f);
-  x0[2 * n + 4] = -4.0f;
-  std::fill_n(x0.begin() + 3 * n, n, -0.0f);
-  x0[3 * n + 9] = 0.0f;  // equal to the others
-  x0[4 * n + 1000] = kNan;
-  std::fill_n(x0.begin() + 5 * n, n, -kInf);
-  const auto x = put(x0);
-  const auto ids = room<int32_t>(6);
-  ops_->argmax({x.data(), ids.data(), 6, n});
-  EXPECT_EQ(get(ids), (std::vector<int32_t>{2999, 700, 4, 0, -1, 0}));
+// Rows of one part and of several, with a gap behind each that counts for nothing.
+TEST_F(ModelOpsOnDevice, TheLargestElementIsFoundTheFirstOfEqualsAndANanAboveAll) {
+  for (const size_t n : {size_t(3000), size_t(20000)}) {
+    const size_t last = n - 1, stride = n + 5;
+    std::vector<float> x0 = normal(7 * stride, 15);
+    const auto row = [&](size_t r) { return x0.data() + r * stride; };
+    row(0)[last] = 100;
+    row(1)[700] = row(1)[last] = row(1)[1700] = 100;
+    std::fill_n(row(2), n, -5.0f);
+    row(2)[4] = -4.0f;
+    std::fill_n(row(3), n, -0.0f);
+    row(3)[9] = 0.0f;  // equal to the others
+    row(4)[1000] = row(4)[2000] = kNan;
+    row(4)[2] = kInf;
+    std::fill_n(row(5), n, -kInf);
+    row(6)[last - 1] = kInf;
+    for (size_t r = 0; r < 7; ++r) std::fill_n(row(r) + n, 5, kNan);
+    const auto x = put(x0);
+    const auto best = room<uint64_t>(7);
+    ops_->argmax({x.data(), stride, best.data(), 7, n});
+    const std::vector<uint64_t> words = get(best);
+    const size_t places[] = {last, 700, 4, 0, 1000, 0, last - 1};
+    const float values[] = {100, 100, -4, 0, kNan, -kInf, kInf};
+    for (size_t r = 0; r < 7; ++r) {
+      EXPECT_EQ(cuda::argmax_place(words[r]), places[r]) << "row " << r << " of " << n;
+      if (r == 4)
+        EXPECT_TRUE(std::isnan(cuda::argmax_value(words[r])));
+      else
+        EXPECT_EQ(cuda::argmax_value(words[r]), values[r]) << "row " << r << " of " << n;
+    }
+  }
+  EXPECT_NE(thrown_by([&] { ops_->argmax({.rows = 1, .n = 0}); }).find("0 elements"),
+            std::string::npos);
 }
 
 TEST_F(ModelOpsOnDevice, WhatCannotBeDoneIsRefused) {

@@ -34,6 +34,20 @@ TEST(Greedy, TakesTheLargestAndTheLowestIdAmongEquals) {
   EXPECT_EQ(sample_greedy(std::array{-0.0f, 0.0f}), 0);
 }
 
+TEST(Greedy, TakesWhatWasFoundElsewhereUnlessItIsNoNumber) {
+  EXPECT_EQ(sample_greedy(7, -3.0f), 7);
+  EXPECT_EQ(sample_greedy(0, std::numeric_limits<float>::lowest()), 0);
+  for (float bad : {kNan, kInf, -kInf}) {
+    ErrorKind kind = ErrorKind::Stopped;
+    try {
+      sample_greedy(7, bad);
+    } catch (const Error& e) {
+      kind = e.kind();
+    }
+    EXPECT_EQ(kind, ErrorKind::NonFinite) << bad;
+  }
+}
+
 TEST(Sample, LogitsThatAreNotNumbersAreAnErrorWhateverTheTemperature) {
   for (double temperature : {0.0, 1.0}) {
     for (const auto& logits : {std::array{1.0f, kNan}, std::array{kNan, 1.0f},

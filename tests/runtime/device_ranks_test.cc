@@ -1,11 +1,15 @@
 // Several ranks of the device's forward pass, each on an emulated device, as threads.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <mutex>
 #include <optional>
+#include <set>
+#include <span>
 
 #include "kernels/base/error.h"
+#include "kernels/sample.h"
 #include "parallel/communicator.h"
 #include "runtime/device/device_transformer.h"
 #include "tests/support/plain_device_attention.h"
@@ -120,6 +124,56 @@ TEST(DeviceRanks, LogitsAreTheSameOnAllRanksAndCloseForEveryNumber) {
     ASSERT_EQ(several.size(), one.size());
     for (size_t i = 0; i < one.size(); ++i)
       EXPECT_NEAR(several[i], one[i], kReordering * largest) << tensor << " ranks, logit " << i;
+  }
+}
+
+// Steps of two sequences; only[i]: of which rows the largest logit is enough in step i.
+std::vector<DecodeOutput> decode_only(Communicator& ranks,
+                                      const std::vector<std::array<bool, 2>>& only) {
+  Rank rank(ranks, {});
+  rank.cache.given = 1;
+  for (int s : {0, 1}) rank.transformer.prefill(s, prompt(s));
+  std::vector<DecodeOutput> out;
+  for (size_t i = 0; i < only.size(); ++i)
+    out.push_back(rank.transformer.decode(
+        std::vector<DecodeInput>{{0, int32_t(5 + i), int64_t(kPrompt + i), only[i][0]},
+                                 {1, int32_t(90 - i), int64_t(kPrompt + i), only[i][1]}}));
+  return out;
+}
+
+// What a row is asked for is a shape of its own, but changes no result: new, captured, and launched
+// again.
+TEST(DeviceRanks, TheBestTokenIsThatOfTheLogitsOnAnyNumberOfRanks) {
+  std::vector<std::array<bool, 2>> only;
+  for (const std::array<bool, 2> rows : {std::array{true, true}, std::array{false, true},
+                                         std::array{true, false}, std::array{false, false}})
+    only.insert(only.end(), 3, rows);
+  for (int tensor : {1, 2, 4}) {
+    run_thread_ranks(tensor, [&](Communicator& ranks) {
+      const std::vector<DecodeOutput> all =
+          decode_only(ranks, std::vector<std::array<bool, 2>>(only.size()));
+      const std::vector<DecodeOutput> some = decode_only(ranks, only);
+      std::set<int32_t> tokens;
+      for (size_t i = 0; i < only.size(); ++i) {
+        const size_t vocab = all[i].logits.size() / 2;
+        EXPECT_EQ(some[i].logits.empty(), only[i][0] && only[i][1]) << "step " << i;
+        for (size_t r = 0; r < 2; ++r) {
+          const std::span logits = std::span(all[i].logits).subspan(r * vocab, vocab);
+          const DecodeOutput::Best& best = some[i].best[r];
+          EXPECT_EQ(all[i].best[r].token, -1);
+          if (only[i][r]) {
+            tokens.insert(best.token);
+            EXPECT_EQ(best.token, sample_greedy(logits)) << "step " << i << " row " << r;
+            EXPECT_EQ(best.logit, logits[size_t(best.token)]);
+          } else {
+            EXPECT_EQ(best.token, -1);
+            EXPECT_TRUE(std::equal(logits.begin(), logits.end(),
+                                   some[i].logits.begin() + ptrdiff_t(r * vocab)));
+          }
+        }
+      }
+      EXPECT_GT(tokens.size(), 4u) << "no choice to speak of";
+    });
   }
 }
 
