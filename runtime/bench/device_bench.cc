@@ -122,6 +122,7 @@ class SyntheticRows : public DeviceAttention {
     device_.copy(now_.data(), all_.data() + size_t(step_++ % steps_) * row_, row_ * sizeof(float));
   }
   void decode(int layer, const float*) override { inner_.decode(layer, now_.data()); }
+  void end_rows() override { inner_.end_rows(); }
   uint64_t shape() const override { return inner_.shape(); }
 
  private:

@@ -22,6 +22,9 @@ class DeviceAttention {
   // after norms and RoPE: queries of all local heads (head = kv_head * heads_per_group + j), then
   // keys, then values, not yet rounded.
   virtual void decode(int layer, const float* qkv) = 0;
+  // After the last layer: enqueues what the step's end reads of the device, outside of what is
+  // captured, so that one wait serves the step and its end.
+  virtual void end_rows() {}
   // Of the rows under way: as long as it stays the same, what decode() has enqueued for every layer
   // may be enqueued again as it was (cuda::Device::capture), for it reads what differs from the
   // device's memory.

@@ -63,6 +63,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
                      const uint16_t* v, std::span<const float> last_q) override;
   void begin_rows(std::span<const int64_t> sequences, float* out) override;
   void decode(int layer, const float* qkv) override;
+  void end_rows() override;
   uint64_t shape() const override { return shape_; }
 
   // What the decodes of a prompt, one for each policy, take on the device; beside it, and shared
@@ -125,6 +126,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   std::vector<int64_t> rows_;  // of the step under way
   uint64_t step_number_ = 0;
   uint64_t shape_ = 0;
+  bool reports_enqueued_ = false;  // of the step under way
   int64_t next_ = 1;
 };
 

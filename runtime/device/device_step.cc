@@ -84,6 +84,7 @@ void DeviceCache::reserve_staging(size_t entries) {
 
 void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   rows_.assign(sequences.begin(), sequences.end());
+  reports_enqueued_ = false;
   StepBuffers& b = *step_;
   const size_t layers = size_t(config_.layers), heads = size_t(heads_.count());
   const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
@@ -362,7 +363,8 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
   ops_.learn(of_climbed);
 }
 
-void DeviceCache::end_step() {
+void DeviceCache::end_rows() {
+  reports_enqueued_ = true;
   for (int64_t handle : rows_) {
     Sequence& s = at(handle);
     device_.copy(s.marks_host.data(), s.marks.data(), s.marks.bytes());
@@ -370,6 +372,10 @@ void DeviceCache::end_step() {
     device_.copy(s.judged_host.data(), s.judged.data(), s.judged.bytes());
     device_.copy(s.candidate_host.data(), s.candidate.data(), s.candidate.bytes());
   }
+}
+
+void DeviceCache::end_step() {
+  if (!reports_enqueued_) end_rows();
   device_.synchronize(Deadline::after(kDeviceDeadline));
   for (int64_t handle : rows_) {
     Sequence& s = at(handle);

@@ -548,6 +548,7 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   cache_.begin_rows(sequences, step_.attention.data());
 
   run_step(n, wanted);
+  cache_.end_rows();
   if (group_ != nullptr) group_->wait();
   device_.synchronize(Deadline::after(options_.deadline));
 

@@ -49,6 +49,16 @@ struct CountingGroup final : DeviceGroup {
 struct ShapedAttention final : PlainDeviceAttention {
   using PlainDeviceAttention::PlainDeviceAttention;
   std::optional<uint64_t> given;
+  int layers = 0, ended = 0;  // of the step under way; steps that ended behind their layers
+  void begin_rows(std::span<const int64_t> sequences, float* out) override {
+    PlainDeviceAttention::begin_rows(sequences, out);
+    layers = 0;
+  }
+  void decode(int layer, const float* qkv) override {
+    PlainDeviceAttention::decode(layer, qkv);
+    ++layers;
+  }
+  void end_rows() override { ended += layers > 0 ? 1 : 0; }
   uint64_t shape() const override { return given ? *given : PlainDeviceAttention::shape(); }
 };
 
@@ -196,6 +206,8 @@ Steps decode_shapes(const std::vector<uint64_t>& shapes, const std::vector<uint6
           std::vector<DecodeInput>{{0, int32_t(5 + i), int64_t(kPrompt + i)}});
       out.logits.insert(out.logits.end(), step.logits.begin(), step.logits.end());
     }
+    EXPECT_EQ(rank.cache.layers, rank.config.layers);
+    EXPECT_EQ(rank.cache.ended, int(shapes.size()));
     out.captures = rank.group.captures;
     out.launches = rank.group.launches;
   });
