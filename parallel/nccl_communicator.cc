@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <vector>
 
 #include "kernels/base/log.h"
@@ -87,10 +88,11 @@ class NcclRank final : public NcclCommunicator {
   using Communicator::wait;
   void wait(std::chrono::milliseconds silence) override;
 
-  std::string capture(const std::function<void()>& work) override;
-  void launch() override;
+  std::string capture(uint64_t number, const std::function<void()>& work) override;
+  void launch(uint64_t number) override;
+  void forget(uint64_t number) noexcept override { captured_.erase(number); }
   void discard() noexcept override {
-    captured_ = {};
+    captured_.clear();
     handle_.abort();
   }
 
@@ -221,7 +223,7 @@ class NcclRank final : public NcclCommunicator {
   // runs goes with the end of its kernels, which the abort brings about.
   void stop() noexcept {
     handle_.abort();
-    captured_ = {};
+    captured_.clear();
     if (stopped_) return;
     stopped_ = true;
     if (handle_.wait_abort(options_.abort_time)) return;
@@ -256,8 +258,10 @@ class NcclRank final : public NcclCommunicator {
   struct Captured {
     std::unique_ptr<cuda::Device::Graph> graph;
     size_t bytes = 0;  // moved by a launch
-  } captured_;
+  };
+  std::map<uint64_t, Captured> captured_;
   bool capturing_ = false;
+  size_t capturing_bytes_ = 0;
   std::vector<Finish> finish_;  // of what is under way
   struct Votes {
     std::span<VerdictRecord> inout;
@@ -306,7 +310,7 @@ void NcclRank::set_up(const NcclApi& api) {
 
 NcclRank::~NcclRank() {
   LifeTable& life = life_.life();
-  if (under_way_ == 0) captured_ = {};  // or close() would wait for it
+  if (under_way_ == 0) captured_.clear();  // or close() would wait for it
   if (under_way_ > 0 && !life.broken()) {
     life_.fail(ErrorKind::CommError,
                fmt::format("{} left with operations under way", peer_name(rank())));
@@ -342,7 +346,7 @@ void NcclRank::enqueue(const char* name, size_t bytes, Stream stream,
   what_ = name;
   if (capturing_) {
     steps();
-    captured_.bytes += bytes;
+    capturing_bytes_ += bytes;
     return;
   }
   if (under_way_ == 0) first_ = name;
@@ -356,16 +360,18 @@ void NcclRank::enqueue(const char* name, size_t bytes, Stream stream,
   bytes_ += bytes;
 }
 
-std::string NcclRank::capture(const std::function<void()>& work) {
+std::string NcclRank::capture(uint64_t number, const std::function<void()>& work) {
   throw_if_broken();
   CERTKV_EXPECT(under_way_ == 0, InvalidArgument, "a capture with {} operations under way",
                 under_way_);
-  captured_ = {};
+  captured_.erase(number);
   capturing_ = true;
+  capturing_bytes_ = 0;
   what_ = "the capture of a graph";
   std::string refused;
   try {
-    captured_.graph = device_.device().capture(work);
+    auto graph = device_.device().capture(work);
+    captured_[number] = {std::move(graph), capturing_bytes_};
   } catch (const Error& error) {
     capturing_ = false;
     if (error.kind() == ErrorKind::InvalidArgument) throw;
@@ -380,20 +386,22 @@ std::string NcclRank::capture(const std::function<void()>& work) {
   return refused;
 }
 
-void NcclRank::launch() {
-  CERTKV_EXPECT(captured_.graph != nullptr, InvalidArgument, "nothing has been captured");
+void NcclRank::launch(uint64_t number) {
+  const auto captured = captured_.find(number);
+  CERTKV_EXPECT(captured != captured_.end() || life_.life().broken(), InvalidArgument,
+                "nothing has been captured as number {}", number);
   throw_if_broken();
   alive();
   what_ = "a captured step";
   if (under_way_ == 0) first_ = what_;
   try {
-    device_.device().launch(*captured_.graph);
+    device_.device().launch(*captured->second.graph);
   } catch (const Error& error) {
     give_up(error);
   }
   ++enqueued_;
   ++under_way_;
-  bytes_ += captured_.bytes;
+  bytes_ += captured->second.bytes;
 }
 
 void NcclRank::reduce_verdict(std::span<VerdictRecord> inout, Stream stream) {

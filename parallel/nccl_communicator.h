@@ -5,7 +5,7 @@
 // what a CUDA graph has captured stays true. A Stream given to an operation must be the device's,
 // or null, which means the same.
 //
-// Operations on device views may be captured in a graph, which belongs to the communicator: NCCL
+// Operations on device views may be captured in graphs, which belong to the communicator: NCCL
 // neither finalizes nor gives up a communicator that a graph still refers to. Between a capture and
 // its launches nothing of the communicator changes: it stays non-blocking, a call that NCCL goes on
 // with by itself is waited for before the capture goes on, and what is launched is watched, timed
@@ -24,6 +24,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -44,16 +45,18 @@ struct NcclOptions {
 class NcclCommunicator : public Communicator {
  public:
   // Captures what `work` enqueues on the device's stream, this communicator's operations on device
-  // views included, in place of what was captured before; nothing of it is done yet. The same
+  // views included, under a number of the caller's; nothing of it is done yet. The same
   // operations must have been done outside of a capture before: `work` must neither allocate nor
   // wait. NCCL asks that all ranks capture an operation or none, and launch the same graph.
   // Returns "", or why NCCL or the device refused: then this communicator is good for nothing more,
   // and discard() is to follow on all ranks. Throws as operations do, where a peer failed or `work`
   // did something else wrong.
   // REQUIRES no operation under way.
-  virtual std::string capture(const std::function<void()>& work) = 0;
-  // One operation: all that was captured, once more.
-  virtual void launch() = 0;
+  virtual std::string capture(uint64_t number, const std::function<void()>& work) = 0;
+  // One operation: all that was captured under this number, once more.
+  virtual void launch(uint64_t number) = 0;
+  // What was captured under this number, if anything, is not needed any more.
+  virtual void forget(uint64_t number) noexcept = 0;
   // Aborts NCCL without a failure of the group. Only the destructor may follow.
   virtual void discard() noexcept = 0;
 };

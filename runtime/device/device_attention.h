@@ -25,7 +25,7 @@ class DeviceAttention {
   // After the last layer: enqueues what the step's end reads of the device, outside of what is
   // captured, so that one wait serves the step and its end.
   virtual void end_rows() {}
-  // Of the rows under way: as long as it stays the same, what decode() has enqueued for every layer
+  // Of the rows under way: what decode() has enqueued for every layer at a step of the same shape
   // may be enqueued again as it was (cuda::Device::capture), for it reads what differs from the
   // device's memory.
   virtual uint64_t shape() const = 0;

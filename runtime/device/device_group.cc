@@ -1,7 +1,10 @@
 #include "runtime/device/device_group.h"
 
+#include <algorithm>
+#include <map>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels/base/log.h"
 #include "parallel/communicator.h"
@@ -14,11 +17,11 @@
 namespace certkv {
 namespace {
 
-bool agree(Communicator& group, bool mine) {
-  uint64_t against = mine ? 0 : 1;
-  group.all_reduce_sum(view_u64(&against, 1), {});
+bool same_on_all(Communicator& group, uint64_t mine) {
+  std::vector<uint64_t> all(static_cast<size_t>(group.size()));
+  group.all_gather(view_u64(&mine, 1), view_u64(all.data(), all.size()), {});
   group.wait();
-  return against == 0;
+  return std::all_of(all.begin(), all.end(), [&](uint64_t one) { return one == all[0]; });
 }
 
 TensorView words(const void* data, size_t n, MemoryKind memory) {
@@ -40,17 +43,18 @@ class HostGroup final : public DeviceGroup {
     group_.wait();
   }
   void wait() override {}
-  bool all_agree(bool mine) override { return agree(group_, mine); }
-  bool capture(const std::function<void()>& work) override {
-    graph_ = device_.capture(work);
+  bool all_same(uint64_t mine) override { return same_on_all(group_, mine); }
+  bool capture(uint64_t number, const std::function<void()>& work) override {
+    graphs_[number] = device_.capture(work);
     return true;
   }
-  void launch() override { device_.launch(*graph_); }
+  void launch(uint64_t number) override { device_.launch(*graphs_.at(number)); }
+  void forget(uint64_t number) noexcept override { graphs_.erase(number); }
 
  private:
   Communicator& group_;
   cuda::Device& device_;
-  std::unique_ptr<cuda::Device::Graph> graph_;
+  std::map<uint64_t, std::unique_ptr<cuda::Device::Graph>> graphs_;
 };
 
 class NcclGroup final : public DeviceGroup {
@@ -73,12 +77,15 @@ class NcclGroup final : public DeviceGroup {
                       words(all, count * size_t(size()), MemoryKind::Device), {});
   }
   void wait() override { nccl_->wait(); }
-  bool all_agree(bool mine) override { return agree(group_, mine); }
+  bool all_same(uint64_t mine) override { return same_on_all(group_, mine); }
 
-  bool capture(const std::function<void()>& work) override {
+  bool capture(uint64_t number, const std::function<void()>& work) override {
     if (refused_) return false;
-    const std::string why = nccl_->capture(work);
-    if (all_agree(why.empty())) return true;
+    const std::string why = nccl_->capture(number, work);
+    uint64_t refusals = why.empty() ? 0 : 1;
+    group_.all_reduce_sum(view_u64(&refusals, 1), {});
+    group_.wait();
+    if (refusals == 0) return true;
     refused_ = true;
     log_warning(
         "{}: steps over several ranks are not captured in a graph, but enqueued call by call: {}",
@@ -88,7 +95,8 @@ class NcclGroup final : public DeviceGroup {
     nccl_ = make_nccl_communicator(std::move(spare_), api_, device_);
     return false;
   }
-  void launch() override { nccl_->launch(); }
+  void launch(uint64_t number) override { nccl_->launch(number); }
+  void forget(uint64_t number) noexcept override { nccl_->forget(number); }
 
  private:
   Communicator& group_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 
@@ -24,15 +25,17 @@ class DeviceGroup {
   // communicator does.
   virtual void wait() = 0;
 
-  // Between the hosts: true where every rank says so.
-  virtual bool all_agree(bool mine) = 0;
-  // Captures what `work` enqueues, sums and gathers included, as one piece, in place of what was
-  // captured before; the same must have been done once outside of a capture. False where a rank's
-  // NCCL or device refused: the log says why, the group goes on, and this is never tried again.
+  // Between the hosts: whether every rank says the same.
+  virtual bool all_same(uint64_t mine) = 0;
+  // Captures what `work` enqueues, sums and gathers included, as one piece under a number that is
+  // the same on all ranks; the same must have been done once outside of a capture. False where a
+  // rank's NCCL or device refused: the log says why, nothing is captured any more, nor ever will
+  // be, and the group goes on.
   // REQUIRES that the group's work has been waited for.
-  virtual bool capture(const std::function<void()>& work) = 0;
+  virtual bool capture(uint64_t number, const std::function<void()>& work) = 0;
   // Enqueues what was captured once more.
-  virtual void launch() = 0;
+  virtual void launch(uint64_t number) = 0;
+  virtual void forget(uint64_t number) noexcept = 0;  // on this rank
 };
 
 class Communicator;

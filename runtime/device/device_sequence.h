@@ -3,6 +3,7 @@
 #pragma once
 
 #include <limits>
+#include <map>
 #include <vector>
 
 #include "runtime/audit/capture.h"
@@ -77,7 +78,13 @@ struct DeviceCache::StepBuffers {
     uint64_t grown = 0;               // buffers that have moved
     std::vector<int64_t> by_library;  // sequences whose keys and values a library reads
     friend bool operator==(const Shape&, const Shape&) = default;
-  } shape;
+  };
+  // What shape() says of a step: the same where the shape has been before, also when others came
+  // between, unless buffers have moved since, or too many others came.
+  uint64_t name_of(const Shape& shape);
+  static constexpr size_t kNamed = 64;
+  std::map<uint64_t, Shape> named;
+  uint64_t names = 0;  // given so far
   uint64_t grown = 0;
   HostArray<cuda::PassItem> pass_host;
   HostArray<cuda::AppendItem> append_host;

@@ -152,8 +152,8 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
                                  b.staged_splits,
                                  b.grown,
                                  by_library() ? rows_ : std::vector<int64_t>{}};
-  if (!(shape == b.shape) || audit_ != nullptr) ++shape_;  // an audit waits within the step
-  b.shape = shape;
+  // An audit waits within the step: none is like another.
+  shape_ = audit_ == nullptr ? b.name_of(shape) : ++b.names;
 
   for (size_t row = 0; row < rows_.size(); ++row) {
     Sequence& s = at(rows_[row]);
@@ -361,6 +361,16 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
   cuda::LadderArgs of_climbed = ladder;
   of_climbed.climbed = true;
   ops_.learn(of_climbed);
+}
+
+uint64_t DeviceCache::StepBuffers::name_of(const Shape& shape) {
+  std::erase_if(named, [&](const auto& s) { return s.second.grown != shape.grown; });
+  const auto known =
+      std::find_if(named.begin(), named.end(), [&](const auto& s) { return s.second == shape; });
+  if (known != named.end()) return known->first;
+  if (named.size() == kNamed) named.erase(named.begin());
+  named[++names] = shape;
+  return names;
 }
 
 void DeviceCache::end_rows() {

@@ -94,7 +94,8 @@ DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights we
       rank_(group == nullptr ? 0 : size_t(group->rank())),
       max_tokens_(options.max_tokens == 0 ? config.max_tokens
                                           : std::min(options.max_tokens, config.max_tokens)),
-      weights_(std::move(weights)) {
+      weights_(std::move(weights)),
+      graphs_(device, group) {
   CERTKV_EXPECT(options.originals == DType::BF16 || options.originals == DType::F16,
                 InvalidArgument, "originals of type {}: BF16 or F16 is needed",
                 dtype_name(options.originals));
@@ -547,7 +548,8 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   }
   cache_.begin_rows(sequences, step_.attention.data());
 
-  run_step(n, wanted);
+  graphs_.run({n, cache_.shape(), wanted.logits, wanted.best},
+              [this, n, wanted] { enqueue_step(n, wanted); });
   cache_.end_rows();
   if (group_ != nullptr) group_->wait();
   device_.synchronize(Deadline::after(options_.deadline));
@@ -561,30 +563,6 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
     else
       copy_logits(r, n, out.logits.data() + r * vocab);
   }
-}
-
-// Shapes change on all ranks alike, unless their devices differ, and with them the splits. What is
-// captured on one rank must be on all, so they agree.
-void DeviceTransformer::run_step(size_t n, Wanted wanted) {
-  bool same =
-      captured_.rows == n && captured_.shape == cache_.shape() && captured_.wanted == wanted;
-  if (group_ != nullptr) same = group_->all_agree(same);
-  if (!same) {
-    captured_.graph.reset();
-    captured_.ready = false;
-    captured_.rows = n;
-    captured_.shape = cache_.shape();
-    captured_.wanted = wanted;
-    return enqueue_step(n, wanted);
-  }
-  const auto work = [this, n, wanted] { enqueue_step(n, wanted); };
-  if (group_ != nullptr) {
-    if (!captured_.ready) captured_.ready = group_->capture(work);
-    return captured_.ready ? group_->launch() : enqueue_step(n, wanted);
-  }
-  if (!captured_.ready) captured_.graph = device_.capture(work);
-  captured_.ready = true;
-  device_.launch(*captured_.graph);
 }
 
 // From host_rows_ to what is wanted on the host, and the rows' faults.

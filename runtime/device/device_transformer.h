@@ -5,9 +5,9 @@
 // are rounded to; the residual stream, sums, norms and rotation are float. Prefill's attention
 // takes queries, keys and values rounded to the originals' type and gives rounded outputs.
 //
-// A decode step is enqueued whole on the device's stream, as one graph while its shape stays: the
-// host waits once, at its end, and nothing is allocated. Unlike on the CPU, logits may have other
-// last bits for another number of rows or ranks: the products' library chooses by shape.
+// A decode step is enqueued whole on the device's stream, as one graph where its shape has been
+// before: the host waits once, at its end, and nothing is allocated. Unlike on the CPU, logits may
+// have other last bits for another number of rows or ranks: the products' library chooses by shape.
 //
 // ERRORS (besides those of the device, the operations, the cache and the group)
 //   InvalidArgument   a token outside the vocabulary, a prompt that is empty or beyond the limit,
@@ -34,6 +34,7 @@
 #include "runtime/device/device_attention.h"
 #include "runtime/device/device_group.h"
 #include "runtime/device/device_weights.h"
+#include "runtime/device/step_graphs.h"
 #include "runtime/forward_pass.h"
 #include "runtime/model_config.h"
 
@@ -120,7 +121,6 @@ class DeviceTransformer : public ForwardPass {
   // What a step brings to the host: half a megabyte of logits a row only where a row needs them.
   struct Wanted {
     bool logits = false, best = false;
-    bool operator==(const Wanted&) const = default;
   };
 
   Buffers make_buffers(size_t rows, bool prompt);
@@ -130,7 +130,6 @@ class DeviceTransformer : public ForwardPass {
   void attend_prompt(Prompt& p, size_t first, size_t rows);
   void check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows);
 
-  void run_step(size_t rows, Wanted wanted);  // enqueues it, captured or piece by piece
   void enqueue_step(size_t rows, Wanted wanted);
   void project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y);
   void project_qkv(const DeviceLayer& layer, Buffers& b, size_t rows, cuda::RotateQkv rotation,
@@ -171,15 +170,7 @@ class DeviceTransformer : public ForwardPass {
   cuda::DeviceArray<uint64_t> best_, all_best_;   // [max_batch], [ranks, max_batch]: argmax_word
   cuda::HostArray<uint64_t> host_best_;           // [ranks, max_batch]
   cuda::HostArray<int32_t> host_rows_;            // [2, max_batch]: ids, positions
-  // The last step's work, once a shape has been seen twice on all ranks: its first step runs piece
-  // by piece, so that libraries make their plans.
-  struct {
-    size_t rows = 0;
-    uint64_t shape = 0;
-    Wanted wanted;
-    bool ready = false;
-    std::unique_ptr<cuda::Device::Graph> graph;  // of one rank; a group keeps its own
-  } captured_;
+  StepGraphs graphs_;
   cuda::HostArray<uint16_t> host_k_, host_v_;  // of a prompt's layer; they only grow
   cuda::HostArray<float> host_q_;              // [kLastQueries, heads, head_dim]
 };

@@ -99,9 +99,9 @@ TEST(NcclGraphs, DoTheSumsThatTheyHaveCaptured) {
   fill();
   step();  // connects, and allocates: neither may happen in a capture
   world->wait(kSilence);
-  ASSERT_EQ(world->capture(step), "");
+  ASSERT_EQ(world->capture(1, step), "");
   fill();
-  for (int i = 0; i < kLaunches; ++i) world->launch();
+  for (int i = 0; i < kLaunches; ++i) world->launch(1);
   world->wait(kSilence);  // for what the graph enqueued
   std::vector<float> x(n);
   std::vector<uint16_t> h(n);
@@ -120,16 +120,17 @@ TEST(NcclGraphs, TakeThePlaceOfWhatWasCapturedBefore) {
   const TensorView view{sum.data(), 1, DType::F32, MemoryKind::Device};
   const auto launch = [&](float x) {
     gpu->copy(sum.data(), &x, sizeof x);
-    world->launch();
+    world->launch(1);
     gpu->copy(&x, sum.data(), sizeof x);
     world->wait(kSilence);
     return x;
   };
   const float p = float(world->size());
   for (const int times : {1, 2, 1}) {
-    ASSERT_EQ(world->capture([&] {
-      for (int i = 0; i < times; ++i) world->all_reduce_sum(view, {});
-    }),
+    ASSERT_EQ(world->capture(1,
+                             [&] {
+                               for (int i = 0; i < times; ++i) world->all_reduce_sum(view, {});
+                             }),
               "");
     EXPECT_EQ(launch(3), times == 1 ? 3 * p : 3 * p * p);
   }
@@ -158,12 +159,12 @@ TEST(NcclTimes, AreStated) {
       world->all_reduce_sum({x.data(), n, DType::F32, MemoryKind::Device}, {});
   };
   for (const bool captured : {false, true}) {
-    const std::string refused = captured ? world->capture(sums) : "";
+    const std::string refused = captured ? world->capture(1, sums) : "";
     ASSERT_EQ(refused, "");
     for (int i = -1; i < kRounds; ++i) {
       if (i == 0) start = steady_clock::now();
       if (captured)
-        world->launch();
+        world->launch(1);
       else
         sums();
       world->wait(kSilence);
@@ -205,14 +206,14 @@ int run_fault(std::string_view scenario, MpiSession& session) {
   const bool graph = scenario == "late-graph";
   const cuda::DeviceArray<float> on_device(*gpu, 1, "test");
   if (graph) {
-    const std::string refused = world->capture([&] {
+    const std::string refused = world->capture(1, [&] {
       world->all_reduce_sum({on_device.data(), 1, DType::F32, MemoryKind::Device}, {});
     });
     if (!refused.empty()) {
       std::printf("REFUSED %d: %s\n", session.rank(), refused.c_str());
       return 1;
     }
-    world->launch();
+    world->launch(1);
     world->wait(kSilence);
   }
   const bool culprit = session.rank() == session.size() - 1;
@@ -222,7 +223,7 @@ int run_fault(std::string_view scenario, MpiSession& session) {
     if (culprit && scenario == "stop") raise(SIGSTOP);
     if (culprit && scenario == "abort") world->abort("on fire");
     if (graph)
-      world->launch();
+      world->launch(1);
     else
       world->all_reduce_sum(view_f32(&x, 1), {});
     world->wait(kShort);

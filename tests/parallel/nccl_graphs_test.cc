@@ -41,7 +41,7 @@ struct Step {
     enqueue();
     c.wait(kLong);
     check(float(c.size()));
-    return c.capture([this] { enqueue(); });
+    return c.capture(1, [this] { enqueue(); });
   }
   void check(float x) const {
     for (size_t i = 0; i < kCount; ++i) {
@@ -64,7 +64,7 @@ TEST(NcclGraphs, DoAtEveryLaunchWhatTheyHaveCaptured) {
     const uint64_t before = rank.device.allocations();
     for (int i = 1; i <= 3; ++i) {
       step.set(float(i * (rank.rank + 1)));
-      c->launch();
+      c->launch(1);
       c->wait(kLong);
       step.check(float(6 * i));
     }
@@ -72,17 +72,17 @@ TEST(NcclGraphs, DoAtEveryLaunchWhatTheyHaveCaptured) {
     // Between launches, and in place of what was captured.
     step.set(2);
     step.enqueue();
-    c->launch();
+    c->launch(1);
     c->wait(kLong);
     step.check(6);
-    ASSERT_EQ(c->capture([&] { rank.device.device().copy(step.sum.data(), step.in.data(), 4); }),
+    ASSERT_EQ(c->capture(1, [&] { rank.device.device().copy(step.sum.data(), step.in.data(), 4); }),
               "");
     step.set(50);
-    c->launch();
+    c->launch(1);
     c->wait(kLong);
     EXPECT_EQ(step.sum.data()[0], 50.0f);
     EXPECT_EQ(step.sum.data()[1], 6.0f);
-    ASSERT_EQ(c->capture([&] { step.enqueue(); }), "");
+    ASSERT_EQ(c->capture(1, [&] { step.enqueue(); }), "");
   });
   EXPECT_EQ(nccl.calls().destroys, 3) << "a graph that is alive holds up the end";
   EXPECT_EQ(nccl.calls().aborts, 0);
@@ -119,7 +119,7 @@ TEST(NcclGraphs, WaitForACallThatNcclGoesOnWithByItself) {
     ASSERT_EQ(step.prepare(), "");
     EXPECT_EQ(to_come, 0);
     EXPECT_EQ(polls, 10);  // of two sums
-    c->launch();
+    c->launch(1);
     c->wait(kLong);
     step.check(2);
   });
@@ -138,15 +138,15 @@ TEST(NcclGraphs, ARankThatDoesNotLaunchIsNamedAndTheAbortEnds) {
     const auto c = rank.started();
     Step step{rank.device.device(), *c};
     ASSERT_EQ(step.prepare(), "");
-    c->launch();
+    c->launch(1);
     c->wait(kLong);
     if (rank.rank == 1) {
       EXPECT_TRUE(soon([&] { return ended > 0; }));
-      EXPECT_THAT(error_of([&] { c->launch(); }, ErrorKind::DeadlineExceeded),
+      EXPECT_THAT(error_of([&] { c->launch(1); }, ErrorKind::DeadlineExceeded),
                   HasSubstr("a captured step"));
       return;
     }
-    c->launch();
+    c->launch(1);
     EXPECT_THAT(error_of([&] { c->wait(kShort); }, ErrorKind::DeadlineExceeded),
                 AllOf(HasSubstr("a captured step"), HasSubstr("rank 1 (")));
     EXPECT_EQ(aborted, 1) << "the graph was there still";
@@ -167,7 +167,7 @@ TEST(NcclGraphs, ARankThatWorksBeforeItsLaunchIsWaitedFor) {
           std::this_thread::sleep_for(kShort / 8);
           c->alive();
         }
-      c->launch();
+      c->launch(1);
       c->wait(kShort);
     }
   });
@@ -182,7 +182,7 @@ TEST(NcclGraphs, ThatSomeRanksAloneLaunchAreAnError) {
     ASSERT_EQ(step.prepare(), "");
     error_of(
         [&] {
-          rank.rank == 0 ? c->launch() : step.enqueue();
+          rank.rank == 0 ? c->launch(1) : step.enqueue();
           c->wait(kLong);
         },
         ErrorKind::CommError);
@@ -237,12 +237,12 @@ TEST(NcclGraphs, TakeNoHostMemory) {
         },
         [&] { c->barrier({}); }};
     for (const auto& work : works)
-      EXPECT_THAT(error_of([&] { c->capture(work); }, ErrorKind::InvalidArgument),
+      EXPECT_THAT(error_of([&] { c->capture(1, work); }, ErrorKind::InvalidArgument),
                   HasSubstr("captured"));
-    EXPECT_THAT(error_of([&] { c->launch(); }, ErrorKind::InvalidArgument),
+    EXPECT_THAT(error_of([&] { c->launch(1); }, ErrorKind::InvalidArgument),
                 HasSubstr("nothing has been captured"));
     c->barrier({});
-    EXPECT_THAT(error_of([&] { c->capture([] {}); }, ErrorKind::InvalidArgument),
+    EXPECT_THAT(error_of([&] { c->capture(1, [] {}); }, ErrorKind::InvalidArgument),
                 HasSubstr("1 operations under way"));
     c->wait(kLong);
   });

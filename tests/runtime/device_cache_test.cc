@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <random>
+#include <set>
 
 #include "kvstore/client.h"
 #include "parallel/communicator.h"
@@ -248,6 +249,44 @@ TEST_F(DeviceCacheTest, AStepOfALibraryNamesItsSequences) {
   }
 }
 
+// Steps whose enqueued work is the same have one shape, also when another came between.
+TEST_F(DeviceCacheTest, AShapeThatComesAgainIsTheSame) {
+  const ModelConfig config = config_of(64, 2, 1);
+  const size_t tokens = 640;
+  test::ThreadHolder holder(kArena);
+  const auto store = holder.attach(0);
+  const auto world = LocalWorld::create(1);
+  const auto group = world->communicator(0);
+  ThreadPool pool(1);
+  DeviceCache cache(config, {0, 2}, CertifiedCacheOptions{}, *backend_.device, *backend_.cache,
+                    pool, store, *group);
+  const int64_t prompt = cache.create(int64_t(tokens), 1, 10);
+  const std::vector<uint16_t> rows(2 * tokens * 64, 0x3f80);
+  cache.store_prefill(prompt, 0, tokens, rows.data(), rows.data(), {});
+  StepRules naive;
+  naive.policy = Policy::Naive;
+  const int64_t a = cache.fork(prompt, 10, StepRules{}), b = cache.fork(prompt, 10, naive);
+  const int64_t c = cache.fork(prompt, 10, naive);
+  const cuda::DeviceArray<float> out(*backend_.device, 2 * 2 * 64, "outputs");
+  const auto shape_of = [&](const std::vector<int64_t>& sequences) {
+    cache.begin_step(1, sequences);
+    cache.begin_rows(sequences, out.data());
+    return cache.shape();
+  };
+  shape_of({b, c});  // buffers grow to the largest step
+  const uint64_t one = shape_of({a}), other = shape_of({b}), both = shape_of({b, c});
+  EXPECT_EQ((std::set{one, other, both}.size()), 3u);
+  EXPECT_EQ(shape_of({a}), one);
+  EXPECT_EQ(shape_of({c}), other);
+  EXPECT_EQ(shape_of({c, b}), both);
+  // Memory that has moved makes every shape a new one.
+  const int64_t longer = cache.create(int64_t(4 * tokens), 2, 10);
+  const std::vector<uint16_t> more(2 * 4 * tokens * 64, 0x3f80);
+  cache.store_prefill(longer, 0, 4 * tokens, more.data(), more.data(), {});
+  shape_of({cache.fork(longer, 10, naive)});
+  EXPECT_EQ((std::set{one, other, both}.count(shape_of({a}))), 0u);
+}
+
 #ifndef CERTKV_TEST_ON_GPU
 TEST_F(DeviceCacheTest, ABackendThatIsNotThereIsNamed) {
   const auto error = [](const char* backend) -> std::string {
@@ -292,8 +331,9 @@ TEST_F(DeviceCacheTest, MemoryThatIsNotThereIsNamed) {
     } catch (const Error& e) {
       EXPECT_EQ(e.kind(), ErrorKind::OutOfMemory) << e.what();
       const std::string what = e.what();
-      EXPECT_NE(what.find(prompt_fits ? "scratch (lower scratch.key_blocks" : "tier 1: a prompt's pages"),
-                std::string::npos)
+      EXPECT_NE(
+          what.find(prompt_fits ? "scratch (lower scratch.key_blocks" : "tier 1: a prompt's pages"),
+          std::string::npos)
           << what;
       EXPECT_NE(what.find(fmt::format("of {} are free", total)), std::string::npos) << what;
     }

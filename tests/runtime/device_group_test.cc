@@ -40,16 +40,16 @@ std::unique_ptr<DeviceGroup> group_of(Rank& rank, Communicator& hosts) {
                          rank.device);
 }
 
-TEST(DeviceGroups, AgreeWhereAllRanksDo) {
+TEST(DeviceGroups, AgreeWhereAllRanksSayTheSame) {
   FakeNccl nccl(3);
   run_ranks(3, nccl, [](Rank& rank) {
     const auto hosts = rank.world.communicator(rank.rank);
     const auto group = group_of(rank, *hosts);
     const auto on_host = make_host_group(*hosts, rank.device.device());
     for (DeviceGroup* g : {group.get(), on_host.get()}) {
-      EXPECT_TRUE(g->all_agree(true));
-      EXPECT_FALSE(g->all_agree(false));
-      EXPECT_FALSE(g->all_agree(rank.rank != 1));
+      EXPECT_TRUE(g->all_same(0));
+      EXPECT_TRUE(g->all_same(UINT64_MAX));
+      for (int other : {0, 1, 2}) EXPECT_FALSE(g->all_same(rank.rank == other ? 7 : 8));
     }
   });
 }
@@ -63,10 +63,10 @@ TEST(DeviceGroups, LaunchWhatTheyHaveCaptured) {
     work.set(1);
     work.enqueue();
     work.check(2);
-    ASSERT_TRUE(group->capture([&] { work.enqueue(); }));
+    ASSERT_TRUE(group->capture(1, [&] { work.enqueue(); }));
     for (float x : {3.0f, 4.0f}) {
       work.set(x);
-      group->launch();
+      group->launch(1);
       work.check(2 * x);
     }
   });
@@ -90,8 +90,8 @@ TEST(DeviceGroups, GoOnCallByCallWhereOneRankCannotCapture) {
       ++tried;
       work.enqueue();
     };
-    EXPECT_FALSE(group->capture(captured));
-    EXPECT_FALSE(group->capture(captured));
+    EXPECT_FALSE(group->capture(1, captured));
+    EXPECT_FALSE(group->capture(1, captured));
     work.set(5);
     work.enqueue();
     work.check(10);

@@ -27,21 +27,25 @@ struct CountingGroup final : DeviceGroup {
   explicit CountingGroup(std::unique_ptr<DeviceGroup> of) : group(std::move(of)) {}
   std::unique_ptr<DeviceGroup> group;
   bool refuses = false;
-  int captures = 0, launches = 0;
+  int captures = 0, launches = 0, forgotten = 0;
 
   int rank() const override { return group->rank(); }
   int size() const override { return group->size(); }
   void sum(float* inout, size_t count) override { group->sum(inout, count); }
   void gather(const void* own, void* all, size_t count) override { group->gather(own, all, count); }
   void wait() override { group->wait(); }
-  bool all_agree(bool mine) override { return group->all_agree(mine); }
-  bool capture(const std::function<void()>& work) override {
+  bool all_same(uint64_t mine) override { return group->all_same(mine); }
+  bool capture(uint64_t number, const std::function<void()>& work) override {
     ++captures;
-    return !refuses && group->capture(work);
+    return !refuses && group->capture(number, work);
   }
-  void launch() override {
+  void launch(uint64_t number) override {
     ++launches;
-    group->launch();
+    group->launch(number);
+  }
+  void forget(uint64_t number) noexcept override {
+    ++forgotten;
+    group->forget(number);
   }
 };
 
@@ -190,7 +194,7 @@ TEST(DeviceRanks, TheBestTokenIsThatOfTheLogitsOnAnyNumberOfRanks) {
 // Logits of steps of one sequence, whose shapes are given; on rank 1 perhaps others.
 struct Steps {
   std::vector<float> logits;
-  int captures = 0, launches = 0;
+  int captures = 0, launches = 0, forgotten = 0;
 };
 Steps decode_shapes(const std::vector<uint64_t>& shapes, const std::vector<uint64_t>& of_rank_1,
                     bool refuses = false) {
@@ -210,6 +214,7 @@ Steps decode_shapes(const std::vector<uint64_t>& shapes, const std::vector<uint6
     EXPECT_EQ(rank.cache.ended, int(shapes.size()));
     out.captures = rank.group.captures;
     out.launches = rank.group.launches;
+    out.forgotten = rank.group.forgotten;
   });
   EXPECT_EQ(by_rank[0].logits, by_rank[1].logits);
   EXPECT_EQ(by_rank[0].captures, by_rank[1].captures) << "one rank captured, the other did not";
@@ -217,7 +222,7 @@ Steps decode_shapes(const std::vector<uint64_t>& shapes, const std::vector<uint6
   return by_rank[0];
 }
 
-TEST(DeviceRanks, AStepIsCapturedWhereItsShapeStaysOnAllRanks) {
+TEST(DeviceRanks, AStepIsCapturedWhereItsShapeComesAgainOnAllRanks) {
   const std::vector<uint64_t> always_new = {1, 2, 3, 4, 5, 6};
   const Steps plain = decode_shapes(always_new, always_new);
   EXPECT_EQ(plain.captures, 0);
@@ -234,6 +239,29 @@ TEST(DeviceRanks, AStepIsCapturedWhereItsShapeStaysOnAllRanks) {
   check(decode_shapes(changes, same), 2, 4);
   check(decode_shapes(same, always_new), 0, 0);
   check(decode_shapes(same, same, true), 5, 0);
+  // Policies take turns.
+  const std::vector<uint64_t> turns = {1, 2, 1, 2, 1, 2};
+  check(decode_shapes(turns, turns), 2, 4);
+  // What rank 0 takes for its first capture is the second one of rank 1.
+  check(decode_shapes(turns, {1, 2, 2, 1, 1, 2}), 2, 2);
+}
+
+TEST(DeviceRanks, TheStepThatWasNotLaunchedForLongestIsForgotten) {
+  std::vector<uint64_t> shapes = {1, 1};
+  for (uint64_t other = 2; other <= StepGraphs::kMost; ++other) shapes.push_back(other);
+  shapes.push_back(1);  // still there
+  for (uint64_t other = 2; other <= StepGraphs::kMost; ++other) shapes.push_back(other + 100);
+  shapes.push_back(1);  // still: those that were never captured went before
+  const Steps kept = decode_shapes(shapes, shapes);
+  EXPECT_EQ(kept.captures, 1);
+  EXPECT_EQ(kept.launches, 3);
+  EXPECT_EQ(kept.forgotten, 0);
+  for (uint64_t other = 0; other < StepGraphs::kMost; ++other) shapes.push_back(other + 200);
+  shapes.push_back(1);
+  const Steps gone = decode_shapes(shapes, shapes);
+  EXPECT_EQ(gone.captures, 1);
+  EXPECT_EQ(gone.launches, 3);
+  EXPECT_EQ(gone.forgotten, 1);
 }
 
 TEST(DeviceRanks, AValueThatOneRankCannotRoundIsNamedByAll) {
