@@ -2,6 +2,8 @@
 #include "kernels/cuda/cache_kernels.h"
 #include "kernels/cuda/cache_ops.h"
 #include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/seal_kernels.h"
+#include "kernels/cuda/seal_ops.h"
 
 namespace certkv::cuda {
 namespace {
@@ -42,6 +44,10 @@ class CudaCacheOps final : public CacheOps {
   }
   void judge_library(const LibraryArgs& args) override {
     check_cuda(launch_judge_library(args, stream()), "judging dense attention cannot be launched");
+  }
+  void seal(const SealArgs& args) override {
+    check_seal(args);
+    check_cuda(launch_seal(args, stream()), "sealing cannot be launched");
   }
 
  private:

@@ -3,6 +3,7 @@
 #include "kernels/cuda/cache_body.h"
 #include "kernels/cuda/cache_ops.h"
 #include "kernels/cuda/library_body.h"
+#include "kernels/cuda/seal_ops.h"
 
 namespace certkv::cuda {
 namespace {
@@ -69,6 +70,7 @@ class EmulatedCacheOps final : public CacheOps {
     for (int i = 0; i < args.count; ++i)
       for (int h = 0; h < args.heads; ++h) emulated::judge_library(args, i, h);
   }
+  void seal(const SealArgs& args) override { seal_emulated(args); }
 
  private:
   static constexpr int kWarpsEach = 3;  // any number does

@@ -1,4 +1,4 @@
-// The operations of a certified cache on a device: append, attend and judge, climb, learn.
+// The operations of a certified cache on a device: append, attend and judge, climb, learn; seal.
 //
 // Everything is enqueued on the device's stream; nothing is allocated or waited for. A step of one
 // layer, for all its items (cache_args.h), with parts under Device::when():
@@ -16,6 +16,7 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/library_args.h"
 #include "kernels/cuda/pass.h"
+#include "kernels/cuda/seal_args.h"
 
 namespace certkv::cuda {
 
@@ -36,6 +37,8 @@ class CacheOps {
   // library and judge_library() for each layer.
   virtual void largest_notes(const LibraryArgs& args) = 0;
   virtual void judge_library(const LibraryArgs& args) = 0;
+  // Throws InvalidArgument for a shape that is not served, and for rows or pages out of alignment.
+  virtual void seal(const SealArgs& args) = 0;
 };
 
 std::unique_ptr<CacheOps> make_emulated_cache_ops(Device& device);

@@ -10,6 +10,9 @@ std::unique_ptr<cuda::Device> make_test_device(std::string* why) {
   }
   return cuda::make_cuda_device(0);
 }
+std::unique_ptr<cuda::CacheOps> make_test_cache_ops(cuda::Device& device) {
+  return cuda::make_cuda_cache_ops(device);
+}
 std::unique_ptr<cuda::LinearOps> make_test_linear_ops(cuda::Device& device) {
   return cuda::make_cuda_linear_ops(device);
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/cache_ops.h"
 #include "kernels/cuda/dense_ops.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_ops.h"
@@ -19,6 +20,7 @@ namespace certkv {
 
 // nullptr where no device answers; *why then says so.
 std::unique_ptr<cuda::Device> make_test_device(std::string* why);
+std::unique_ptr<cuda::CacheOps> make_test_cache_ops(cuda::Device& device);
 std::unique_ptr<cuda::LinearOps> make_test_linear_ops(cuda::Device& device);
 std::unique_ptr<cuda::DenseOps> make_test_dense_ops(cuda::Device& device);
 std::unique_ptr<cuda::ModelOps> make_test_model_ops(cuda::Device& device);
