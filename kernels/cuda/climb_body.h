@@ -88,8 +88,11 @@ struct Climb {
     };
     const float* ra = record(page, 0);
     const float* rb = both == 2 ? record(m, 0) : record(page, 1 < args.groups ? 1 : 0);
+    // A page without codes has nothing to promote (`used`); any readable numbers do for its notes.
     const auto notes = [&](int n) {
-      return reinterpret_cast<const float*>(p.pages[n].page + page_layout(d).notes);
+      const std::byte* coded = p.pages[n].page;
+      return coded == nullptr ? record(n, 0)
+                              : reinterpret_cast<const float*>(coded + page_layout(d).notes);
     };
     const float *na = notes(page), *nb = notes(m);
     const I c4 = tile * 4 + quad, note = tile * 6 + 8;

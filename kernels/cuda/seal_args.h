@@ -27,6 +27,7 @@ struct SealArgs {
   // Also where it cannot be quantised.
   float *k_norm = nullptr, *nu = nullptr;
   uint64_t notes_of_head = 0, notes_of_page = 0;
+  float* largest_nu = nullptr;     // out, or nullptr: [heads * pages] of a page's blocks
   std::byte* originals = nullptr;  // out, or nullptr: [heads * pages] of all keys, then all values
 
   // Of a decode, where pages is 1: the page's entry and those of the open blocks behind it (5 of a

@@ -326,6 +326,14 @@ struct SealPage {
     const SealStatus seal_status = status();
     if (thread == 0) args.status[number] = uint8_t(seal_status);
     if (thread < kPageTiles) store_notes_of_originals(thread);
+    if (thread == kPageTiles && args.largest_nu != nullptr) {
+      float nu = 0;
+      for (int b = 0; b < kPageTiles; ++b) {
+        const float of_block = largest_norm(shared->norm2, b);
+        nu = nu < of_block ? of_block : nu;
+      }
+      args.largest_nu[number] = nu;
+    }
     if (args.entries != nullptr && thread < 1 + kPageTiles) begin_entry(thread, seal_status);
     if (!quantises() || seal_status != SealStatus::Sealed) return;
     store_values(thread);

@@ -21,7 +21,7 @@ class DenseBaseline : public DeviceAttention {
   void store(int sequence, int layer, const uint16_t* k, const uint16_t* v);
   void end_step() { ++tokens_; }
 
-  void store_prefill(int64_t, int, size_t, const uint16_t*, const uint16_t*,
+  void store_prefill(int64_t, int, size_t, const uint16_t*, const uint16_t*, size_t,
                      std::span<const float>) override {}
   void begin_rows(std::span<const int64_t> sequences, float* out) override;
   void decode(int layer, const float* qkv) override;

@@ -10,10 +10,12 @@ namespace certkv {
 class DeviceAttention {
  public:
   virtual ~DeviceAttention() = default;
-  // As KvAttention::store_prefill: host memory, [local_kv_heads, tokens, head_dim] 16-bit originals
-  // after RoPE.
+  // As KvAttention::store_prefill, of the device's memory: rows [tokens, head_dim] of 16-bit
+  // originals after RoPE, KV head h's from h head_stride elements on, 16-byte aligned. What is
+  // enqueued reads them; they may change behind it in the stream. last_q: host memory.
   virtual void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                             const uint16_t* v, std::span<const float> last_q) = 0;
+                             const uint16_t* v, size_t head_stride,
+                             std::span<const float> last_q) = 0;
   // The step's rows, before the first layer: row r of every later call belongs to sequences[r].
   // out: device [rows, heads * head_dim] float, what every layer writes; the same memory while a
   // captured step is launched again.

@@ -58,7 +58,8 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
       pool_(pool),
       store_(std::move(store)),
       group_(group),
-      step_(std::make_unique<StepBuffers>()) {
+      step_(std::make_unique<StepBuffers>()),
+      background_(pool.threads()) {
   require(options_.cache.layout == "compact" || options_.cache.layout == "k8v4",
           "cache.layout other than compact and k8v4");
   require(options_.cache.block_tokens == 16, "cache.block_tokens other than 16");
@@ -79,6 +80,7 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
 }
 
 DeviceCache::~DeviceCache() {
+  background_.wait();
   sequences_.clear();
   if (arena_ != nullptr) device_.unmap_host(arena_host_.data());
 }
@@ -116,6 +118,7 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
   bool staged = false;
   for (const Policy policy : policies) {
     n.answers += cells * (tables + marks + heads * 2 * sizeof(Certificate));
+    n.answers += cells * (2 * kPageTiles * block + 1 + 4);  // reserve_filled()
     staged |= policy == Policy::Budget;
     if (policy == Policy::Dense) {
       n.answers += cells * 2 * dense_capacity(entries) * kPageTiles * block;
@@ -158,76 +161,8 @@ int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t 
   return handle;
 }
 
-// Quantises one scale group for the device and hands its originals to the arena.
-void DeviceCache::seal_page(const OriginalsSpan& span, size_t cell, uint32_t first_block,
-                            const uint16_t* k, const uint16_t* v, std::byte* out) {
-  const size_t heads = size_t(heads_.count()), rows = block_.elements();
-  const uint32_t layer = uint32_t(cell / heads), kv_head = uint32_t(heads_.begin) + cell % heads;
-  thread_local std::vector<std::byte> page;
-  page.resize(format_.page_bytes + 64);
-  auto* aligned = reinterpret_cast<std::byte*>((uintptr_t(page.data()) + 63) / 64 * 64);
-  const SealStatus status = certkv::seal_page(format_, options_.dtype, k, v, aligned);
-  CERTKV_EXPECT(status != SealStatus::NonFinite, NonFinite,
-                "a key or value of tokens {} to {} is NaN or infinite", first_block * 16,
-                first_block * 16 + kPageTokens - 1);
-  CERTKV_EXPECT(status == SealStatus::Sealed, Uncertifiable,
-                "tokens {} to {} of layer {}, KV head {} cannot be quantised (a scale leaves the "
-                "range of FP16), and the device backend keeps no page as originals yet: use "
-                "run.backend cpu",
-                first_block * 16, first_block * 16 + kPageTokens - 1, layer, kv_head);
-  cuda::convert_page(format_, aligned, out);
-  OriginalsSpan shared = span;
-  if (!shared.empty())
-    for (uint32_t b = 0; b < kBlocksPerPage; ++b)
-      shared.seal_block(layer, kv_head, first_block + b, k + b * rows, v + b * rows);
-}
-
-void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                                const uint16_t* v, std::span<const float>) {
-  Prompt& p = *at(sequence).prompt;
-  const size_t d = size_t(config_.head_dim), heads = size_t(heads_.count());
-  const size_t first_cell = size_t(layer) * heads;
-  // As many pages at a time as the staging memory holds, of all heads of the layer.
-  constexpr size_t kTogether = 64;
-  if (step_->page_host.count() < heads * kTogether * page_bytes_)
-    step_->page_host = {device_, heads * kTogether * page_bytes_, "pages on their way"};
-  std::byte* staging = step_->page_host.data();
-  for (size_t first = 0; first < p.pages; first += kTogether) {
-    const size_t count = std::min(kTogether, p.pages - first);
-    pool_.parallel_for(heads * count, [&](size_t task) {
-      const size_t h = task / count, page = first + task % count;
-      const size_t row = h * tokens + page * kPageTokens;
-      std::byte* out = staging + (h * kTogether + task % count) * page_bytes_;
-      seal_page(p.span, first_cell + h, uint32_t(page) * kBlocksPerPage, k + row * d, v + row * d,
-                out);
-      const cuda::PageNotesDevice& notes = cuda::device_notes(int(d), out);
-      for (size_t t = 0; t < kPageTiles; ++t) {
-        const size_t note = ((first_cell + h) * p.pages + page) * kPageTiles + t;
-        p.k_norm[note] = notes.block[t].k_norm;
-        p.nu[note] = notes.block[t].nu;
-      }
-      group_.alive();
-      if (store_ != nullptr) store_->stamp_progress();
-    });
-    for (size_t h = 0; h < heads; ++h)
-      device_.copy(p.page.data() + ((first_cell + h) * p.pages + first) * page_bytes_,
-                   staging + h * kTogether * page_bytes_, count * page_bytes_);
-    device_.synchronize(Deadline::after(kDeviceDeadline));
-  }
-  for (size_t h = 0; h < heads; ++h) {
-    const size_t from = (h * tokens + p.pages * kPageTokens) * d, end = (h + 1) * tokens * d;
-    p.open_k[first_cell + h].assign(k + from, k + end);
-    p.open_v[first_cell + h].assign(v + from, v + end);
-  }
-  p.tokens = tokens;
-  if (audit_ == nullptr) return;
-  for (size_t h = 0; h < heads; ++h) {
-    audit_->rows(at(sequence).audit, layer, int(h), tokens, k + h * tokens * d, v + h * tokens * d);
-    group_.alive();
-  }
-}
-
 int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
+  background_.finish();  // the prompt's originals are in the arena
   Sequence& from = at(sequence);
   require(rules.policy != Policy::Paper, "policy paper");
   require(rules.ranking() == 0, "ladder.ranking");
@@ -277,7 +212,7 @@ void DeviceCache::lay_out(Sequence* s) {
     s->open_slot[1] = kPageTiles;
     s->own_page = {device_, n * s->own_capacity * page_bytes_, kAnswerMemory};
   }
-  s->slots = {device_, n * s->slots_each * block_bytes_,
+  s->slots = {device_, (n * s->slots_each + kept_slots(*s)) * block_bytes_,
               s->dense() ? kDenseMemory : kScratchMemory};
   std::vector<cuda::PageEntry> entries(n * s->capacity);
   std::vector<int32_t> slot_of[2];
@@ -323,6 +258,8 @@ void DeviceCache::lay_out(Sequence* s) {
           s->slots.data() + (cell * s->slots_each + size_t(s->open_slot[part])) * block_bytes_,
           (part == 0 ? p.open_k : p.open_v)[cell].data(), open_rows * d * 2);
   }
+  reserve_filled(s);
+  if (!s->dense()) lay_out_kept(s, entries, slot_of);
   const auto put = [&](auto* array, const auto& values, const char* what) {
     *array = {device_, values.size(), what};
     device_.copy(array->data(), values.data(), array->bytes());
@@ -382,6 +319,7 @@ void DeviceCache::fill_dense(Sequence* s) {
 }
 
 void DeviceCache::drop(int64_t sequence, bool failed) {
+  background_.wait();  // it holds on to the sequence's space in the arena
   if (audit_ != nullptr) {
     const Sequence& s = at(sequence);
     audit_->close(s.audit, s.tokens, failed || s.failed());
@@ -404,63 +342,6 @@ void DeviceCache::begin_step(uint64_t step, std::span<const int64_t> sequences) 
   }
 }
 
-// Rows that have filled their page: it is sealed, and the open end begins anew behind it.
-void DeviceCache::seal_open(Sequence* s) {
-  const size_t n = cells(), page = s->pages, d = size_t(config_.head_dim);
-  const size_t part_bytes = kPageTokens * d * 2, each = 2 * part_bytes + page_bytes_;
-  if (step_->page_host.count() < n * each)
-    step_->page_host = {device_, n * each, "pages on their way"};
-  std::byte* staging = step_->page_host.data();
-  for (size_t cell = 0; cell < n; ++cell)
-    for (size_t part = 0; part < 2; ++part)
-      device_.copy(
-          staging + cell * each + part * part_bytes,
-          s->slots.data() + (cell * s->slots_each + size_t(s->open_slot[part])) * block_bytes_,
-          part_bytes);
-  device_.synchronize(Deadline::after(kDeviceDeadline));
-  pool_.parallel_for(n, [&](size_t cell) {
-    std::byte* at = staging + cell * each;
-    seal_page(s->own, cell, uint32_t(page) * kBlocksPerPage, reinterpret_cast<uint16_t*>(at),
-              reinterpret_cast<uint16_t*>(at + part_bytes), at + 2 * part_bytes);
-    group_.alive();
-  });
-  const size_t own = page - s->prompt->pages;
-  for (int32_t& slot : s->open_slot) slot += s->dense() ? kPageTiles : 0;
-  for (size_t cell = 0; cell < n; ++cell) {
-    const std::byte* sealed = staging + cell * each + 2 * part_bytes;
-    const cuda::PageNotesDevice& notes = cuda::device_notes(int(d), sealed);
-    cuda::PageEntry entries[1 + kPageTiles];
-    int32_t slot_of[2][(1 + kPageTiles) * kPageTiles];
-    float k_norm[kPageTiles], nu[kPageTiles];
-    std::fill_n(&slot_of[0][0], 2 * (1 + kPageTiles) * kPageTiles, -1);
-    for (size_t t = 0; t < kPageTiles; ++t) {
-      k_norm[t] = notes.block[t].k_norm;
-      nu[t] = notes.block[t].nu;
-      s->sealed_nu[cell] = std::max(s->sealed_nu[cell], nu[t]);
-      for (size_t part = 0; part < 2; ++part) {
-        if (s->dense()) slot_of[part][t] = s->open_slot[part] - kPageTiles + int32_t(t);
-        slot_of[part][(1 + t) * kPageTiles] = s->open_slot[part] + int32_t(t);
-      }
-    }
-    if (s->dense()) {
-      entries[0] = {nullptr, 0xffu, kPageTokens};
-    } else {
-      std::byte* to = s->own_page.data() + (cell * s->own_capacity + own) * page_bytes_;
-      device_.copy(to, sealed, page_bytes_);
-      entries[0] = {to, 0, kPageTokens};
-    }
-    const size_t entry = cell * s->capacity + page;
-    device_.copy(s->entries.data() + entry, entries, sizeof entries);
-    for (size_t part = 0; part < 2; ++part)
-      device_.copy(s->slot_of[part].data() + entry * kPageTiles, slot_of[part],
-                   sizeof slot_of[part]);
-    device_.copy(s->k_norm.data() + entry * kPageTiles, k_norm, sizeof k_norm);
-    device_.copy(s->open_nu.data() + entry * kPageTiles, nu, sizeof nu);
-  }
-  device_.synchronize(Deadline::after(kDeviceDeadline));
-  ++s->pages;
-}
-
 const SequenceReport& DeviceCache::report(int64_t sequence) const {
   return at(sequence).report;
 }
@@ -474,10 +355,13 @@ uint64_t DeviceCache::tier1_bytes() const {
   uint64_t sum = 0;
   std::vector<const Prompt*> seen;
   for (const auto& [handle, s] : sequences_) {
-    if (s->decoding) sum += s->dense() ? s->slots.bytes() : s->own_page.bytes();
+    if (s->decoding)
+      sum += s->dense() ? s->slots.bytes()
+                        : s->own_page.bytes() + s->kept * 2 * kPageTiles * block_bytes_;
     if (std::find(seen.begin(), seen.end(), s->prompt.get()) != seen.end()) continue;
     seen.push_back(s->prompt.get());
     sum += s->prompt->page.bytes();
+    for (const Prompt::Kept& kept : s->prompt->kept) sum += kept.rows.bytes();
   }
   return sum;
 }
@@ -485,7 +369,7 @@ uint64_t DeviceCache::tier1_bytes() const {
 uint64_t DeviceCache::tier1_bytes(int64_t sequence) const {
   const Sequence& s = at(sequence);
   const uint64_t open = (s.tokens - s.pages * kPageTokens) * 4 * uint64_t(config_.head_dim);
-  return cells() * (s.pages * page_bytes_ + open);
+  return cells() * (s.pages * page_bytes_ + open) + kept_bytes(s);
 }
 
 uint64_t DeviceCache::dense_bytes(int64_t sequence) const {

@@ -23,6 +23,7 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/model_ops.h"
 #include "runtime/certified_cache.h"
+#include "runtime/device/background_work.h"
 #include "runtime/device/device_attention.h"
 
 namespace certkv {
@@ -60,7 +61,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   uint64_t dense_bytes(int64_t sequence) const override;
 
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                     const uint16_t* v, std::span<const float> last_q) override;
+                     const uint16_t* v, size_t head_stride, std::span<const float> last_q) override;
   void begin_rows(std::span<const int64_t> sequences, float* out) override;
   void decode(int layer, const float* qkv) override;
   void end_rows() override;
@@ -86,11 +87,18 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   size_t cells() const { return size_t(config_.layers) * size_t(heads_.count()); }
   OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
   const std::byte* on_device(const std::byte* in_arena) const;
-  void seal_page(const OriginalsSpan& span, size_t cell, uint32_t first_block, const uint16_t* k,
-                 const uint16_t* v, std::byte* out);
   void lay_out(Sequence* s);
   void fill_dense(Sequence* s);
+  void reserve_filled(Sequence* s);
+  void enqueue_sealing();
   void seal_open(Sequence* s);
+  size_t kept_slots(const Sequence& s) const;
+  uint64_t kept_bytes(const Sequence& s) const;
+  void lay_out_kept(Sequence* s, std::vector<cuda::PageEntry>& entries,
+                    std::vector<int32_t> (&slot_of)[2]);
+  void keep_open(Sequence* s, const std::vector<size_t>& cells);
+  void write_originals(OriginalsSpan span, size_t first_cell, size_t cells, uint32_t first_page,
+                       size_t pages, const std::byte* k, const std::byte* v, uint64_t of_cell);
   void reserve_staging(size_t entries);
   void climb(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
@@ -123,6 +131,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   std::span<const std::byte> arena_host_;
   std::map<int64_t, std::unique_ptr<Sequence>> sequences_;
   std::unique_ptr<StepBuffers> step_;
+  BackgroundWork background_;  // writes originals to the arena, from step_'s memory
   std::vector<int64_t> rows_;  // of the step under way
   uint64_t step_number_ = 0;
   uint64_t shape_ = 0;

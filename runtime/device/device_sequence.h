@@ -26,6 +26,15 @@ struct DeviceCache::Prompt {
   std::vector<float> k_norm;                          // [cells, pages * 4]
   std::vector<float> nu;                              // [cells, pages * 4]
   std::vector<std::vector<uint16_t>> open_k, open_v;  // [cells] of [open tokens, head_dim]
+  // Pages that cannot be quantised, as originals: keys, then values, [64, head_dim] each.
+  struct Kept {
+    size_t cell, page;
+    DeviceArray<std::byte> rows;
+  };
+  std::vector<Kept> kept;
+  // Of the layer being sealed; gone after the last one.
+  DeviceArray<uint8_t> status;  // [kv_heads, pages]
+  DeviceArray<float> notes[2];  // [kv_heads, pages * 4] k_norm, nu
 };
 
 // A decode of a prompt; or, with decoding == false, the prompt itself.
@@ -43,6 +52,7 @@ struct DeviceCache::Sequence {
   // On the device. capacity: entries of a cell; a cell has slots_each slots.
   size_t capacity = 0, own_capacity = 0, slots_each = 0;
   size_t dense_blocks = 0;    // policy dense: blocks that a cell has room for
+  size_t kept = 0;            // pages without codes: 8 slots each, behind all cells' own
   int32_t open_slot[2] = {};  // first slot of the open rows, by part; see lay_out()
   int32_t quota[2] = {};
   std::vector<float> sealed_nu;  // [cells]
@@ -56,6 +66,13 @@ struct DeviceCache::Sequence {
   DeviceArray<uint32_t> marks;                 // [cells, kMarks]
   DeviceArray<cuda::LadderCounts> counts;      // [cells]
   DeviceArray<Certificate> judged, candidate;  // [cells, heads]
+  // The page that a step fills, on its way.
+  DeviceArray<std::byte> filled_rows;  // [cells] of 64 keys, then 64 values
+  DeviceArray<uint8_t> filled_status;  // [cells]
+  DeviceArray<float> filled_nu;        // [cells]
+  HostArray<std::byte> filled_rows_host;
+  HostArray<uint8_t> filled_status_host;
+  HostArray<float> filled_nu_host;
   // Read back at the end of a step.
   HostArray<uint32_t> marks_host;
   HostArray<cuda::LadderCounts> counts_host;
@@ -120,9 +137,10 @@ struct DeviceCache::StepBuffers {
   // Policy dense by a library.
   HostArray<int32_t> lengths_host;  // [rows]
   DeviceArray<int32_t> lengths;
-  DeviceArray<float> largest;        // [layers, rows, kv_heads, 2]
-  DeviceArray<uint16_t> q16, out16;  // [rows, heads, head_dim]
-  HostArray<std::byte> page_host;    // pages and rows on their way
+  DeviceArray<float> largest;              // [layers, rows, kv_heads, 2]
+  DeviceArray<uint16_t> q16, out16;        // [rows, heads, head_dim]
+  std::vector<int64_t> filling;            // sequences whose page the step fills
+  HostArray<uint16_t> prompt_k, prompt_v;  // of a prompt's layer: [kv_heads, tokens, head_dim]
 };
 
 }  // namespace certkv

@@ -83,6 +83,7 @@ void DeviceCache::reserve_staging(size_t entries) {
 }
 
 void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
+  background_.finish();  // the arena has all sealed blocks: the step may read them
   rows_.assign(sequences.begin(), sequences.end());
   reports_enqueued_ = false;
   StepBuffers& b = *step_;
@@ -190,7 +191,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         p.out = out + item * n * d;
         p.flags = marks + kFlags;
         p.slots = slots;
-        p.slot_count = int32_t(s.slots_each);
+        p.slot_count = int32_t(s.slots.bytes() / block_bytes_ - cell * s.slots_each);
         p.relative = s.rules.tolerance.is_relative && !dense;
         p.tolerance = dense ? std::numeric_limits<double>::infinity() : s.rules.tolerance.value;
         p.tokens = int64_t(s.tokens) + 1;
@@ -386,6 +387,7 @@ void DeviceCache::end_rows() {
 
 void DeviceCache::end_step() {
   if (!reports_enqueued_) end_rows();
+  enqueue_sealing();
   device_.synchronize(Deadline::after(kDeviceDeadline));
   for (int64_t handle : rows_) {
     Sequence& s = at(handle);
@@ -393,9 +395,9 @@ void DeviceCache::end_step() {
     read_reports(&s);
   }
   if (audit_ != nullptr) write_audit();
-  for (int64_t handle : rows_) {
+  for (int64_t handle : step_->filling) {
     Sequence& s = at(handle);
-    if (s.failed() || s.tokens - s.pages * kPageTokens < kPageTokens) continue;
+    if (s.failed()) continue;
     try {
       seal_open(&s);
     } catch (const Error& e) {  // ends its request; losing the store or the device ends the job

@@ -366,12 +366,6 @@ std::vector<float> DeviceTransformer::prefill(int64_t sequence, std::span<const 
   p.x = {device_, p.tokens * hidden_, what};
   p.k = {device_, originals, what};
   p.v = {device_, originals, what};
-  if (host_k_.count() < originals) {
-    host_k_.reset();
-    host_v_.reset();
-    host_k_ = {device_, originals, "a prompt's keys"};
-    host_v_ = {device_, originals, "a prompt's values"};
-  }
   p.chunk = make_buffers(std::min(options_.chunk_rows, p.capacity), true);
 
   // Attention multiplies what lies beyond the tokens by zero, so it must be finite.
@@ -400,14 +394,8 @@ void DeviceTransformer::prefill_layer(size_t layer, Prompt& p, const Progress& p
     prefill_chunk(layer, p, first, rows);
     if (progress) progress(int(layer), first + rows);
   }
-  const size_t head = p.tokens * head_dim_;
-  for (size_t g = 0; g < kv_heads_; ++g) {
-    const size_t from = g * p.capacity * head_dim_;
-    device_.copy(host_k_.data() + g * head, p.k.data() + from, head * sizeof(uint16_t));
-    device_.copy(host_v_.data() + g * head, p.v.data() + from, head * sizeof(uint16_t));
-  }
-  wait(&phases_.store);
-  cache_.store_prefill(p.sequence, int(layer), p.tokens, host_k_.data(), host_v_.data(),
+  cache_.store_prefill(p.sequence, int(layer), p.tokens, p.k.data(), p.v.data(),
+                       p.capacity * head_dim_,
                        {host_q_.data(), p.last_queries * heads_ * head_dim_});
   wait(&phases_.store);
 }

@@ -173,6 +173,14 @@ class DeviceTransformer : public ForwardPass {
   StepGraphs graphs_;
   cuda::HostArray<uint16_t> host_k_, host_v_;  // of a prompt's layer; they only grow
   cuda::HostArray<float> host_q_;              // [kLastQueries, heads, head_dim]
+  // The last step's work, once a shape has been seen twice: its first step runs piece by piece, so
+  // that libraries make their plans.
+  struct {
+    size_t rows = 0;
+    uint64_t shape = 0;
+    std::unique_ptr<cuda::Device::Graph> graph;
+  } captured_;
+  cuda::HostArray<float> host_q_;  // [kLastQueries, heads, head_dim]
 };
 
 }  // namespace certkv

@@ -16,7 +16,7 @@ namespace {
 class NoAttention final : public DeviceAttention {
  public:
   NoAttention(cuda::Device& device, size_t width) : device_(device), width_(width) {}
-  void store_prefill(int64_t, int, size_t, const uint16_t*, const uint16_t*,
+  void store_prefill(int64_t, int, size_t, const uint16_t*, const uint16_t*, size_t,
                      std::span<const float>) override {}
   void begin_rows(std::span<const int64_t> sequences, float* out) override {
     rows_ = sequences.size();

@@ -2,6 +2,7 @@
 // must come out, all of them, whatever the rows are; and what a decode's tables say afterwards.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -148,6 +149,7 @@ class DeviceSeal : public OnTestDevice {
     const size_t head_notes = kPages * kPageTiles + 1;
     const auto k_norm = put(std::vector<float>(kHeads * head_notes, -1));
     const auto nu = put(std::vector<float>(kHeads * head_notes, -1));
+    const auto largest_nu = put(std::vector<float>(kHeads * kPages, -1));
     const DeviceArray<uint16_t> originals(*device_, kHeads * kPages * 2 * elements, "originals");
     SealArgs a;
     a.heads = kHeads;
@@ -166,11 +168,13 @@ class DeviceSeal : public OnTestDevice {
     a.nu = nu.data();
     a.notes_of_head = head_notes * sizeof(float);
     a.notes_of_page = kPageTiles * sizeof(float);
+    a.largest_nu = largest_nu.data();
     a.originals = reinterpret_cast<std::byte*>(originals.data());
     ops_->seal(a);
     const auto got_pages = get(pages);
     const auto got_status = get(status);
     const auto got_k = get(k_norm), got_nu = get(nu);
+    const auto got_largest = get(largest_nu);
     const auto got_originals = get(originals);
     for (int n = 0; n < kHeads * kPages; ++n) {
       SCOPED_TRACE(testing::Message()
@@ -188,6 +192,10 @@ class DeviceSeal : public OnTestDevice {
       for (size_t b = 0; b < kPageTiles && host.status != SealStatus::NonFinite; ++b) {
         EXPECT_EQ(got_k[note + b], host.block[b].k_norm);
         EXPECT_EQ(got_nu[note + b], host.block[b].nu);
+      }
+      if (host.status != SealStatus::NonFinite) {
+        const float* nus = got_nu.data() + note;
+        EXPECT_EQ(got_largest[size_t(n)], *std::max_element(nus, nus + kPageTiles));
       }
       const uint16_t* copy = got_originals.data() + size_t(n) * 2 * elements;
       EXPECT_TRUE(std::equal(rows[size_t(n)].k.begin(), rows[size_t(n)].k.end(), copy));

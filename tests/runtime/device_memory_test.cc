@@ -70,7 +70,7 @@ struct OwnCache {
     const int64_t prompt = cache->create(int64_t(tokens), 1, kAnswer);
     for (int layer = 0; layer < int(config.layers); ++layer) {
       const auto k = random_rows(tokens, uint32_t(layer)), v = random_rows(tokens, 77);
-      cache->store_prefill(prompt, layer, tokens, k.data(), v.data(), {});
+      cache->store_prefill(prompt, layer, tokens, k.data(), v.data(), tokens * kDim, {});
     }
     return prompt;
   }

@@ -302,7 +302,7 @@ TEST_F(DeviceTransformerTest, ANanInAWeightIsNonFiniteWithItsLayerAndPart) {
         k.insert(k.end(), from.keys(1, layer, h).begin(), from.keys(1, layer, h).end());
         v.insert(v.end(), from.values(1, layer, h).begin(), from.values(1, layer, h).end());
       }
-      bad.cache->store_prefill(1, layer, ids.size(), k.data(), v.data(), {});
+      bad.cache->store_prefill(1, layer, ids.size(), k.data(), v.data(), k.size() / 4, {});
     }
     const DecodeOutput out = bad->decode(std::vector<DecodeInput>{{1, 3, 40}});
     EXPECT_EQ(out.nonfinite_layer, std::vector{1}) << poison.says;

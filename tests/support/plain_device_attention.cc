@@ -14,9 +14,16 @@ PlainDeviceAttention::PlainDeviceAttention(cuda::Device& device, size_t kv_heads
       cache_(kv_heads, heads_per_group, head_dim, originals) {}
 
 void PlainDeviceAttention::store_prefill(int64_t sequence, int layer, size_t tokens,
-                                         const uint16_t* k, const uint16_t* v,
+                                         const uint16_t* k, const uint16_t* v, size_t head_stride,
                                          std::span<const float> queries) {
-  cache_.store_prefill(sequence, layer, tokens, k, v, queries);
+  const size_t head = tokens * head_dim_;
+  std::vector<uint16_t> keys(kv_heads_ * head), values(keys.size());
+  for (size_t h = 0; h < kv_heads_; ++h) {
+    device_.copy(keys.data() + h * head, k + h * head_stride, head * sizeof(uint16_t));
+    device_.copy(values.data() + h * head, v + h * head_stride, head * sizeof(uint16_t));
+  }
+  device_.synchronize(Deadline::after(std::chrono::seconds(60)));
+  cache_.store_prefill(sequence, layer, tokens, keys.data(), values.data(), queries);
   last_q[{sequence, layer}].assign(queries.begin(), queries.end());
 }
 
