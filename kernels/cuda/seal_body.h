@@ -42,7 +42,6 @@ CERTKV_FN float rounded_up(double x) {
 CERTKV_FN uint16_t half_up(float x) {
   const uint16_t h = float_to_f16(x);
   if (!(f16_to_float(h) < x)) return h;
-  if (h == 0x8000u) return 0x0001u;
   return (h & 0x8000u) != 0 ? uint16_t(h - 1) : uint16_t(h + 1);
 }
 CERTKV_FN uint16_t half_down(float x) {
