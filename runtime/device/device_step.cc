@@ -383,11 +383,11 @@ void DeviceCache::end_rows() {
     device_.copy(s.judged_host.data(), s.judged.data(), s.judged.bytes());
     device_.copy(s.candidate_host.data(), s.candidate.data(), s.candidate.bytes());
   }
+  enqueue_sealing();
 }
 
 void DeviceCache::end_step() {
   if (!reports_enqueued_) end_rows();
-  enqueue_sealing();
   device_.synchronize(Deadline::after(kDeviceDeadline));
   for (int64_t handle : rows_) {
     Sequence& s = at(handle);

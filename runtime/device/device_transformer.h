@@ -171,15 +171,6 @@ class DeviceTransformer : public ForwardPass {
   cuda::HostArray<uint64_t> host_best_;           // [ranks, max_batch]
   cuda::HostArray<int32_t> host_rows_;            // [2, max_batch]: ids, positions
   StepGraphs graphs_;
-  cuda::HostArray<uint16_t> host_k_, host_v_;  // of a prompt's layer; they only grow
-  cuda::HostArray<float> host_q_;              // [kLastQueries, heads, head_dim]
-  // The last step's work, once a shape has been seen twice: its first step runs piece by piece, so
-  // that libraries make their plans.
-  struct {
-    size_t rows = 0;
-    uint64_t shape = 0;
-    std::unique_ptr<cuda::Device::Graph> graph;
-  } captured_;
   cuda::HostArray<float> host_q_;  // [kLastQueries, heads, head_dim]
 };
 

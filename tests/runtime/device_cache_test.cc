@@ -303,7 +303,8 @@ TEST_F(DeviceCacheTest, AShapeThatComesAgainIsTheSame) {
                     pool, store, *group);
   const int64_t prompt = cache.create(int64_t(tokens), 1, 10);
   const std::vector<uint16_t> rows(2 * tokens * 64, 0x3f80);
-  cache.store_prefill(prompt, 0, tokens, rows.data(), rows.data(), {});
+  const auto on_device = put(rows);
+  cache.store_prefill(prompt, 0, tokens, on_device.data(), on_device.data(), tokens * 64, {});
   StepRules naive;
   naive.policy = Policy::Naive;
   const int64_t a = cache.fork(prompt, 10, StepRules{}), b = cache.fork(prompt, 10, naive);
@@ -323,9 +324,13 @@ TEST_F(DeviceCacheTest, AShapeThatComesAgainIsTheSame) {
   // Memory that has moved makes every shape a new one.
   const int64_t longer = cache.create(int64_t(4 * tokens), 2, 10);
   const std::vector<uint16_t> more(2 * 4 * tokens * 64, 0x3f80);
-  cache.store_prefill(longer, 0, 4 * tokens, more.data(), more.data(), {});
+  const auto longer_rows = put(more);
+  cache.store_prefill(longer, 0, 4 * tokens, longer_rows.data(), longer_rows.data(), 4 * tokens * 64,
+                      {});
   shape_of({cache.fork(longer, 10, naive)});
   EXPECT_EQ((std::set{one, other, both}.count(shape_of({a}))), 0u);
+}
+
 // A tolerance that no codes meet: rung 3 then reads every sealed block from the arena, in which an
 // answer's pages are by the step after.
 constexpr double kOriginalsAlone = 1e-12;
