@@ -2,7 +2,7 @@
 include(GoogleTest)
 find_package(Python3 3.9 QUIET COMPONENTS Interpreter)
 
-set(certkv_labels unit ranks mpi e2e slow long cuda)
+set(certkv_labels unit ranks mpi e2e slow long cuda gpu)
 
 # What is built for the passes that run only a part of the tests.
 add_custom_target(certkv_sanitized_tests)  # unit and ranks, without slow and long
