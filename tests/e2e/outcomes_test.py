@@ -67,7 +67,12 @@ class EmulatedOutcomes(Compared):
         job = differences(self.path("cpu"), self.path("cpu")).expect_exit(0)
         job.expect_text(f"{self.head_steps} head-steps compared, 0 differ")
         for seed in (1, 2):
-            self.run_job(f"seed {seed}", "--sampling.temperature", "1.5", "--sampling.seed", seed)
+            requests = product.lines(self.folder, "batch.jsonl")
+            for request in requests:
+                request["body"].update(temperature=2.0, seed=seed)
+            product.write_lines(self.path("batch.jsonl") + str(seed), requests)
+            self.run_job(f"seed {seed}", "--policy", "dense", "--input",
+                         self.path("batch.jsonl") + str(seed))
         job = differences(self.path("seed 1"), self.path("seed 2"))
         job.expect_text("the tokens differ; not compared from here on", " 2 sequences diverged")
 
@@ -84,12 +89,13 @@ class Classes(unittest.TestCase):
     def of(policy, a, b, originals=False):
         def step(outcome, rung, bound, candidate):
             return compare_outcomes.HeadStep(outcome, rung, bound, candidate, (0, 0), b"")
-        return compare_outcomes.classify(policy, step(*a), step(*b), 0.05, originals)
+        return compare_outcomes.classify(policy, step(*a), step(*b), 0.05, 64, originals)
 
     def test_bounds_on_both_sides_within_rounding_straddle(self):
         below, above = ("certified", 0, 0.0495, 0.0495), ("certified", 2, 0.04, 0.0505)
         self.assertEqual(self.of("budget", below, above), "straddle")
         self.assertEqual(self.of("naive", below, ("over", 0, 0.0505, 0.0505)), "straddle")
+        self.assertEqual(self.of("naive", below, ("over", 0, 0.0545, 0.0545)), "unexplained")
 
     def test_bounds_that_are_further_apart_need_other_originals(self):
         below, above = ("certified", 0, 0.03, 0.03), ("certified", 2, 0.04, 0.08)
