@@ -235,6 +235,23 @@ TEST_F(DeviceCacheTest, WhateverRungAnsweredThePromiseHolds) {
   EXPECT_GE(naive.over, 20u);
 }
 
+// So little that a tool which watches every access of the device ends soon (tests/gpu/sanitize.sh),
+// and yet an append, a pass, a climb, rung 3 and a page that a step fills.
+TEST_F(DeviceCacheTest, AFewTokensKeepThePromise) {
+  Special few;
+  few.tokens = 190;  // two sealed pages; the second step fills the third
+  few.steps = 3;
+  Counts counts;
+  for (const double tolerance : {0.02, 0.15})
+    run(Shape::Random, 1, Policy::Budget, tolerance, &counts, false, few);
+  fmt::print("{} head-steps, rungs {} {} {} {}\n", counts.head_steps, counts.rung[0],
+             counts.rung[1], counts.rung[2], counts.rung[3]);
+  EXPECT_GT(counts.rung[0], 0u);
+  EXPECT_GT(counts.rung[1] + counts.rung[2], 0u);
+  EXPECT_GT(counts.rung[3], 0u);
+  EXPECT_EQ(counts.failed, 0u);
+}
+
 // Policy dense: exact, whoever attends, with a bound that holds. A library takes and gives 16 bits,
 // so its bound is never below what that costs (2^-8 or 2^-11, twice for weights and once for the
 // outputs); ours is.
