@@ -13,8 +13,9 @@ tolerance and the class of its difference (UNITS of bounds: those of the toleran
   originals     the bounds lie on two sides too, by more; but the passes, or those of an earlier step,
                 did not read the same blocks from originals: what a ladder promotes stays
   ladder order  both climbed, to different rungs, and kept what the policy promises. A device chooses
-                for a KV head, in bins, all or nothing, and holds ladder.max_share against all heads
-                of it together; the CPU holds it against each head (kernels/cuda/DESIGN.md, 3)
+                for a KV head, in bins, all or nothing (kernels/cuda/DESIGN.md, 3), and allows a round
+                ladder.max_share for each of its failing heads, together; the CPU holds each head to
+                its own share over all rounds. So either goes to rung 3 where the other need not
   unexplained   anything else
 
 A request is compared up to its first token that differs, which is said. Exit code 0: nothing
