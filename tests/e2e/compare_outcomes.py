@@ -16,6 +16,9 @@ tolerance and the class of its difference (UNITS of bounds: those of the toleran
                 for a KV head, in bins, all or nothing (kernels/cuda/DESIGN.md, 3), and allows a round
                 ladder.max_share for each of its failing heads, together; the CPU holds each head to
                 its own share over all rounds. So either goes to rung 3 where the other need not
+  rounding      one went to rung 3, and even over originals its bound, which is rounding alone, is
+                beyond the tolerance: no promotion could have done. A device charges originals more
+                than the CPU does (24 u for a matrix instruction, kernels/METHOD.md, 12b)
   unexplained   anything else
 
 A request is compared up to its first token that differs, which is said. Exit code 0: nothing
@@ -172,6 +175,10 @@ def on_two_sides(a, b, limit):
     return min(a, b) <= limit * (1 + SIDE) and max(a, b) >= limit * (1 - SIDE)
 
 
+def beyond_promotion(x, limit):
+    return x.outcome == "exact" and x.rung == 3 and min(x.bound, x.candidate) > limit
+
+
 def classify(policy, a, b, limit, head_dim, other_originals):
     """The class of a difference; limit: the tolerance."""
     if not {a.outcome, b.outcome} <= KEPT[policy]:
@@ -184,7 +191,11 @@ def classify(policy, a, b, limit, head_dim, other_originals):
     if on_two_sides(a.candidate, b.candidate, limit):
         if close(a.candidate, b.candidate, rounding(head_dim)):
             return "straddle"
+        if policy == "budget" and any(beyond_promotion(x, limit) for x in (a, b)):
+            return "rounding"
         return "originals" if other_originals else "unexplained"
+    if policy == "budget" and any(beyond_promotion(x, limit) for x in (a, b)):
+        return "rounding"
     if policy in ("budget", "paper") and min(a.candidate, b.candidate) > limit:
         return "ladder order"
     return "unexplained"
@@ -251,7 +262,7 @@ def main(arguments):
     except (Unusable, OSError) as e:
         print(f"compare_outcomes.py: {e}", file=sys.stderr)
         return 2
-    kinds = ("straddle", "originals", "ladder order", "unexplained")
+    kinds = ("straddle", "originals", "ladder order", "rounding", "unexplained")
     print(f"{counts['head-steps']} head-steps compared, {sum(counts[k] for k in kinds)} differ: "
           + ", ".join(f"{counts[k]} {k}" for k in kinds)
           + f"; {counts['diverged']} sequences diverged, {counts['ended']} ended in one run alone")

@@ -109,6 +109,13 @@ class Classes(unittest.TestCase):
         within = ("certified", 0, 0.03, 0.03)
         self.assertEqual(self.of("budget", within, ("exact", 3, 1e-4, 0.031)), "unexplained")
 
+    def test_an_exact_head_whose_rounding_is_beyond_the_tolerance_could_not_be_promoted(self):
+        exact = ("exact", 3, 0.2, 1e3)
+        self.assertEqual(self.of("budget", ("certified", 0, 0.03, 0.03), exact), "rounding")
+        self.assertEqual(self.of("budget", ("certified", 2, 0.04, 1e3), exact), "rounding")
+        self.assertEqual(self.of("budget", ("certified", 0, 0.03, 0.03), ("exact", 3, 0.2, 0.03)),
+                         "unexplained")
+
     def test_a_broken_promise_is_never_explained(self):
         climbed = ("certified", 2, 0.04, 0.08)
         for broken in (("over", 2, 0.06, 0.08), ("failed", 3, 0.0, 0.08), ("certified", 1, 0.06, 0.08),
