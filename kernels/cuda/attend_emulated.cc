@@ -1,5 +1,6 @@
 #include <boost/align/aligned_allocator.hpp>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "kernels/base/error.h"
@@ -9,10 +10,10 @@
 namespace certkv::cuda {
 namespace {
 
-template <int kDim, int kGroups, bool kCertificate>
+template <int kDim, int kGroups, bool kCertificate, int kWarps>
 void run(const PassArgs& args, const PassShape& shape) {
-  using Block = emulated::Pass<kDim, kGroups, kCertificate>;
-  const uint32_t bytes = shared_layout(kDim, kGroups).bytes;
+  using Block = emulated::Pass<kDim, kGroups, kCertificate, kWarps>;
+  const uint32_t bytes = shared_layout(kDim, kGroups, kWarps).bytes;
   for (int i = 0; i < shape.items; ++i) {
     const PassItem& item = args.items[i];
     if (args.repeated && *item.again == 0) continue;
@@ -49,12 +50,16 @@ void run(const PassArgs& args, const PassShape& shape) {
   }
 }
 
-template <int kDim, int kGroups>
+template <int kDim, int kGroups, size_t kCount = 0>
 void run(const PassArgs& args, const PassShape& shape) {
-  if (shape.certificate)
-    run<kDim, kGroups, true>(args, shape);
-  else
-    run<kDim, kGroups, false>(args, shape);
+  constexpr int kWarps = kWarpCounts[kCount];
+  if (shape.warps != kWarps) {  // check_shape() knows it to be one of the others
+    if constexpr (kCount + 1 < std::size(kWarpCounts)) run<kDim, kGroups, kCount + 1>(args, shape);
+  } else if (shape.certificate) {
+    run<kDim, kGroups, true, kWarps>(args, shape);
+  } else {
+    run<kDim, kGroups, false, kWarps>(args, shape);
+  }
 }
 
 }  // namespace

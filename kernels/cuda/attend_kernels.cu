@@ -1,3 +1,4 @@
+#include <iterator>
 #include <type_traits>
 
 #include "kernels/cuda/attend_kernels.h"
@@ -9,14 +10,21 @@ namespace certkv::cuda {
 
 namespace {
 
-template <int kDim, int kGroups, bool kCertificate>
-__global__ void __launch_bounds__(32 * kWarps, 1) attend_kernel(const PassArgs args) {
+// Few warps of a small head leave shared memory for a second block, so it gets registers too; see
+// plan_splits().
+template <int kDim, int kGroups, int kWarps>
+inline constexpr int kResident = kWarps < kMostWarps&& kDim* kGroups < 256 ? kMostResident : 1;
+
+template <int kDim, int kGroups, bool kCertificate, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kResident<kDim, kGroups, kWarps>)
+    attend_kernel(const PassArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
   const int split = int(blockIdx.x) + args.first_split;
   PassItem item = args.items[blockIdx.y];
   if (split * pages_per_split(args, item) >= item.page_count) return;
   if (args.repeated && *item.again == 0) return;
-  const Pass<kDim, kGroups, kCertificate> block{args, item, shared, split, int(threadIdx.y)};
+  const Pass<kDim, kGroups, kCertificate, kWarps> block{args, item, shared, split,
+                                                        int(threadIdx.y)};
   block.begin_copies();
   wait_for_previous();
   item.unit = load_fresh(&args.items[blockIdx.y].unit);  // by append
@@ -76,9 +84,16 @@ struct Launch {
 // Calls body with the kernel of a shape.
 template <typename Body>
 cudaError_t with_kernel(const KernelShape& s, Body body) {
+  const auto pick_warps = [&](auto d, auto groups, auto warps) {
+    constexpr int kDim = decltype(d)::value, kGroups = decltype(groups)::value;
+    return s.certificate ? body(attend_kernel<kDim, kGroups, true, decltype(warps)::value>)
+                         : body(attend_kernel<kDim, kGroups, false, decltype(warps)::value>);
+  };
+  static_assert(std::size(kWarpCounts) == 2);
+  const std::integral_constant<int, kWarpCounts[0]> most;
+  const std::integral_constant<int, kWarpCounts[1]> fewest;
   const auto pick = [&](auto d, auto groups) {
-    return s.certificate ? body(attend_kernel<decltype(d)::value, decltype(groups)::value, true>)
-                         : body(attend_kernel<decltype(d)::value, decltype(groups)::value, false>);
+    return s.warps == kWarpCounts[0] ? pick_warps(d, groups, most) : pick_warps(d, groups, fewest);
   };
   const std::integral_constant<int, 1> one;
   const std::integral_constant<int, 2> two;
@@ -101,8 +116,9 @@ cudaError_t allow_shared_memory(const KernelShape& shape, uint32_t bytes) {
 cudaError_t launch_attend(const PassArgs& args, const KernelShape& shape, uint32_t shared_bytes,
                           cudaStream_t stream) {
   return with_kernel(shape, [&](auto kernel) {
-    const Launch launch(dim3(unsigned(shape.splits), unsigned(shape.items)), dim3(32, kWarps),
-                        shared_bytes, stream, shape.early && args.after_append);
+    const Launch launch(dim3(unsigned(shape.splits), unsigned(shape.items)),
+                        dim3(32, unsigned(shape.warps)), shared_bytes, stream,
+                        shape.early && args.after_append);
     return cudaLaunchKernelEx(&launch.config, kernel, args);
   });
 }

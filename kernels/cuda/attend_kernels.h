@@ -10,7 +10,7 @@
 namespace certkv::cuda {
 
 struct KernelShape {
-  int head_dim, heads, groups, items, splits;
+  int head_dim, heads, groups, items, splits, warps;
   bool certificate;
   bool early;  // the device can begin a kernel before its predecessor has ended
 };

@@ -16,7 +16,8 @@ class CudaCacheOps final : public CacheOps {
     check_cuda(launch_append(args, stream()), "appending a token cannot be launched");
   }
   void attend(const PassArgs& args, const PassShape& shape) override {
-    const int kind = (shape.head_dim == 128) * 4 + (shape.groups() - 1) * 2 + shape.certificate;
+    const int kind = (shape.warps == kMostWarps) * 8 + (shape.head_dim == 128) * 4 +
+                     (shape.groups() - 1) * 2 + shape.certificate;
     if ((prepared_ >> kind & 1) == 0) prepare_attend(shape);
     prepared_ |= 1 << kind;
     cuda::attend(args, shape, stream(), early_);

@@ -10,11 +10,18 @@ namespace {
 
 class EmulatedCacheOps final : public CacheOps {
  public:
+  explicit EmulatedCacheOps(const Device& device) : shared_(device.shape().shared_per_block) {}
+
   void append(const AppendArgs& args) override {
     for (int i = 0; i < args.rows * args.kv_heads; ++i)
       for (int part = 0; part < args.heads + 2; ++part) emulated::append_part(args, i, part);
   }
   void attend(const PassArgs& args, const PassShape& shape) override {
+    const uint32_t bytes = shared_layout(shape.head_dim, shape.groups(), shape.warps).bytes;
+    CERTKV_EXPECT(bytes <= shared_, DeviceError,
+                  "the device refuses the shared memory that the certified pass needs: {} bytes of "
+                  "{}",
+                  bytes, shared_);
     attend_emulated(args, shape);
   }
   void climb(const LadderArgs& args) override {
@@ -74,12 +81,13 @@ class EmulatedCacheOps final : public CacheOps {
 
  private:
   static constexpr int kWarpsEach = 3;  // any number does
+  size_t shared_;
 };
 
 }  // namespace
 
-std::unique_ptr<CacheOps> make_emulated_cache_ops(Device&) {
-  return std::make_unique<EmulatedCacheOps>();
+std::unique_ptr<CacheOps> make_emulated_cache_ops(Device& device) {
+  return std::make_unique<EmulatedCacheOps>(device);
 }
 
 }  // namespace certkv::cuda

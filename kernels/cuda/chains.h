@@ -12,7 +12,7 @@ namespace certkv::cuda {
 // largest, the result at 2^-23: 2 (9 + 2) u and (17 / 2 + 2) u. gpu_lanes_test looks for more.
 inline constexpr int kMatrixUnits = 24;
 
-inline constexpr int kWarps = 12;            // of a block; each walks pages of its own
+inline constexpr int kMostWarps = 12;        // of a block; each walks pages of its own
 inline constexpr int kMaxPagesPerWarp = 11;  // by plan
 // Blocks that a warp serves from originals, at most: those of a split are dealt out to its warps.
 inline constexpr int kMaxTilesPerWarp = kPageTiles * kMaxPagesPerWarp;
@@ -26,7 +26,7 @@ inline constexpr double kEpsWDevice =
 // weight's two halves (2^-22), for each page a fused operation and a rise. Originals: one matrix
 // instruction with its terms and scale, the weight, for each block a sum and a rise. Then originals
 // join codes, warps each other, the split the output.
-inline constexpr int kChainMerges = 2 + kWarps + 1;
+inline constexpr int kChainMerges = 2 + kMostWarps + 1;
 inline constexpr int kChainCodes = 2 * kMatrixUnits + 5 + 4 + 2 * kMaxPagesPerWarp + kChainMerges;
 inline constexpr int kChainOriginals = kMatrixUnits + 3 + 4 + 2 * kMaxTilesPerWarp + kChainMerges;
 inline constexpr int kChainDevice = kChainCodes > kChainOriginals ? kChainCodes : kChainOriginals;

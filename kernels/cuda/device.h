@@ -146,6 +146,10 @@ using HostArray = MemoryArray<T, ArrayMemory::Host>;
 
 struct EmulatedDeviceOptions {
   uint64_t total_bytes = uint64_t(4) << 30;  // more than that is OutOfMemory, as on a device
+  // Small, so that short sequences too are cut into several splits.
+  DeviceShape shape = {.multiprocessors = 8,
+                       .shared_per_block = 227 * 1024,
+                       .shared_per_multiprocessor = 228 * 1024};
 };
 std::unique_ptr<Device> make_emulated_device(const EmulatedDeviceOptions& options = {});
 

@@ -12,7 +12,8 @@ constexpr size_t kAlign = 256;
 // Memory comes from malloc, so that a sanitizer sees who reads what was never written or is gone.
 class EmulatedDevice final : public Device {
  public:
-  explicit EmulatedDevice(const EmulatedDeviceOptions& options) : total_(options.total_bytes) {}
+  explicit EmulatedDevice(const EmulatedDeviceOptions& options)
+      : total_(options.total_bytes), shape_(options.shape) {}
 
   bool emulated() const override { return true; }
   const DeviceShape& shape() const override { return shape_; }
@@ -73,10 +74,7 @@ class EmulatedDevice final : public Device {
   }
 
   uint64_t total_, used_ = 0;
-  // Small, so that short sequences too are cut into several splits.
-  DeviceShape shape_{.multiprocessors = 8,
-                     .shared_per_block = 227 * 1024,
-                     .shared_per_multiprocessor = 228 * 1024};
+  const DeviceShape shape_;
   std::map<std::byte*, uint64_t> held_;
 };
 

@@ -65,10 +65,10 @@ CERTKV_FN F sum_eight(F x) {
   return x + shuffle_xor(x, 4);
 }
 
-template <int kDim, int kGroups, bool kCertificate>
+template <int kDim, int kGroups, bool kCertificate, int kWarps>
 struct PassBlock {
   static constexpr PageLayoutDevice kPage = page_layout(kDim);
-  static constexpr SharedLayout kShared = shared_layout(kDim, kGroups);
+  static constexpr SharedLayout kShared = shared_layout(kDim, kGroups, kWarps);
   static constexpr int kSteps = kDim / 32;  // of m16n8k32
   static constexpr int kCells = kDim / 16;  // of 16 elements
   static constexpr int kHeads = 4 * kGroups;
@@ -140,15 +140,19 @@ struct PassBlock {
       }
     }
   }
-  // Then some warps split the queries, the others fetch what all of them need.
+  // Then some warps split the queries, a head each where there are enough, the others fetch what
+  // all of them need.
   CERTKV_FN void begin() const {
-    if (warp < kHeads) {
+    static_assert(kWarps >= 2);
+    constexpr int kSplitters = kHeads < kWarps ? kHeads : kWarps - 1;
+    if (warp < kSplitters) {
       split_query(warp);
+      if constexpr (kSplitters < kHeads)
+        for (int head = warp + kSplitters; head < kHeads; head += kSplitters) split_query(head);
       return;
     }
-    constexpr int kOthers = kWarps - kHeads;
-    static_assert(kOthers >= 1);
-    const int at = warp - kHeads;
+    constexpr int kOthers = kWarps - kSplitters;
+    const int at = warp - kSplitters;
     fetch(item.pages + first_page(), pages(), pages(), at, kOthers, entries());
     fetch(item.scaled, item.heads * kDim / 4, kHeads * kDim / 4, at, kOthers, query());
     if (at == 0) {

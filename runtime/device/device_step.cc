@@ -275,6 +275,7 @@ void DeviceCache::decode(int layer, const float* qkv) {
                         .heads = int(n),
                         .items = int(items),
                         .splits = b.most_splits[0],
+                        .warps = cuda::pass_warps(device_.shape(), int(d), int((n + 3) / 4)),
                         .certificate = true};
   // Of a policy that climbs: what is made must be used.
   cuda::Device::Condition failing;

@@ -107,6 +107,7 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
              .heads = kHeads,
              .items = s.items,
              .splits = plan.splits,
+             .warps = plan.warps,
              .certificate = certificate};
   s.args.pages_per_split = plan.pages_per_split;
   s.args.dtype = DType::BF16;

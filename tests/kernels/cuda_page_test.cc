@@ -11,6 +11,7 @@
 #include "kernels/cuda/plan.h"
 #include "kernels/quantize.h"
 #include "tests/support/oracle.h"
+#include "tests/support/thrown_by.h"
 
 namespace certkv::cuda {
 namespace {
@@ -154,18 +155,22 @@ TEST(DevicePage, RefusesWhatTheDeviceDoesNotServe) {
 // ----------------------------------------------------------------------------------------
 
 constexpr DeviceShape kH100 = {132, 232448, 233472};
+constexpr DeviceShape kA100 = {108, 166912, 167936};
+constexpr DeviceShape kSmall = {128, 101376, 102400};  // sm_89; sm_86 and sm_120 are as small
 
 TEST(LaunchPlan, CoversEveryPageOnceWithinWhatIsCharged) {
-  for (int d : {64, 128})
-    for (int groups : {1, 2})
-      for (int items : {1, 3, 8, 32, 500})
-        for (int pages : {1, 2, 7, 8, 9, 129, 513, 2049, 16385, 100000}) {
-          const SplitPlan plan = plan_splits(kH100, d, groups, pages, items);
-          EXPECT_GE(plan.pages_per_split, 1);
-          EXPECT_LE(plan.pages_per_split, kWarps * kMaxPagesPerWarp);
-          EXPECT_GE(plan.splits * plan.pages_per_split, pages);
-          EXPECT_LT((plan.splits - 1) * plan.pages_per_split, pages) << "an empty split";
-        }
+  for (const DeviceShape& device : {kH100, kA100, kSmall})
+    for (int d : {64, 128})
+      for (int groups : {1, 2})
+        for (int items : {1, 3, 8, 32, 500})
+          for (int pages : {1, 2, 7, 8, 9, 55, 56, 129, 513, 2049, 16385, 100000}) {
+            const SplitPlan plan = plan_splits(device, d, groups, pages, items);
+            EXPECT_EQ(plan.warps, pass_warps(device, d, groups));
+            EXPECT_GE(plan.pages_per_split, 1);
+            EXPECT_LE(plan.pages_per_split, plan.warps * kMaxPagesPerWarp);
+            EXPECT_GE(plan.splits * plan.pages_per_split, pages);
+            EXPECT_LT((plan.splits - 1) * plan.pages_per_split, pages) << "an empty split";
+          }
 }
 
 TEST(LaunchPlan, FillsTheDeviceOnceWhereThereIsWork) {
@@ -181,28 +186,76 @@ TEST(LaunchPlan, FillsTheDeviceOnceWhereThereIsWork) {
   EXPECT_EQ(plan_splits(kH100, 128, 1, 8, 1).splits, 1);
 }
 
+TEST(LaunchPlan, TakesTheMostWarpsThatFitTheDevice) {
+  for (int d : {64, 128})
+    for (int groups : {1, 2}) {
+      EXPECT_EQ(pass_warps(kH100, d, groups), 12);
+      EXPECT_EQ(pass_warps(kA100, d, groups), d == 64 ? 12 : 5);
+      EXPECT_EQ(pass_warps(kSmall, d, groups), d == 64 && groups == 1 ? 12 : 5);
+      for (int warps : kWarpCounts) {  // at the edge
+        const uint32_t needed = shared_layout(d, groups, warps).bytes;
+        EXPECT_EQ(pass_warps({1, needed, needed + 1024}, d, groups), warps);
+      }
+      EXPECT_LT(pass_warps({1, shared_layout(d, groups, 12).bytes - 1, 1 << 20}, d, groups), 12);
+    }
+}
+
+// One round of blocks, or some that are all as full: the last is not left half empty.
+TEST(LaunchPlan, FillsTheRoundsOfASmallDevice) {
+  const SplitPlan one = plan_splits(kSmall, 128, 1, 513, 8);
+  EXPECT_LE(one.splits * 8, 128);
+  EXPECT_GE(one.splits * 8, 120);
+  const SplitPlan long_one = plan_splits(kSmall, 128, 1, 2049, 8);  // in 3 rounds
+  EXPECT_LE(long_one.splits * 8, 3 * 128);
+  EXPECT_GE(long_one.splits * 8, 3 * 120);
+  // Two blocks of 5 warps fit where 12 warps do not.
+  EXPECT_GE(plan_splits(kA100, 128, 1, 513, 8).splits * 8, 200);
+}
+
+TEST(LaunchPlan, ForetellsTheLongestSplitOfAnyLength) {
+  for (const DeviceShape& device : {kH100, kA100, kSmall})
+    for (int items : {1, 8})
+      for (int longest : {1, 8, 60, 1000, 3000}) {
+        int most = 0;
+        for (int pages = 1; pages <= longest; ++pages)
+          most = std::max(most, plan_splits(device, 128, 1, pages, items).pages_per_split);
+        const int foretold = most_pages_per_split(device, 128, 1, longest, items);
+        EXPECT_LE(most, foretold) << longest;
+        EXPECT_LE(foretold, std::max(most, std::min(longest, 8))) << longest;
+      }
+}
+
 TEST(LaunchPlan, RefusesADeviceWithTooLittleSharedMemory) {
-  try {
-    plan_splits({108, 101376, 102400}, 128, 1, 100, 8);
-    FAIL() << "taken";
-  } catch (const Error& e) {
-    EXPECT_EQ(e.kind(), ErrorKind::InvalidArgument);
-    EXPECT_NE(std::string(e.what()).find("the device offers 101376"), std::string::npos);
-  }
+  // 64 KB, as sm_75 has.
+  const std::string what = thrown_by([] { plan_splits({68, 65536, 65536}, 128, 1, 100, 8); });
+  EXPECT_EQ(what,
+            "InvalidArgument: the device's pass needs 82912 bytes of shared memory a block at "
+            "head_dim 128 and 1 to 4 query heads a KV head, the device offers 65536: use the CPU "
+            "backend");
+  EXPECT_NE(thrown_by([] {
+              pass_warps({1, 40 * 1024, 64 * 1024}, 64, 2);
+            }).find("5 to 8 query heads a KV head, the device offers 40960"),
+            std::string::npos);
   EXPECT_THROW(plan_splits(kH100, 128, 1, 0, 8), Error);
   EXPECT_THROW(plan_splits(kH100, 128, 1, 8, 0), Error);
 }
 
 TEST(LaunchPlan, RefusesShapesTheKernelsDoNotTake) {
   PassArgs args;
-  args.pages_per_split = 8;
-  const PassShape good{.head_dim = 128, .heads = 8, .items = 1, .splits = 1, .certificate = true};
+  args.pages_per_split = 5 * kMaxPagesPerWarp;
+  const PassShape good{
+      .head_dim = 128, .heads = 8, .items = 1, .splits = 1, .warps = 5, .certificate = true};
   EXPECT_NO_THROW(check_shape(args, good));
   for (auto change :
        {+[](PassArgs&, PassShape&s) { s.head_dim = 96; },
         +[](PassArgs&, PassShape&s) { s.heads = 9; }, +[](PassArgs&, PassShape&s) { s.heads = 0; },
+        +[](PassArgs&, PassShape&s) { s.warps = 0; }, +[](PassArgs&, PassShape&s) { s.warps = 6; },
         +[](PassArgs&a, PassShape&) { a.pages_per_split = -1; },
-        +[](PassArgs&a, PassShape&) { a.pages_per_split = kWarps * kMaxPagesPerWarp + 1; }}) {
+        +[](PassArgs&a, PassShape&) { ++a.pages_per_split; },
+        +[](PassArgs&a, PassShape&s) {
+          s.warps = kMostWarps;
+          a.pages_per_split = kMostWarps * kMaxPagesPerWarp + 1;
+        }}) {
     PassArgs a = args;
     PassShape s = good;
     change(a, s);

@@ -200,21 +200,23 @@ std::vector<BlockRef> mixed(const Drawn& x, uint64_t seed, int one_in) {
   return blocks;
 }
 
-TEST_F(OnDevice, ReturnsAttentionOverWhatItServes) {
+TEST_P(OnDevice, ReturnsAttentionOverWhatItServes) {
   for (int d : {64, 128})
     for (int heads : {1, 3, 4, 5, 8}) {
       const Drawn x(d, heads, 64 * 9 + 21, uint64_t(d + heads));
-      expect_as_served(x, x.head.blocks, DevicePass(x.head.context(), x.group(), x.head.blocks));
+      expect_as_served(
+          x, x.head.blocks,
+          DevicePass(x.head.context(), x.group(), x.head.blocks, {.warps = GetParam()}));
     }
 }
 
-TEST_F(OnDevice, TakesOriginalsInPlaceOfCodes) {
+TEST_P(OnDevice, TakesOriginalsInPlaceOfCodes) {
   for (int d : {64, 128})
     for (DType dtype : {DType::F16, DType::BF16})
       for (int one_in : {1, 2, 5}) {
         const Drawn x(d, d == 64 ? 8 : 4, 64 * 4 + 33, uint64_t(7 * d + one_in), dtype);
         const std::vector<BlockRef> blocks = mixed(x, 5, one_in);
-        const DevicePass pass(x.head.context(), x.group(), blocks);
+        const DevicePass pass(x.head.context(), x.group(), blocks, {.warps = GetParam()});
         EXPECT_TRUE(pass.judged_alike());
         EXPECT_EQ(pass.flags, 0u);
         expect_as_served(x, blocks, pass);
@@ -227,27 +229,31 @@ TEST_F(OnDevice, TakesOriginalsInPlaceOfCodes) {
       }
 }
 
-// More entries than lanes, more blocks of originals than warps, in one split.
-TEST_F(OnDevice, DealsManyBlocksOfOriginalsToItsWarps) {
-  for (DType dtype : {DType::F16, DType::BF16}) {
-    const Drawn x(64, 2, 64 * 40 + 5, 21, dtype);
-    for (const auto& blocks : {mixed(x, 9, 3), x.head.originals()}) {
-      const DevicePass pass(x.head.context(), x.group(), blocks, {.pages_per_split = 132});
-      EXPECT_TRUE(pass.judged_alike());
-      expect_as_served(x, blocks, pass);
-      expect_certificates_hold(x, pass);
+// More entries than lanes, more blocks of originals than warps, in one split; of a block of 5 warps
+// as many as it can list.
+TEST_P(OnDevice, DealsManyBlocksOfOriginalsToItsWarps) {
+  for (size_t tokens : {64 * 40 + 5, 64 * 5 * cuda::kMaxPagesPerWarp})
+    for (DType dtype : {DType::F16, DType::BF16}) {
+      const Drawn x(64, 2, tokens, 21, dtype);
+      for (const auto& blocks : {mixed(x, 9, 3), mixed(x, 9, 1), x.head.originals()}) {
+        const DevicePass pass(
+            x.head.context(), x.group(), blocks,
+            {.warps = GetParam(), .pages_per_split = GetParam() * cuda::kMaxPagesPerWarp});
+        EXPECT_TRUE(pass.judged_alike());
+        expect_as_served(x, blocks, pass);
+        expect_certificates_hold(x, pass);
+      }
     }
-  }
 }
 
-TEST_F(OnDevice, HoldsAtTheEdgesOfBlocksPagesAndSplits) {
+TEST_P(OnDevice, HoldsAtTheEdgesOfBlocksPagesAndSplits) {
   for (size_t tokens :
        {1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025, 1100}) {
     const Drawn x(64, 2, tokens, tokens);
     for (int pages_per_split : {1, 3, 8, 16}) {
       if (pages_per_split == 1 && tokens > 600) continue;
       const DevicePass pass(x.head.context(), x.group(), x.head.blocks,
-                            {.pages_per_split = pages_per_split});
+                            {.warps = GetParam(), .pages_per_split = pages_per_split});
       EXPECT_TRUE(pass.judged_alike());
       expect_as_served(x, x.head.blocks, pass);
       expect_certificates_hold(x, pass);
@@ -257,11 +263,11 @@ TEST_F(OnDevice, HoldsAtTheEdgesOfBlocksPagesAndSplits) {
 }
 
 // D_b, and what the rounding may add to it, stated by the oracle.
-TEST_F(OnDevice, ChargesEveryBlockItsScoreError) {
+TEST_P(OnDevice, ChargesEveryBlockItsScoreError) {
   for (int d : {64, 128}) {
     const Drawn x(d, 4, 64 * 3 + 10, uint64_t(d), DType::F16);
     const std::vector<BlockRef> blocks = mixed(x, 3, 4);
-    const DevicePass pass(x.head.context(), x.group(), blocks);
+    const DevicePass pass(x.head.context(), x.group(), blocks, {.warps = GetParam()});
     EXPECT_TRUE(pass.judged_alike());
     for (size_t b = 0; b < blocks.size(); ++b)
       for (int h = 0; h < x.heads; ++h) {
@@ -283,11 +289,11 @@ TEST_F(OnDevice, ChargesEveryBlockItsScoreError) {
 }
 
 // Nothing but the exponential, its argument's rounding and the rescales is left of a zero query.
-TEST_F(OnDevice, ChargesTheExponentialWhereTheScoresAreZero) {
+TEST_P(OnDevice, ChargesTheExponentialWhereTheScoresAreZero) {
   Drawn x(64, 1, 64 * 2 + 7, 3);
   std::fill(x.q.begin(), x.q.end(), 0.0f);
   for (const auto& blocks : {x.head.blocks, x.head.originals()}) {
-    const DevicePass pass(x.head.context(), x.group(), blocks);
+    const DevicePass pass(x.head.context(), x.group(), blocks, {.warps = GetParam()});
     EXPECT_TRUE(pass.judged_alike());
     for (float delta : pass.state.delta) EXPECT_GE(double(delta), oracle::kLeastEpsW);
     expect_as_served(x, blocks, pass);
@@ -296,10 +302,10 @@ TEST_F(OnDevice, ChargesTheExponentialWhereTheScoresAreZero) {
 }
 
 // Large factors too: Delta_b of 0.5 to 30.
-TEST_F(OnDevice, BoundsTheFactorOfLargeErrors) {
+TEST_P(OnDevice, BoundsTheFactorOfLargeErrors) {
   for (double q_scale : {5.0, 30.0, 300.0}) {
     const Drawn x(64, 2, 64 * 3, 5, DType::BF16, q_scale);
-    const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+    const DevicePass pass(x.head.context(), x.group(), x.head.blocks, {.warps = GetParam()});
     EXPECT_TRUE(pass.judged_alike());
     for (size_t i = 0; i < pass.state.delta.size(); ++i) {
       EXPECT_GE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])));
@@ -325,8 +331,8 @@ struct ExactKeys : Drawn {
       for (int c = 0; c < d; ++c) q[size_t(h * d + c)] = query_of(h, c);
   }
   // What the pass itself charges, and nothing else, is what scores may be off.
-  void expect_within_charge() const {
-    const DevicePass pass(head.context(), group(), head.blocks);
+  void expect_within_charge(int warps) const {
+    const DevicePass pass(head.context(), group(), head.blocks, {.warps = warps});
     EXPECT_TRUE(pass.judged_alike());
     std::vector<double> off;
     for (float bound : pass.state.score_bound) off.push_back(double(bound) + cuda::kEpsWDevice);
@@ -334,7 +340,7 @@ struct ExactKeys : Drawn {
   }
 };
 
-TEST_F(OnDevice, WeighsWithTwentyTwoBits) {
+TEST_P(OnDevice, WeighsWithTwentyTwoBits) {
   std::mt19937_64 random(8);
   std::normal_distribution<double> normal;
   for (int d : {64, 128}) {
@@ -352,7 +358,7 @@ TEST_F(OnDevice, WeighsWithTwentyTwoBits) {
             return int(t % 64) < weighty ? keys[t * size_t(d) + c] : 0;
           },
           [&](size_t t, size_t) { return (t % 2 == 0 ? 10 : -10) + normal(random); });
-      x.expect_within_charge();
+      x.expect_within_charge(GetParam());
     }
   }
 }
@@ -360,7 +366,7 @@ TEST_F(OnDevice, WeighsWithTwentyTwoBits) {
 // All tokens have the same values, so that the output is those whatever the weights are: what is
 // left is how far the weights that are summed differ from those that weigh values, and rounding.
 // Halves alone would differ by up to 2^-12, 4096 u.
-TEST_F(OnDevice, SumsTheWeightsThatWeighValues) {
+TEST_P(OnDevice, SumsTheWeightsThatWeighValues) {
   std::mt19937_64 random(9);
   for (int d : {64, 128}) {
     std::vector<float> q;
@@ -373,7 +379,7 @@ TEST_F(OnDevice, SumsTheWeightsThatWeighValues) {
         [&](size_t t, size_t c) { return t % 16 < 2 ? keys[t / 64 * 2 * size_t(d) + c] : 0; },
         [](size_t, size_t c) { return 1 + double(c % 7); });
     for (const auto& blocks : {x.head.blocks, x.head.originals()}) {
-      const DevicePass pass(x.head.context(), x.group(), blocks);
+      const DevicePass pass(x.head.context(), x.group(), blocks, {.warps = GetParam()});
       EXPECT_TRUE(pass.judged_alike());
       for (int h = 0; h < x.heads; ++h) {
         const Served served =
@@ -388,7 +394,7 @@ TEST_F(OnDevice, SumsTheWeightsThatWeighValues) {
 // Every channel but one loses 0.45 of the query's last place, all in one direction; the keys of a
 // block are all 255, or all 0: 128 (to 127) times the loss is the score's error, once 128 times it
 // is in the base.
-TEST_F(OnDevice, ChargesWhatAQueryOfSixteenBitsLoses) {
+TEST_P(OnDevice, ChargesWhatAQueryOfSixteenBitsLoses) {
   constexpr float kPlace = 0x1p-20f;
   for (int d : {64, 128})
     for (float sign : {1.0f, -1.0f}) {
@@ -399,8 +405,8 @@ TEST_F(OnDevice, ChargesWhatAQueryOfSixteenBitsLoses) {
           },
           [&](size_t t, size_t) { return t / 16 % 2 == 0 ? 255 : 0; },
           [](size_t, size_t c) { return double(c % 7); });
-      x.expect_within_charge();
-      const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+      x.expect_within_charge(GetParam());
+      const DevicePass pass(x.head.context(), x.group(), x.head.blocks, {.warps = GetParam()});
       EXPECT_TRUE(pass.judged_alike());
       for (int h = 0; h < 4; ++h) {
         const double lost = 0.45 * kPlace * 128 * (d - 1) / std::sqrt(double(d));
@@ -412,7 +418,7 @@ TEST_F(OnDevice, ChargesWhatAQueryOfSixteenBitsLoses) {
 
 // Queries whose mantissas are all ones beyond the bits of two bfloat16, along the keys: two terms
 // would lose 2^-16 of every product, 256 u, all in one direction.
-TEST_F(OnDevice, ScoresOriginalsWithAllBitsOfTheQuery) {
+TEST_P(OnDevice, ScoresOriginalsWithAllBitsOfTheQuery) {
   // Matrix instructions of an sm_90 are within 11 u, of which head_dim / 32 follow each other.
   constexpr double kChain = 11 * 4 + 11;
   for (DType dtype : {DType::F16, DType::BF16})
@@ -426,7 +432,7 @@ TEST_F(OnDevice, ScoresOriginalsWithAllBitsOfTheQuery) {
         for (int c = 0; c < d; ++c)
           x.q[size_t(h * d + c)] = (c % 3 == 0 ? -0x1.fffefep+1f : 0x1.fffefep+1f) * float(h + 1);
       const std::vector<BlockRef> blocks = x.head.originals();
-      const DevicePass pass(x.head.context(), x.group(), blocks);
+      const DevicePass pass(x.head.context(), x.group(), blocks, {.warps = GetParam()});
       EXPECT_TRUE(pass.judged_alike());
       std::vector<double> off;
       for (int h = 0; h < 4; ++h)
@@ -439,9 +445,9 @@ TEST_F(OnDevice, ScoresOriginalsWithAllBitsOfTheQuery) {
 }
 
 // E1, E2 and E5 from the state against the same sums token by token in float64.
-TEST_F(OnDevice, StatesTheCertificatesTerms) {
+TEST_P(OnDevice, StatesTheCertificatesTerms) {
   const Drawn x(128, 4, 64 * 5, 99);
-  const DevicePass pass(x.head.context(), x.group(), x.head.blocks);
+  const DevicePass pass(x.head.context(), x.group(), x.head.blocks, {.warps = GetParam()});
   EXPECT_TRUE(pass.judged_alike());
   const std::vector<Certificate> judged = pass.judge();
   for (int h = 0; h < x.heads; ++h) {
@@ -464,19 +470,21 @@ TEST_F(OnDevice, StatesTheCertificatesTerms) {
   }
 }
 
-TEST_F(OnDevice, WithoutTheCertificateReturnsTheSameOutput) {
+TEST_P(OnDevice, WithoutTheCertificateReturnsTheSameOutput) {
   const Drawn x(128, 5, 64 * 9 + 40, 4);
   const std::vector<BlockRef> blocks = mixed(x, 6, 6);
-  const DevicePass with(x.head.context(), x.group(), blocks);
-  const DevicePass without(x.head.context(), x.group(), blocks, {.certificate = false});
+  const DevicePass with(x.head.context(), x.group(), blocks, {.warps = GetParam()});
+  const DevicePass without(x.head.context(), x.group(), blocks,
+                           {.warps = GetParam(), .certificate = false});
   EXPECT_EQ(with.out, without.out);
 }
 
-TEST_F(OnDevice, AMissingSlotRaisesTheFlagAndIsNeverReadAsAnother) {
+TEST_P(OnDevice, AMissingSlotRaisesTheFlagAndIsNeverReadAsAnother) {
   const Drawn x(64, 4, 64 * 2 + 20, 11);
   std::vector<BlockRef> blocks = x.head.blocks;
   for (size_t b : {1, 5}) blocks[b] = x.head.promoted(b, true, true);
-  const DevicePass pass(x.head.context(), x.group(), blocks, {.missing_slot = 5});
+  const DevicePass pass(x.head.context(), x.group(), blocks,
+                        {.warps = GetParam(), .missing_slot = 5});
   EXPECT_TRUE(pass.judged_alike());
   EXPECT_EQ(pass.flags, cuda::kFlagMissing);
   // The codes stood in, and are charged as what they are.
@@ -486,18 +494,19 @@ TEST_F(OnDevice, AMissingSlotRaisesTheFlagAndIsNeverReadAsAnother) {
   expect_as_served(x, blocks, pass);
   expect_certificates_hold(x, pass);
   // Where there are no codes either, nothing is known.
-  const DevicePass open(x.head.context(), x.group(), x.head.blocks, {.missing_slot = 8});
+  const DevicePass open(x.head.context(), x.group(), x.head.blocks,
+                        {.warps = GetParam(), .missing_slot = 8});
   EXPECT_EQ(open.flags, cuda::kFlagMissing);
   for (const Certificate& c : open.judge()) EXPECT_TRUE(std::isnan(c.bound));
 }
 
-TEST_F(OnDevice, CertifiesNothingOnANonFiniteQuery) {
+TEST_P(OnDevice, CertifiesNothingOnANonFiniteQuery) {
   for (float bad : {std::nanf(""), float(INFINITY), -float(INFINITY), 3e38f})
     for (bool originals : {false, true}) {
       Drawn x(64, 4, 64 * 2 + 5, 12);
       x.q[64 + 9] = bad;
       const std::vector<BlockRef> blocks = originals ? x.head.originals() : x.head.blocks;
-      const DevicePass pass(x.head.context(), x.group(), blocks);
+      const DevicePass pass(x.head.context(), x.group(), blocks, {.warps = GetParam()});
       EXPECT_TRUE(pass.judged_alike());
       const std::vector<Certificate> judged = pass.judge();
       EXPECT_FALSE(within_tolerance(judged[1], true, 1e6)) << bad;
@@ -506,7 +515,7 @@ TEST_F(OnDevice, CertifiesNothingOnANonFiniteQuery) {
     }
 }
 
-TEST_F(OnDevice, CertifiesNothingOnDamagedNotes) {
+TEST_P(OnDevice, CertifiesNothingOnDamagedNotes) {
   const Drawn x(64, 2, 64 * 3, 13);
   using Notes = cuda::PageNotesDevice;
   const std::vector<std::function<void(Notes&, float)>> places = {
@@ -521,19 +530,21 @@ TEST_F(OnDevice, CertifiesNothingOnDamagedNotes) {
   for (size_t i = 0; i < places.size(); ++i)
     for (float bad : {std::nanf(""), -1e-5f, -1.0f, -float(INFINITY)}) {
       const DevicePass pass(x.head.context(), x.group(), x.head.blocks,
-                            {.damage = [&](std::byte* page) {
-                              const size_t at = cuda::page_layout(64).notes;
-                              Notes notes;
-                              std::memcpy(&notes, page + at, sizeof notes);
-                              places[i](notes, bad);
-                              std::memcpy(page + at, &notes, sizeof notes);
-                            }});
+                            {.warps = GetParam(), .damage = [&](std::byte* page) {
+                               const size_t at = cuda::page_layout(64).notes;
+                               Notes notes;
+                               std::memcpy(&notes, page + at, sizeof notes);
+                               places[i](notes, bad);
+                               std::memcpy(page + at, &notes, sizeof notes);
+                             }});
       for (const Certificate& c : pass.judge()) {
         EXPECT_FALSE(within_tolerance(c, true, 1e6)) << i << " " << bad;
         EXPECT_FALSE(within_tolerance(c, false, 1e30)) << i << " " << bad;
       }
     }
 }
+
+INSTANTIATE_TEST_SUITE_P(Blocks, OnDevice, kEveryWarps, warps_name);
 
 }  // namespace
 }  // namespace certkv

@@ -19,7 +19,7 @@ struct Counts {
   Tightness use;
 };
 
-void run_shape(Shape shape, uint64_t seed, Counts* counts) {
+void run_shape(Shape shape, uint64_t seed, int warps, Counts* counts) {
   AttentionCase c = draw_case(shape, seed);
   std::mt19937_64 random(seed * 77 + uint64_t(shape));
   c.layout = "compact";
@@ -40,7 +40,8 @@ void run_shape(Shape shape, uint64_t seed, Counts* counts) {
     if (key || value) blocks[b] = head.promoted(b, key, value);
   }
   const QueryGroup group = make_query_group(c.heads, c.head_dim, q.data());
-  const DevicePass pass(head.context(), group, blocks, {.pages_per_split = int(1 + random() % 9)});
+  const DevicePass pass(head.context(), group, blocks,
+                        {.warps = warps, .pages_per_split = int(1 + random() % 9)});
   EXPECT_EQ(pass.flags, 0u);
   EXPECT_TRUE(pass.judged_alike()) << c.describe();
   const std::vector<Certificate>& judged = pass.judged;
@@ -70,11 +71,12 @@ void run_shape(Shape shape, uint64_t seed, Counts* counts) {
   }
 }
 
-TEST_F(OnDevice, CertifiesNothingThatDoesNotHold) {
+TEST_P(OnDevice, CertifiesNothingThatDoesNotHold) {
   Counts counts;
   constexpr uint64_t kSeeds = 8;
   for (int shape = 0; shape < kShapes; ++shape)
-    for (uint64_t seed = 0; seed < kSeeds; ++seed) run_shape(Shape(shape), seed, &counts);
+    for (uint64_t seed = 0; seed < kSeeds; ++seed)
+      run_shape(Shape(shape), seed, GetParam(), &counts);
   fmt::print("{}", counts.use.table("true error / bound"));
   fmt::print("{} head-steps, {} with a finite bound, {} within 0.05\n", counts.head_steps,
              counts.finite, counts.certified);
@@ -83,6 +85,8 @@ TEST_F(OnDevice, CertifiesNothingThatDoesNotHold) {
   EXPECT_GE(counts.finite, counts.head_steps * 3 / 4);
   EXPECT_GE(counts.certified, counts.head_steps / 10);
 }
+
+INSTANTIATE_TEST_SUITE_P(Blocks, OnDevice, kEveryWarps, warps_name);
 
 }  // namespace
 }  // namespace certkv

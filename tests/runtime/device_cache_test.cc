@@ -342,8 +342,8 @@ TEST_F(DeviceCacheTest, AShapeThatComesAgainIsTheSame) {
   const int64_t longer = cache.create(int64_t(4 * tokens), 2, 10);
   const std::vector<uint16_t> more(2 * 4 * tokens * 64, 0x3f80);
   const auto longer_rows = put(more);
-  cache.store_prefill(longer, 0, 4 * tokens, longer_rows.data(), longer_rows.data(), 4 * tokens * 64,
-                      {});
+  cache.store_prefill(longer, 0, 4 * tokens, longer_rows.data(), longer_rows.data(),
+                      4 * tokens * 64, {});
   shape_of({cache.fork(longer, 10, naive)});
   EXPECT_EQ((std::set{one, other, both}.count(shape_of({a}))), 0u);
 }
@@ -390,6 +390,25 @@ TEST_F(DeviceCacheTest, ABackendThatIsNotThereIsNamed) {
   EXPECT_TRUE(cuda.starts_with("InvalidArgument: this build has no CUDA backend") ||
               cuda.starts_with("DeviceError: no NVIDIA driver answers"))
       << cuda;
+}
+
+// Blocks of fewer warps, where a device's shared memory has no room for more; the emulation refuses
+// what does not fit, as a device does.
+TEST_F(DeviceCacheTest, ADeviceWithLessSharedMemoryKeepsThePromise) {
+  backend_ = {};
+  backend_.device = cuda::make_emulated_device({.shape = {8, 99 * 1024, 100 * 1024}});
+  backend_.cache = cuda::make_emulated_cache_ops(*backend_.device);
+  EXPECT_EQ(cuda::pass_warps(backend_.device->shape(), 128, 1), 5);
+  Counts budget;
+  for (int shape = 0; shape < kShapes; ++shape) run(Shape(shape), 2, Policy::Budget, 0.05, &budget);
+  fmt::print("{} head-steps, {} certified, {} exact, {} failed; rungs {} {} {} {}\n",
+             budget.head_steps, budget.certified, budget.exact, budget.failed, budget.rung[0],
+             budget.rung[1], budget.rung[2], budget.rung[3]);
+  EXPECT_EQ(budget.certified + budget.exact + budget.failed, budget.head_steps);
+  EXPECT_GE(budget.head_steps, 250u);
+  EXPECT_GE(budget.rung[1] + budget.rung[2], 10u);
+  EXPECT_GE(budget.rung[3], 25u);
+  EXPECT_LE(budget.failed, budget.head_steps / 10);
 }
 
 // A device too small for the prompt, and one too small for its decode: refused by name, with what

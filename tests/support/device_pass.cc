@@ -90,6 +90,7 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
                               .items = 1,
                               .splits = int((pages + size_t(options.pages_per_split) - 1) /
                                             size_t(options.pages_per_split)),
+                              .warps = options.warps,
                               .certificate = options.certificate};
   const size_t sums = size_t(cuda::sums_floats(d)), heads = size_t(q.heads);
   // Poison where the pass must write.

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kernels/cuda/pass.h"
@@ -27,15 +28,21 @@ class PassBackend {
 std::unique_ptr<PassBackend> make_pass_backend();
 bool pass_backend_answers();
 
-// For tests that run on a backend.
-class OnDevice : public testing::Test {
+// For tests that run on a backend: each with every number of warps that a block may have. A program
+// instantiates it with kEveryWarps.
+class OnDevice : public testing::TestWithParam<int> {
  protected:
   void SetUp() override {
     if (!pass_backend_answers()) GTEST_SKIP() << "no device answers";
   }
 };
+inline const auto kEveryWarps = testing::ValuesIn(cuda::kWarpCounts);
+inline std::string warps_name(const testing::TestParamInfo<int>& info) {
+  return "With" + std::to_string(info.param) + "Warps";
+}
 
 struct DevicePassOptions {
+  int warps = cuda::kMostWarps;  // of a block
   int pages_per_split = 8;
   bool certificate = true;
   std::function<void(std::byte* page)> damage =

@@ -168,7 +168,7 @@ TEST_F(CudaFaults, AGraphThatCannotBeMadeIsNamedAndLeavesTheDeviceUsable) {
 
 TEST_F(CudaFaults, APassThatCannotBeLaunchedIsNamed) {
   cuda::PassArgs args;
-  const cuda::PassShape shape{.head_dim = 128, .heads = 4, .items = 1, .splits = 1};
+  const cuda::PassShape shape{.head_dim = 128, .heads = 4, .items = 1, .splits = 1, .warps = 5};
   fake_cudart.fail["allow_shared_memory"] = cudaErrorInvalidValue;
   expect(ErrorKind::DeviceError, {"refuses the shared memory that the certified pass needs"},
          [&] { cuda::prepare_attend(shape); });
