@@ -110,6 +110,39 @@ class Scripts(unittest.TestCase):
         self.assertEqual(self.library(chosen % "cpu").stdout.split(), ["cpu", "build-cpu"])
         self.assertEqual(self.library(chosen % "asan").stdout.split(), ["asan", "build-asan"])
 
+    def architectures(self, known, *options):
+        """What CMake compiles CUDA code for with an nvcc that knows these, and what it says."""
+        listed = "".join(f"echo compute_{n};" for n in known)
+        self.stand_in("nvcc", f'[ "$1" = --list-gpu-arch ] && {{ {listed} }}')
+        script = os.path.join(self.folder.name, "ask.cmake")
+        with open(script, "w", encoding="utf-8") as file:
+            file.write('cmake_minimum_required(VERSION 3.25)\n'
+                       f'include("{ROOT}/kernels/base/cmake/CertkvCudaArchitectures.cmake")\n'
+                       'message(STATUS "for ${CMAKE_CUDA_ARCHITECTURES}")\n')
+        nvcc = os.path.join(self.folder.name, "nvcc")
+        ran = self.run_command("cmake", f"-DCMAKE_CUDA_COMPILER={nvcc}", *options, "-P", script)
+        self.assertEqual((ran.returncode, ran.stderr), (0, ""))
+        return ran.stdout
+
+    def test_architectures_are_cut_to_what_nvcc_knows(self):
+        packages = "-DCERTKV_CUDA_ARCHITECTURES=packages"
+        new = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+        self.assertEqual(self.architectures(new, packages), "-- for 80;86;89;90;100;120\n")
+        old = self.architectures((50, 70, 80, 86, 87, 89, 90), packages)  # CUDA 12.4
+        self.assertIn("left out, because this nvcc does not know them: architectures 100;120", old)
+        self.assertTrue(old.endswith("-- for 80;86;89;90\n"), old)
+        # One that is named is for nvcc to refuse.
+        self.assertEqual(self.architectures(new, "-DCERTKV_CUDA_ARCHITECTURES=90;100"),
+                         "-- for 90;100\n")
+        self.assertEqual(self.architectures(new, packages, "-DCMAKE_CUDA_ARCHITECTURES=86"),
+                         "-- for 86\n")
+        # Where none is named it is the GPU's own, and sm_90 where no driver answers.
+        unnamed = "-DCERTKV_CUDA_ARCHITECTURES="
+        self.stand_in("nvidia-smi", "exit 9")
+        self.assertEqual(self.architectures(new, unnamed), "-- for 90\n")
+        self.stand_in("nvidia-smi", "echo 'GPU 0: a GPU'")
+        self.assertEqual(self.architectures(new, unnamed), "-- for native\n")
+
     def test_jobs_are_at_least_one_and_at_most_the_processors(self):
         self.stand_in("nproc", "echo 100000")
         many = int(self.library("default_jobs").stdout)

@@ -55,8 +55,8 @@ endif()
 set(CERTKV_HAVE_CUDA OFF)
 set(CERTKV_HAVE_NCCL OFF)
 set(CERTKV_CUDA_ARCHITECTURES "" CACHE STRING
-  "native, packages (every one that packages carry), a list such as 90;100, or empty: native where \
-an NVIDIA driver answers, else 90")
+  "native, packages (all of 80;86;89;90;100;120 that nvcc knows), a list such as 90;100, or empty: \
+native where an NVIDIA driver answers, else 90")
 if(NOT CERTKV_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
