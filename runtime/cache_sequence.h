@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "runtime/certified_cache.h"
+#include "runtime/span_originals.h"
 
 namespace certkv {
 
@@ -34,34 +35,11 @@ struct CertifiedCache::Sequence {
   bool failed() const { return has_failed; }
 };
 
-// Originals of one KV head, wherever in the two spans they lie.
-class CertifiedCache::Originals : public HeadOriginals {
+class CertifiedCache::Originals : public SpanOriginals {
  public:
   Originals(const CertifiedCache& cache, const Sequence& s, int layer, int head)
-      : cache_(cache),
-        s_(s),
-        layer_(uint32_t(layer)),
-        kv_head_(uint32_t(cache.heads_.begin + head)) {}
-
-  void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
-            std::vector<BlockResult>* results) override {
-    results->assign(blocks.size(), {});
-    if (blocks.empty()) return;
-    std::vector<BlockId> ids(blocks.size());
-    for (size_t i = 0; i < blocks.size(); ++i) ids[i] = id(blocks[i]);
-    ReadTicket ticket =
-        cache_.reader_->read(ids, destinations, Deadline::after(cache_.options_.read_deadline));
-    const auto got = BlockReader::wait(ticket);
-    results->assign(got.begin(), got.end());
-  }
-  BlockId id(uint32_t block) const {
-    return (block < s_.prefix_blocks ? s_.prefix : s_.own).id(layer_, kv_head_, block);
-  }
-
- private:
-  const CertifiedCache& cache_;
-  const Sequence& s_;
-  uint32_t layer_, kv_head_;
+      : SpanOriginals(cache.reader_.get(), cache.options_.read_deadline, s.prefix, s.prefix_blocks,
+                      s.own, uint32_t(layer), uint32_t(cache.heads_.begin + head)) {}
 };
 
 }  // namespace certkv

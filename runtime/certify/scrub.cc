@@ -52,20 +52,10 @@ void restore_residents(HeadState* state, size_t page) {
 }
 
 PageRepair rebuild(size_t page, HeadState* state, HeadOriginals& originals) {
-  using Result = PageRepair::Result;
   PageOriginals from;
-  if (!from.read(state->tier.format(), page, originals)) return {Result::Lost, from.error};
-  switch (state->tier.rebuild_page(page, from.k.data(), from.v.data())) {
-    case PageRebuild::Done:
-      return {Result::Repaired, "its bytes did not match their digest; rebuilt from originals"};
-    case PageRebuild::DigestWasDamaged:
-      return {Result::Repaired,
-              "its digest was damaged, not its bytes; both are as sealed from originals again"};
-    case PageRebuild::OtherDigest:
-      break;
-  }
-  return {Result::OtherDigest,
-          "its bytes do not match their digest, and neither does what verified originals give"};
+  if (!from.read(state->tier.format(), page, originals))
+    return {PageRepair::Result::Lost, from.error};
+  return repair_of(state->tier.rebuild_page(page, from.k.data(), from.v.data()));
 }
 
 }  // namespace
@@ -114,6 +104,21 @@ void scrub_all(const HeadState& state, std::vector<PageFinding>* found) {
     const PageFinding f = look(state, page);
     if (damaged(f)) found->push_back(f);
   }
+}
+
+PageRepair repair_of(PageRebuild rebuilt) {
+  using Result = PageRepair::Result;
+  switch (rebuilt) {
+    case PageRebuild::Done:
+      return {Result::Repaired, "its bytes did not match their digest; rebuilt from originals"};
+    case PageRebuild::DigestWasDamaged:
+      return {Result::Repaired,
+              "its digest was damaged, not its bytes; both are as sealed from originals again"};
+    case PageRebuild::OtherDigest:
+      break;
+  }
+  return {Result::OtherDigest,
+          "its bytes do not match their digest, and neither does what verified originals give"};
 }
 
 PageRepair repair_page(const PageFinding& finding, HeadState* state, HeadOriginals& originals) {

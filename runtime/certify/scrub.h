@@ -58,6 +58,9 @@ struct PageRepair {
   std::string what;  // for the log: what was damaged, and what was done
 };
 
+// What it means that a damaged page was sealed from verified originals again.
+PageRepair repair_of(PageRebuild rebuilt);
+
 // Rebuilds what the finding names: a page from its originals, the table from the page, a resident
 // original by dropping it (the codes stand in for it until it is promoted again). Originals that
 // are not to be had are a result, not an error.
