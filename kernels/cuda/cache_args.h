@@ -117,4 +117,17 @@ struct DenseArgs {
   uint32_t* failing = nullptr;                  // [2]: of the heads, any
 };
 
+// Digests (kernels/digest.h) of stretches of the device's memory, all of one length.
+struct DigestArgs {
+  // [count] where each begins; or nullptr: n-th at first + n / per_row * row_stride + n % per_row *
+  // bytes. All 16-byte aligned.
+  const std::byte* const* list = nullptr;
+  const std::byte* first = nullptr;
+  uint64_t row_stride = 0;
+  int32_t per_row = 1;
+  uint32_t bytes = 0;  // a multiple of 16
+  int32_t count = 0;
+  uint64_t* digests = nullptr;  // out [count]
+};
+
 }  // namespace certkv::cuda

@@ -161,6 +161,42 @@ CERTKV_FN bool fetch_block(const LadderArgs& args, const LadderItem& item, int b
   return digest == written;
 }
 
+// ---- scrub --------------------------------------------------------------------------------------
+
+// One warp: the n-th stretch's digest, as payload_digest(). Sums are whole numbers modulo 2^64, so
+// neither their order nor who forms them matters. Lanes beyond the end read the first bytes and
+// count them as 0.
+CERTKV_FN void digest_stretch(const DigestArgs& args, int n) {
+  constexpr int kChunkBytes = int(kDigestChunkWords) * 4;
+  const std::byte* from = args.list != nullptr
+                              ? args.list[n]
+                              : args.first + uint64_t(n / args.per_row) * args.row_stride +
+                                    uint64_t(n % args.per_row) * args.bytes;
+  const I at = lane_index() * 16;
+  const int bytes = int(args.bytes);
+  W sum = splat_w(0);
+  uint64_t power = 1;  // of the chunk
+  for (int chunk = 0; chunk < bytes; chunk += kChunkBytes) {
+    const std::byte* here = from + chunk;
+    const int rest = bytes - chunk, length = rest < kChunkBytes ? rest : kChunkBytes;
+    W of_chunk = splat_w(0);
+    CERTKV_UNROLL_BY_8
+    for (int first = 0; first < length; first += 512) {
+      const I place = at + first;
+      const B within = place < length;
+      U words[4];
+      load4(here, select(within, place, splat_i(0)), words);
+      const W index = widen(word_of(lane_index() * 4 + first / 4));
+      CERTKV_EACH (e, 4)
+        of_chunk = of_chunk +
+                   digest_keys(index + uint64_t(e)) * widen(select(within, words[e], splat_u(0)));
+    }
+    sum = sum + of_chunk * power;
+    power *= kDigestChunk;
+  }
+  args.digests[n] = kDigestStart + uint64_t(bytes) * kDigestLength + sum_lanes(sum);
+}
+
 // Uses a block's originals from now on.
 CERTKV_FN void want(const LadderItem& item, int block, int part, int slot) {
   const B one = lane_index() < 1;

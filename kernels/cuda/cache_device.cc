@@ -50,6 +50,10 @@ class CudaCacheOps final : public CacheOps {
     check_seal(args);
     check_cuda(launch_seal(args, stream()), "sealing cannot be launched");
   }
+  void digest_pages(const DigestArgs& args) override {
+    check_digest(args);
+    check_cuda(launch_digest_pages(args, stream()), "digests of pages cannot be launched");
+  }
 
  private:
   cudaStream_t stream() const { return device_.stream(); }

@@ -78,6 +78,10 @@ class EmulatedCacheOps final : public CacheOps {
       for (int h = 0; h < args.heads; ++h) emulated::judge_library(args, i, h);
   }
   void seal(const SealArgs& args) override { seal_emulated(args); }
+  void digest_pages(const DigestArgs& args) override {
+    check_digest(args);
+    for (int n = 0; n < args.count; ++n) emulated::digest_stretch(args, n);
+  }
 
  private:
   static constexpr int kWarpsEach = 3;  // any number does

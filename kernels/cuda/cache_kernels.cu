@@ -8,7 +8,7 @@ namespace certkv::cuda {
 
 namespace {
 
-constexpr int kBlockWarps = 4;     // of blocks that read the arena
+constexpr int kBlockWarps = 4;     // of blocks that read the arena, or pages for their digests
 constexpr int kPageInBlocks = 32;  // for each item: enough to keep PCIe busy
 constexpr int kStageBlocks = 256;
 
@@ -50,6 +50,11 @@ __global__ void __launch_bounds__(32 * kClimbWarps) climb_kernel(const LadderArg
 __global__ void page_in_kernel(const LadderArgs args) {
   page_in(args, int(blockIdx.y), int(blockIdx.x * kBlockWarps + threadIdx.y),
           int(gridDim.x) * kBlockWarps);
+}
+
+__global__ void __launch_bounds__(32 * kBlockWarps) digest_pages_kernel(const DigestArgs args) {
+  const int n = int(blockIdx.x * kBlockWarps + threadIdx.y);
+  if (n < args.count) digest_stretch(args, n);
 }
 
 __global__ void list_dense_kernel(const LadderArgs args) {
@@ -109,6 +114,13 @@ cudaError_t launch_climb(const LadderArgs& args, cudaStream_t stream) {
 cudaError_t launch_page_in(const LadderArgs& args, cudaStream_t stream) {
   page_in_kernel<<<dim3(kPageInBlocks, unsigned(args.count)), dim3(32, kBlockWarps), 0, stream>>>(
       args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_digest_pages(const DigestArgs& args, cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
+  digest_pages_kernel<<<unsigned((args.count + kBlockWarps - 1) / kBlockWarps),
+                        dim3(32, kBlockWarps), 0, stream>>>(args);
   return cudaGetLastError();
 }
 

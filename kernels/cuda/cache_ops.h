@@ -39,6 +39,8 @@ class CacheOps {
   virtual void judge_library(const LibraryArgs& args) = 0;
   // Throws InvalidArgument for a shape that is not served, and for rows or pages out of alignment.
   virtual void seal(const SealArgs& args) = 0;
+  // Of pages, for the scrub of tier 1. Throws InvalidArgument for bytes that are no multiple of 16.
+  virtual void digest_pages(const DigestArgs& args) = 0;
 };
 
 std::unique_ptr<CacheOps> make_emulated_cache_ops(Device& device);

@@ -23,6 +23,15 @@ void check_seal(const SealArgs& a) {
                 "rows or pages to seal are not aligned to 16 bytes");
 }
 
+void check_digest(const DigestArgs& a) {
+  CERTKV_EXPECT(a.count >= 0 && a.per_row > 0, InvalidArgument, "digests of {} pages, {} a row",
+                a.count, a.per_row);
+  const uint64_t bits = reinterpret_cast<uintptr_t>(a.first) | a.row_stride | a.bytes;
+  CERTKV_EXPECT(bits % 16 == 0 && a.bytes <= uint32_t(INT32_MAX), InvalidArgument,
+                "pages of {} bytes in rows {} apart: their digests are taken in 16 bytes at a time",
+                a.bytes, a.row_stride);
+}
+
 void seal_emulated(const SealArgs& args) {
   check_seal(args);
   emulated::SealShared shared;

@@ -9,6 +9,7 @@
 #include <random>
 
 #include "kernels/cuda/page.h"
+#include "kernels/digest.h"
 #include "kernels/quantize.h"
 #include "tests/support/device_ops.h"
 
@@ -310,6 +311,44 @@ TEST_F(DeviceSeal, BeginsTheOpenBlocksAnew) {
         }
     }
   }
+}
+
+// payload_digest() is the host's own, with other lanes and another order. Lengths about those at
+// which the kernel's loads, its rounds of a warp and the digest's chunks end; and a page's.
+TEST_F(DeviceSeal, TakesTheDigestsOfPages) {
+  std::mt19937_64 random(11);
+  constexpr size_t kCount = 9, kRow = 3, kGap = 48;
+  for (const uint32_t bytes : {16u, 496u, 512u, 528u, page_layout(64).page_bytes(),
+                               page_layout(128).page_bytes(), 16368u, 16384u, 16400u, 40000u}) {
+    const size_t row = kRow * bytes + kGap;
+    std::vector<std::byte> data(kCount / kRow * row);
+    for (std::byte& b : data) b = std::byte(random());
+    const auto memory = put(data);
+    const auto place = [&](size_t n) { return n / kRow * row + n % kRow * bytes; };
+    std::vector<const std::byte*> at;
+    for (size_t n = kCount; n-- > 0;) at.push_back(memory.data() + place(n));
+    const auto list = put(at);
+    const auto in_rows = put(std::vector<uint64_t>(kCount + 1, 5));
+    const auto listed = put(std::vector<uint64_t>(kCount + 1, 5));
+    ops_->digest_pages({.first = memory.data(),
+                        .row_stride = row,
+                        .per_row = kRow,
+                        .bytes = bytes,
+                        .count = kCount,
+                        .digests = in_rows.data()});
+    ops_->digest_pages(
+        {.list = list.data(), .bytes = bytes, .count = kCount, .digests = listed.data()});
+    const auto a = get(in_rows), b = get(listed);
+    for (size_t n = 0; n < kCount; ++n) {
+      const uint64_t want = payload_digest(data.data() + place(n), bytes);
+      EXPECT_EQ(a[n], want) << bytes << " bytes, page " << n;
+      EXPECT_EQ(b[kCount - 1 - n], want) << bytes << " bytes, page " << n;
+    }
+    EXPECT_EQ(a[kCount], 5u);
+    EXPECT_EQ(b[kCount], 5u);
+  }
+  EXPECT_NE(thrown_by([&] { ops_->digest_pages({.bytes = 24}); }).find("pages of 24 bytes"),
+            std::string::npos);
 }
 
 TEST_F(DeviceSeal, RefusesWhatItDoesNotServe) {
