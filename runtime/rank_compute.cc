@@ -93,11 +93,6 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
       rank->device_group = make_nccl_group(std::move(controls), *parts.group, device);
     }
   }
-  if (options.cache.scrub_steps > 0)
-    log_warning(
-        "run.backend {}: tier 1 in the device's memory is not scrubbed yet "
-        "(cache.scrub_steps)",
-        backend);
   check_room(parts, transformer_options(options, config), device);
   auto cache = std::make_unique<DeviceCache>(config, heads, cache_options(options, config), device,
                                              *rank->device.cache, pool, parts.store, *parts.group);

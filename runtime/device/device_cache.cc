@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 #include "kernels/base/log.h"
 #include "kernels/quantize.h"
@@ -47,6 +48,11 @@ size_t dense_capacity(size_t pages) {
 
 }  // namespace
 
+// Those that are due, and the newest one.
+uint64_t most_looks(uint64_t pages, int64_t scrub_steps) {
+  return std::min(pages, pages / uint64_t(scrub_steps) + 2);
+}
+
 DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedCacheOptions options,
                          cuda::Device& device, cuda::CacheOps& ops, ThreadPool& pool,
                          std::shared_ptr<StoreClient> store, Communicator& group)
@@ -58,6 +64,7 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
       pool_(pool),
       store_(std::move(store)),
       group_(group),
+      schedule_(uint64_t(options_.cache.scrub_steps)),
       step_(std::make_unique<StepBuffers>()),
       background_(pool.threads()) {
   require(options_.cache.layout == "compact" || options_.cache.layout == "k8v4",
@@ -125,6 +132,8 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
       continue;
     }
     n.answers += cells * (own * page + 2 * kPageTiles * block);
+    if (options.cache.scrub_steps > 0)  // reserve_looks()
+      n.answers += cells * 8 + cells * most_looks(prompt + own, options.cache.scrub_steps) * 16;
     for (const int64_t of_layer : {options.scratch.key_blocks, options.scratch.value_blocks}) {
       const uint64_t quota =
           std::min(uint64_t(of_layer / config.kv_heads), (prompt + own) * kPageTiles);
@@ -180,7 +189,15 @@ int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules&
   s->own_capacity = (open + size_t(max_tokens)) / kPageTokens;
   s->own = reserve(uint32_t(s->pages) * kBlocksPerPage, uint32_t(s->own_capacity) * kBlocksPerPage);
   lay_out(s.get());
+  reserve_looks(s.get());
   if (rules.policy == Policy::Budget) reserve_staging(s->capacity);
+  if (!from.prompt->verified && s->look_at.count() > 0) {
+    scrub_all(from, *s);
+    from.prompt->verified = true;
+  }
+  s->report.error = from.report.error;
+  s->report.error_text = from.report.error_text;
+  s->damaged_pages = s->dense() ? 0 : from.damaged_pages;
   if (audit_ != nullptr)
     s->audit = audit_->open_sequence(from.audit, int64_t(s->tokens), max_tokens, rules);
   const int64_t handle = s->handle;
@@ -337,6 +354,7 @@ void DeviceCache::begin_step(uint64_t step, std::span<const int64_t> sequences) 
     s.report = {};
     s.report.error = error;
     s.report.error_text = text;
+    s.report.damaged_pages = std::exchange(s.damaged_pages, 0);
     s.report.figures.assign(figures, HeadFigures{});
     s.report.layers.resize(cells());
   }

@@ -7,8 +7,8 @@
 // every head.
 //
 // What it does not do yet is refused by the constructor or by fork(), by name: policy `paper`,
-// layouts but `compact`, blocks but of 16 tokens, ranking, skipping, exploration; and tier 1 is not
-// scrubbed. THREADS: calls come from one thread.
+// layouts but `compact`, blocks but of 16 tokens, ranking, skipping, exploration. THREADS: calls
+// come from one thread.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
 
   int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) override;
   int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) override;
-  uint64_t close(int64_t) override { return 0; }
+  uint64_t close(int64_t sequence) override;
   void drop(int64_t sequence, bool failed = false) override;
 
   void begin_step(uint64_t step, std::span<const int64_t> sequences) override;
@@ -67,6 +67,11 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void end_rows() override;
   uint64_t shape() const override { return shape_; }
 
+  // For tests: where the device holds a sealed page (page.h), and the identity of a sealed block's
+  // originals. head: of this rank.
+  std::byte* page(int64_t sequence, int layer, int head, size_t page) const;
+  BlockId originals_id(int64_t sequence, int layer, int head, uint32_t block) const;
+
   // What the decodes of a prompt, one for each policy, take on the device; beside it, and shared
   // by all sequences, a step's records and sums. UNITS: bytes
   struct Need {
@@ -83,6 +88,9 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   struct Prompt;
   struct Sequence;
   struct StepBuffers;
+  struct Look {  // at a sealed page
+    size_t cell, page;
+  };
   Sequence& at(int64_t sequence) const;
   size_t cells() const { return size_t(config_.layers) * size_t(heads_.count()); }
   OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
@@ -99,6 +107,18 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void keep_open(Sequence* s, const std::vector<size_t>& cells);
   void write_originals(OriginalsSpan span, size_t first_cell, size_t cells, uint32_t first_page,
                        size_t pages, const std::byte* k, const std::byte* v, uint64_t of_cell);
+  std::byte* page_at(const Sequence& s, size_t cell, size_t page) const;
+  uint64_t& digest_of(Sequence& s, size_t cell, size_t page) const;
+  bool is_kept(const Sequence& s, size_t cell, size_t page) const;
+  void reserve_looks(Sequence* s);
+  void enqueue_due();
+  void look(Sequence& by, std::span<const Look> looks);
+  void judge_looks(Sequence& s, const Sequence& by, std::span<const Look> looks, bool in_step);
+  void judge_due();
+  void scrub_all(Sequence& s, Sequence& by);
+  void repair(Sequence& s, const Look& look, bool in_step);
+  PageRebuild rebuild(Sequence& s, const Look& look, const uint16_t* k, const uint16_t* v);
+  std::string steps_in_doubt(const Sequence& s, const Look& look, bool in_step) const;
   void reserve_staging(size_t entries);
   void climb(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
@@ -129,6 +149,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   size_t page_bytes_, block_bytes_;
   const std::byte* arena_ = nullptr;  // where the device finds the arena
   std::span<const std::byte> arena_host_;
+  ScrubSchedule schedule_;
   std::map<int64_t, std::unique_ptr<Sequence>> sequences_;
   std::unique_ptr<StepBuffers> step_;
   BackgroundWork background_;  // writes originals to the arena, from step_'s memory

@@ -72,6 +72,9 @@ void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, cons
   grow(&b.prompt_v, device_, heads * tokens * d, "a prompt's values");
   grow(&p.status, device_, heads * p.pages, "notes of a prompt");
   for (auto& array : p.notes) grow(&array, device_, heads * notes, "notes of a prompt");
+  const bool scrubbed = schedule_.period() > 0 && p.pages > 0;
+  if (scrubbed) grow(&p.sealed_digests, device_, heads * p.pages, "digests of a prompt");
+  if (scrubbed) p.digests.resize(cells() * p.pages);
 
   cuda::SealArgs a;
   a.heads = int32_t(heads);
@@ -91,6 +94,16 @@ void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, cons
   a.notes_of_head = notes * sizeof(float);
   a.notes_of_page = kPageTiles * sizeof(float);
   if (p.pages > 0) ops_.seal(a);
+  if (scrubbed) {
+    ops_.digest_pages({.first = a.page,
+                       .row_stride = a.page_of_head,
+                       .per_row = a.pages,
+                       .bytes = uint32_t(page_bytes_),
+                       .count = int32_t(heads * p.pages),
+                       .digests = p.sealed_digests.data()});
+    device_.copy(p.digests.data() + first_cell * p.pages, p.sealed_digests.data(),
+                 heads * p.pages * sizeof(uint64_t));
+  }
   std::vector<uint8_t> status(heads * p.pages);
   device_.copy(status.data(), p.status.data(), status.size());
   device_.copy(p.k_norm.data() + first_cell * notes, p.notes[0].data(), heads * notes * 4);
@@ -133,6 +146,7 @@ void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, cons
   if (layer + 1 < int(config_.layers)) return;
   p.status.reset();
   for (auto& array : p.notes) array.reset();
+  p.sealed_digests.reset();
 }
 
 // ---- pages that cannot be quantised -------------------------------------------------------------
@@ -170,6 +184,7 @@ void DeviceCache::keep_open(Sequence* s, const std::vector<size_t>& cells_kept) 
                                "tier 1: pages kept as originals");
   device_.copy(grown.data(), s->slots.data(), before);
   for (size_t i = 0; i < cells_kept.size(); ++i) {
+    s->own_kept.insert({cells_kept[i], s->pages});
     const size_t cell = cells_kept[i], slot = before / block_bytes_ + i * kKeptSlots;
     int32_t slots[2][kPageTiles];
     for (size_t part = 0; part < 2; ++part) {
@@ -240,6 +255,14 @@ void DeviceCache::enqueue_sealing() {
       a.open_slot[part] = s.open_slot[part] + (s.dense() ? kPageTiles : 0);
     }
     ops_.seal(a);
+    if (s.filled_digests.count() > 0) {
+      ops_.digest_pages({.first = a.page,
+                         .row_stride = a.page_of_head,
+                         .bytes = uint32_t(page_bytes_),
+                         .count = int32_t(n),
+                         .digests = s.filled_digests.data()});
+      device_.copy(s.filled_digests_host.data(), s.filled_digests.data(), s.filled_digests.bytes());
+    }
     device_.copy(s.filled_status_host.data(), s.filled_status.data(), s.filled_status.bytes());
     device_.copy(s.filled_nu_host.data(), s.filled_nu.data(), s.filled_nu.bytes());
     device_.copy(s.filled_rows_host.data(), s.filled_rows.data(), s.filled_rows.bytes());
@@ -254,6 +277,8 @@ void DeviceCache::seal_open(Sequence* s) {
     const SealStatus status = SealStatus(s->filled_status_host[cell]);
     expect_finite(status, s->pages);
     if (status != SealStatus::Sealed) kept.push_back(cell);
+    if (s->filled_digests_host.count() > 0)
+      digest_of(*s, cell, s->pages) = s->filled_digests_host[cell];
     s->sealed_nu[cell] = std::max(s->sealed_nu[cell], s->filled_nu_host[cell]);
   }
   if (!kept.empty()) keep_open(s, kept);

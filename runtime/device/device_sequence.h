@@ -4,12 +4,16 @@
 
 #include <limits>
 #include <map>
+#include <set>
 #include <vector>
 
 #include "runtime/audit/capture.h"
 #include "runtime/device/device_cache.h"
 
 namespace certkv {
+
+// Pages of a KV head that a scrub looks at once. REQUIRES scrub_steps > 0
+uint64_t most_looks(uint64_t pages, int64_t scrub_steps);
 
 using cuda::DeviceArray;
 using cuda::HostArray;
@@ -26,6 +30,10 @@ struct DeviceCache::Prompt {
   std::vector<float> k_norm;                          // [cells, pages * 4]
   std::vector<float> nu;                              // [cells, pages * 4]
   std::vector<std::vector<uint16_t>> open_k, open_v;  // [cells] of [open tokens, head_dim]
+  // [cells, pages] as sealed. Kept by the host alone: what damages a page in the device's memory
+  // does not reach what tells of it, and the comparison is not the device's either.
+  std::vector<uint64_t> digests;
+  bool verified = false;  // by the scrub, before its first step
   // Pages that cannot be quantised, as originals: keys, then values, [64, head_dim] each.
   struct Kept {
     size_t cell, page;
@@ -33,8 +41,9 @@ struct DeviceCache::Prompt {
   };
   std::vector<Kept> kept;
   // Of the layer being sealed; gone after the last one.
-  DeviceArray<uint8_t> status;  // [kv_heads, pages]
-  DeviceArray<float> notes[2];  // [kv_heads, pages * 4] k_norm, nu
+  DeviceArray<uint8_t> status;           // [kv_heads, pages]
+  DeviceArray<float> notes[2];           // [kv_heads, pages * 4] k_norm, nu
+  DeviceArray<uint64_t> sealed_digests;  // [kv_heads, pages]
 };
 
 // A decode of a prompt; or, with decoding == false, the prompt itself.
@@ -48,6 +57,9 @@ struct DeviceCache::Sequence {
   size_t tokens = 0, pages = 0;  // so far; sealed pages of every cell
   SequenceReport report;
   bool failed() const { return report.error.has_value(); }
+  std::set<std::pair<size_t, size_t>> own_kept;  // (cell, page): of its own pages without codes
+  uint64_t damaged_pages = 0;                    // it held, found since its last report
+  std::vector<uint64_t> own_digests;             // [cells, own_capacity], as Prompt::digests
 
   // On the device. capacity: entries of a cell; a cell has slots_each slots.
   size_t capacity = 0, own_capacity = 0, slots_each = 0;
@@ -73,6 +85,13 @@ struct DeviceCache::Sequence {
   HostArray<std::byte> filled_rows_host;
   HostArray<uint8_t> filled_status_host;
   HostArray<float> filled_nu_host;
+  DeviceArray<uint64_t> filled_digests;  // [cells]; without a scrub none, as what follows
+  HostArray<uint64_t> filled_digests_host;
+  // Pages whose digests are taken at once: of the scrub.
+  HostArray<const std::byte*> look_at_host;
+  DeviceArray<const std::byte*> look_at;
+  DeviceArray<uint64_t> seen;
+  HostArray<uint64_t> seen_host;
   // Read back at the end of a step.
   HostArray<uint32_t> marks_host;
   HostArray<cuda::LadderCounts> counts_host;
@@ -137,10 +156,11 @@ struct DeviceCache::StepBuffers {
   // Policy dense by a library.
   HostArray<int32_t> lengths_host;  // [rows]
   DeviceArray<int32_t> lengths;
-  DeviceArray<float> largest;              // [layers, rows, kv_heads, 2]
-  DeviceArray<uint16_t> q16, out16;        // [rows, heads, head_dim]
-  std::vector<int64_t> filling;            // sequences whose page the step fills
-  HostArray<uint16_t> prompt_k, prompt_v;  // of a prompt's layer: [kv_heads, tokens, head_dim]
+  DeviceArray<float> largest;                // [layers, rows, kv_heads, 2]
+  DeviceArray<uint16_t> q16, out16;          // [rows, heads, head_dim]
+  std::vector<int64_t> filling;              // sequences whose page the step fills
+  std::map<int64_t, std::vector<Look>> due;  // pages of sequences, at the step's end
+  HostArray<uint16_t> prompt_k, prompt_v;    // of a prompt's layer: [kv_heads, tokens, head_dim]
 };
 
 }  // namespace certkv

@@ -384,6 +384,7 @@ void DeviceCache::end_rows() {
     device_.copy(s.judged_host.data(), s.judged.data(), s.judged.bytes());
     device_.copy(s.candidate_host.data(), s.candidate.data(), s.candidate.bytes());
   }
+  enqueue_due();
   enqueue_sealing();
 }
 
@@ -395,6 +396,7 @@ void DeviceCache::end_step() {
     ++s.tokens;
     read_reports(&s);
   }
+  judge_due();
   if (audit_ != nullptr) write_audit();
   for (int64_t handle : step_->filling) {
     Sequence& s = at(handle);

@@ -1,0 +1,278 @@
+// The device's cache, sixth part: the rolling scrub of tier 1. Digests are taken where the pages
+// are and compared on the host; what is damaged is sealed again from its originals.
+//
+// A step's looks stand behind its pass, in the stream, with what the host waits for anyway: those
+// that are due before the next step. So a page that was damaged before a step's end is in doubt for
+// that step too, and is counted in its verdict. Not looked at are pages kept as originals, tables,
+// the scratch and open rows; and under policy dense nothing, for codes are not read there.
+// SOURCE: method section 7, "Tier-1 digest".
+#include <algorithm>
+#include <set>
+
+#include "kernels/base/log.h"
+#include "kernels/digest.h"
+#include "parallel/communicator.h"
+#include "runtime/certify/page_originals.h"
+#include "runtime/certify/scrub.h"
+#include "runtime/device/device_sequence.h"
+#include "runtime/span_originals.h"
+
+namespace certkv {
+
+using cuda::kPageTiles;
+using cuda::kPageTokens;
+
+namespace {
+
+constexpr auto kDeviceDeadline = std::chrono::seconds(60);
+
+}  // namespace
+
+// ---- looking ------------------------------------------------------------------------------------
+
+std::byte* DeviceCache::page_at(const Sequence& s, size_t cell, size_t page) const {
+  const size_t of_prompt = s.prompt->pages;
+  if (page < of_prompt) return s.prompt->page.data() + (cell * of_prompt + page) * page_bytes_;
+  return s.own_page.data() + (cell * s.own_capacity + page - of_prompt) * page_bytes_;
+}
+
+uint64_t& DeviceCache::digest_of(Sequence& s, size_t cell, size_t page) const {
+  const size_t of_prompt = s.prompt->pages;
+  if (page < of_prompt) return s.prompt->digests[cell * of_prompt + page];
+  return s.own_digests[cell * s.own_capacity + page - of_prompt];
+}
+
+bool DeviceCache::is_kept(const Sequence& s, size_t cell, size_t page) const {
+  if (page >= s.prompt->pages) return s.own_kept.contains({cell, page});
+  return std::any_of(s.prompt->kept.begin(), s.prompt->kept.end(),
+                     [&](const Prompt::Kept& k) { return k.cell == cell && k.page == page; });
+}
+
+BlockId DeviceCache::originals_id(int64_t sequence, int layer, int head, uint32_t block) const {
+  const Sequence& s = at(sequence);
+  const OriginalsSpan& span = block < s.prompt->pages * kPageTiles ? s.prompt->span : s.own;
+  return span.id(uint32_t(layer), uint32_t(heads_.begin + head), block);
+}
+
+std::byte* DeviceCache::page(int64_t sequence, int layer, int head, size_t page) const {
+  return page_at(at(sequence), size_t(layer) * size_t(heads_.count()) + size_t(head), page);
+}
+
+// With the sequence, so that no step finds it missing.
+void DeviceCache::reserve_looks(Sequence* s) {
+  const size_t n = cells(), pages = s->prompt->pages + s->own_capacity;
+  if (schedule_.period() == 0 || s->dense() || pages == 0) return;
+  const char* what = "digests of pages (set cache.scrub_steps higher)";
+  s->own_digests.assign(n * s->own_capacity, 0);
+  s->filled_digests = {device_, n, what};
+  s->filled_digests_host = {device_, n, what};
+  const size_t looks = n * size_t(most_looks(pages, options_.cache.scrub_steps));
+  s->look_at_host = {device_, looks, what};
+  s->look_at = {device_, looks, what};
+  s->seen = {device_, looks, what};
+  s->seen_host = {device_, looks, what};
+}
+
+// Enqueues taking the digests of pages, into the buffers of a sequence that holds them.
+void DeviceCache::look(Sequence& by, std::span<const Look> looks) {
+  if (looks.empty()) return;
+  for (size_t i = 0; i < looks.size(); ++i)
+    by.look_at_host[i] = page_at(by, looks[i].cell, looks[i].page);
+  device_.copy(by.look_at.data(), by.look_at_host.data(), looks.size() * sizeof(std::byte*));
+  ops_.digest_pages({.list = by.look_at.data(),
+                     .bytes = uint32_t(page_bytes_),
+                     .count = int32_t(looks.size()),
+                     .digests = by.seen.data()});
+  device_.copy(by.seen_host.data(), by.seen.data(), looks.size() * sizeof(uint64_t));
+}
+
+// What is due before the steps that follow: as ScrubSchedule and scrub_due() say. A prompt's page
+// is looked at once for all rows that share it: of two lengths the same pages are due where they
+// are equal modulo the period, and none in common elsewhere.
+void DeviceCache::enqueue_due() {
+  StepBuffers& b = *step_;
+  b.due.clear();
+  const uint64_t period = schedule_.period();
+  std::set<std::pair<const Prompt*, uint64_t>> shared;
+  for (int64_t handle : rows_) {
+    Sequence& s = at(handle);
+    if (s.failed() || s.look_at.count() == 0) continue;
+    const uint64_t now = s.tokens + 1;
+    const bool first = shared.emplace(s.prompt.get(), now % period).second;
+    const size_t lowest = first ? 0 : s.prompt->pages;
+    // Sealed behind the step before, and not looked at since.
+    const bool just_sealed =
+        s.pages > s.prompt->pages && now == s.pages * uint64_t(kPageTokens) + 1;
+    std::vector<Look>& looks = b.due[handle];
+    const size_t heads = size_t(heads_.count());
+    for (size_t cell = 0; cell < cells(); ++cell) {
+      const StepWhere where{s.id, int(cell / heads), int(heads_.begin) + int(cell % heads), now};
+      bool newest_seen = false;
+      for (size_t page = schedule_.first_due(where); page < s.pages; page += size_t(period)) {
+        newest_seen = page + 1 == s.pages;
+        if (page >= lowest && !is_kept(s, cell, page)) looks.push_back({cell, page});
+      }
+      if (just_sealed && !newest_seen && !is_kept(s, cell, s.pages - 1))
+        looks.push_back({cell, s.pages - 1});
+    }
+    look(s, looks);
+  }
+}
+
+// After the wait; the rows hold the step's token by now.
+void DeviceCache::judge_due() {
+  for (const auto& [handle, looks] : step_->due) judge_looks(at(handle), at(handle), looks, true);
+  for (int64_t handle : rows_) {
+    Sequence& s = at(handle);
+    s.report.damaged_pages += std::exchange(s.damaged_pages, 0);
+  }
+}
+
+void DeviceCache::judge_looks(Sequence& s, const Sequence& by, std::span<const Look> looks,
+                              bool in_step) {
+  for (size_t i = 0; i < looks.size(); ++i)
+    if (by.seen_host[i] != digest_of(s, looks[i].cell, looks[i].page)) repair(s, looks[i], in_step);
+}
+
+// All pages of s, through the buffers of a sequence that shares them, or of its own.
+void DeviceCache::scrub_all(Sequence& s, Sequence& by) {
+  const size_t pages = s.decoding ? s.pages : s.prompt->pages, most = size_t(by.look_at.count());
+  std::vector<Look> looks;
+  const auto flush = [&] {
+    look(by, looks);
+    device_.synchronize(Deadline::after(kDeviceDeadline));
+    judge_looks(s, by, looks, false);
+    looks.clear();
+    group_.alive();
+  };
+  for (size_t cell = 0; cell < cells(); ++cell)
+    for (size_t page = 0; page < pages; ++page) {
+      if (is_kept(s, cell, page)) continue;
+      looks.push_back({cell, page});
+      if (looks.size() == most) flush();
+    }
+  if (!looks.empty()) flush();
+}
+
+uint64_t DeviceCache::close(int64_t sequence) {
+  Sequence& s = at(sequence);
+  if (s.look_at.count() > 0 && !s.failed()) {
+    background_.finish();  // the arena has all sealed blocks
+    scrub_all(s, s);
+  }
+  return std::exchange(s.damaged_pages, 0);
+}
+
+// ---- repairing ----------------------------------------------------------------------------------
+
+// Steps of a sequence that may have read a damaged page: those since it was last looked at, or
+// since it was sealed. in_step: at the end of a step of this sequence, which looked too.
+std::string DeviceCache::steps_in_doubt(const Sequence& s, const Look& look, bool in_step) const {
+  const std::string none = "no step has read it since it was sound";
+  if (!s.decoding) return none;
+  const size_t heads = size_t(heads_.count());
+  const uint64_t sealed = (look.page + 1) * uint64_t(kPageTokens);
+  const StepWhere before{s.id, int(look.cell / heads), int(heads_.begin) + int(look.cell % heads),
+                         uint64_t(s.tokens) + (in_step ? 0 : 1)};
+  // The step after the one that sealed it looks at it, whatever is due.
+  const uint64_t sound =
+      std::max({schedule_.last_due(before, look.page), uint64_t(s.prompt->tokens),
+                before.step > sealed + 1 ? sealed + 1 : sealed});
+  if (sound >= s.tokens) return none;
+  return fmt::format("the steps at {} to {} tokens are in doubt", sound + 1, s.tokens);
+}
+
+// Seals a page from its originals again, in place. Rare, so its memory is allocated here.
+PageRebuild DeviceCache::rebuild(Sequence& s, const Look& look, const uint16_t* k,
+                                 const uint16_t* v) {
+  const char* what = "a damaged page's originals";
+  const size_t part_bytes = kPageTiles * block_bytes_;
+  const DeviceArray<std::byte> rows(device_, 2 * part_bytes, what),
+      fresh(device_, page_bytes_, what);
+  const DeviceArray<uint8_t> status(device_, 1, what);
+  const DeviceArray<float> notes(device_, 2 * kPageTiles, what);
+  device_.copy(rows.data(), k, part_bytes);
+  device_.copy(rows.data() + part_bytes, v, part_bytes);
+  cuda::SealArgs a;
+  a.heads = a.pages = 1;
+  a.head_dim = int32_t(config_.head_dim);
+  a.dtype = options_.dtype;
+  a.k = rows.data();
+  a.v = rows.data() + part_bytes;
+  a.page = fresh.data();
+  a.status = status.data();
+  a.k_norm = notes.data();
+  a.nu = notes.data() + kPageTiles;
+  ops_.seal(a);
+  std::byte* place = page_at(s, look.cell, look.page);
+  std::vector<std::byte> was(page_bytes_), is(page_bytes_);
+  uint8_t sealed = 0;
+  device_.copy(&sealed, status.data(), sizeof sealed);
+  device_.copy(was.data(), place, page_bytes_);
+  device_.copy(is.data(), fresh.data(), page_bytes_);
+  device_.synchronize(Deadline::after(kDeviceDeadline));
+  if (SealStatus(sealed) != SealStatus::Sealed) return PageRebuild::OtherDigest;
+  const uint64_t digest = payload_digest(is.data(), page_bytes_);
+  const bool same_bytes = was == is;
+  uint64_t& as_sealed = digest_of(s, look.cell, look.page);
+  if (digest != as_sealed && !same_bytes) return PageRebuild::OtherDigest;
+  device_.copy(place, fresh.data(), page_bytes_);
+  device_.copy(was.data(), place, page_bytes_);
+  device_.synchronize(Deadline::after(kDeviceDeadline));
+  CERTKV_EXPECT(was == is, DeviceError,
+                "the device's memory does not hold what is written to it: a page of layer {}",
+                look.cell / size_t(heads_.count()));
+  const bool digest_was_right = digest == as_sealed;
+  as_sealed = digest;
+  return digest_was_right ? PageRebuild::Done : PageRebuild::DigestWasDamaged;
+}
+
+// As CertifiedCache::repair(): counted for all that share the page, logged once, and rebuilt for
+// all, or they fail.
+void DeviceCache::repair(Sequence& s, const Look& look, bool in_step) {
+  using Result = PageRepair::Result;
+  std::vector<Sequence*> sharers;
+  for (const auto& [handle, other] : sequences_)
+    if (other.get() != &s && other->prompt == s.prompt && look.page < s.prompt->pages &&
+        !other->dense())
+      sharers.push_back(other.get());
+  // It may have looked for others too, and failed in the same step.
+  const auto has_failed = [](const Sequence* one) { return one->failed(); };
+  if (s.failed() && std::all_of(sharers.begin(), sharers.end(), has_failed)) return;
+  const size_t heads = size_t(heads_.count()), layer = look.cell / heads;
+  const size_t kv_head = size_t(heads_.begin) + look.cell % heads;
+  const auto reader = store_ == nullptr ? nullptr : store_->reader();
+  SpanOriginals originals(reader.get(), options_.read_deadline, s.prompt->span,
+                          uint32_t(s.prompt->pages * kPageTiles), s.own, uint32_t(layer),
+                          uint32_t(kv_head));
+  PageOriginals from;
+  PageRepair r{Result::Lost, {}};
+  if (from.read(format_, look.page, originals))
+    r = repair_of(rebuild(s, look, from.k.data(), from.v.data()));
+  else
+    r.what = from.error;
+
+  const std::string what = fmt::format(
+      "tier 1: sequence {} layer {} KV head {} page {} (blocks {} to {}): {}", s.id, layer, kv_head,
+      look.page, look.page * kPageTiles, (look.page + 1) * kPageTiles - 1, r.what);
+  std::string doubt = steps_in_doubt(s, look, in_step);
+  ++s.damaged_pages;
+  for (Sequence* other : sharers) {
+    ++other->damaged_pages;
+    const bool looked =
+        in_step && std::find(rows_.begin(), rows_.end(), other->handle) != rows_.end();
+    doubt +=
+        fmt::format("; sequence {} shares it: {}", other->id, steps_in_doubt(*other, look, looked));
+  }
+  log_error("{}; {}", what, doubt);
+  if (r.result == Result::Repaired) return;
+  const ErrorKind kind = r.result == Result::Lost ? ErrorKind::OriginalsLost : ErrorKind::Corrupt;
+  sharers.push_back(&s);
+  for (Sequence* one : sharers) {
+    if (one->failed()) continue;
+    one->report.error = kind;
+    one->report.error_text = what;
+  }
+}
+
+}  // namespace certkv
