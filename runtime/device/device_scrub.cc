@@ -216,10 +216,15 @@ PageRebuild DeviceCache::rebuild(Sequence& s, const Look& look, const uint16_t* 
   const bool same_bytes = was == is;
   uint64_t& as_sealed = digest_of(s, look.cell, look.page);
   if (digest != as_sealed && !same_bytes) return PageRebuild::OtherDigest;
+  // As the next look will see it: the memory itself may be at fault.
+  const DeviceArray<uint64_t> seen(device_, 1, what);
+  uint64_t now = 0;
   device_.copy(place, fresh.data(), page_bytes_);
-  device_.copy(was.data(), place, page_bytes_);
+  ops_.digest_pages(
+      {.first = place, .bytes = uint32_t(page_bytes_), .count = 1, .digests = seen.data()});
+  device_.copy(&now, seen.data(), sizeof now);
   device_.synchronize(Deadline::after(kDeviceDeadline));
-  CERTKV_EXPECT(was == is, DeviceError,
+  CERTKV_EXPECT(now == digest, DeviceError,
                 "the device's memory does not hold what is written to it: a page of layer {}",
                 look.cell / size_t(heads_.count()));
   const bool digest_was_right = digest == as_sealed;

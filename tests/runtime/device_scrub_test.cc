@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <random>
+#include <utility>
 
 #include "kernels/arith/verdict.h"
 #include "kvstore/client.h"
@@ -27,7 +28,7 @@ constexpr int64_t kAnswer = 200;
 constexpr uint64_t kArena = uint64_t(32) << 20;
 const size_t kPageBytes = cuda::page_layout(kDim).page_bytes();
 
-// Counts the pages whose digests are taken.
+// Counts the pages whose digests are taken, and lets a test in before and after.
 class CountingOps : public cuda::CacheOps {
  public:
   explicit CountingOps(cuda::CacheOps& ops) : ops_(ops) {}
@@ -48,9 +49,13 @@ class CountingOps : public cuda::CacheOps {
   void seal(const cuda::SealArgs& a) override { ops_.seal(a); }
   void digest_pages(const cuda::DigestArgs& a) override {
     if (a.list != nullptr) looks += size_t(a.count);
+    if (before_digests) before_digests();
     ops_.digest_pages(a);
+    if (after_digests) after_digests(a);
   }
   size_t looks = 0;
+  std::function<void()> before_digests;
+  std::function<void(const cuda::DigestArgs&)> after_digests;
 
  private:
   cuda::CacheOps& ops_;
@@ -370,6 +375,62 @@ TEST_F(DeviceScrub, WithoutOriginalsEveryForkOfThePageFailsByNameAndNobodyElse) 
   EXPECT_EQ(later[1].max.error, 0u);
 }
 
+// Falsifies the digest of a prompt's first page, as it is sealed: of layer 0, KV head 0.
+void falsify_record(cuda::Device& device, OneRank* rank) {
+  rank->ops.after_digests = [&device, first = true](const cuda::DigestArgs& a) mutable {
+    if (a.list != nullptr || !std::exchange(first, false)) return;
+    const uint64_t wrong = 4711;
+    device.copy(a.digests, &wrong, sizeof wrong);
+  };
+}
+
+TEST_F(DeviceScrub, ARecordThatIsDamagedIsNoDamageOfItsPage) {
+  OneRank hit(backend_, 1), clean(backend_, 0);
+  falsify_record(*backend_.device, &hit);
+  const auto b = clean.start(1, 1);
+  std::vector<int64_t> a;
+  const std::string log = logged([&] { a = hit.start(1, 1); });
+  EXPECT_EQ(times(log,
+                  "layer 0 KV head 0 page 0 (blocks 0 to 3): its digest was damaged, not its "
+                  "bytes"),
+            1u)
+      << log;
+  EXPECT_EQ(times(log, "tier 1: "), 1u) << log;
+  EXPECT_EQ(hit.page(a[0], 0, 0, 0), clean.page(b[0], 0, 0, 0));
+  EXPECT_EQ(hit.step(a)[0].sum.digest, 1u);
+  clean.step(b);
+  EXPECT_EQ(hit.outputs, clean.outputs);
+  EXPECT_EQ(hit.step(a)[0].sum.digest, 0u);
+}
+
+// Neither what was sealed nor what its originals give: nobody can say which is right.
+TEST_F(DeviceScrub, APageThatIsNotWhatItsOriginalsGiveFailsAsCorrupt) {
+  OneRank hit(backend_, 1);
+  falsify_record(*backend_.device, &hit);
+  const auto a = hit.start(1, 1, [&](int64_t prompt) { hit.flip(prompt, 0, 0, 0, 8); });
+  const VerdictRecord v = hit.step(a)[0];
+  EXPECT_EQ(outcome_of_severity(v.max.severity), Outcome::Failed);
+  EXPECT_EQ(v.max.error, 1 + uint64_t(ErrorKind::Corrupt));
+  EXPECT_EQ(v.sum.digest, 1u);
+}
+
+TEST_F(DeviceScrub, MemoryThatDoesNotHoldWhatIsWrittenEndsTheJob) {
+  OneRank hit(backend_, 1);
+  const auto a = hit.start(1, 1);
+  std::byte* stuck = hit.cache.page(a[0], 1, 1, 3) + 100;
+  const std::byte value = ~hit.page(a[0], 1, 1, 3)[100];
+  hit.ops.before_digests = [&] { backend_.device->copy(stuck, &value, 1); };
+  try {
+    hit.step(a);
+    ADD_FAILURE() << "its memory is at fault";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::DeviceError);
+    EXPECT_NE(std::string(e.what()).find("does not hold what is written to it: a page of layer 1"),
+              std::string::npos)
+        << e.what();
+  }
+}
+
 TEST_F(DeviceScrub, ThePromptIsVerifiedBeforeItsFirstStep) {
   OneRank hit(backend_, 1000, Policy::Budget), clean(backend_, 0, Policy::Budget);
   const auto b = clean.start(1, 2);
@@ -385,7 +446,7 @@ TEST_F(DeviceScrub, ThePromptIsVerifiedBeforeItsFirstStep) {
 }
 
 TEST_F(DeviceScrub, WhatIsDamagedAfterItsLastLookIsFoundAtTheEnd) {
-  for (const int64_t period : {0, 1000}) {
+  for (const int64_t period : {0, 1, 1000}) {
     OneRank hit(backend_, period);
     const auto a = hit.start(1, 2);
     hit.step(a);
@@ -393,6 +454,10 @@ TEST_F(DeviceScrub, WhatIsDamagedAfterItsLastLookIsFoundAtTheEnd) {
     const std::string log =
         logged([&] { EXPECT_EQ(hit.cache.close(a[0]), period == 0 ? 0u : 1u); });
     EXPECT_EQ(times(log, "page 3"), period == 0 ? 0u : 1u) << log;
+    // The step itself looked at every page, or at none.
+    const char* doubt = period == 1 ? "no step has read it since it was sound; sequence 1 shares it"
+                                    : "the steps at 330 to 330 tokens are in doubt; sequence 1";
+    EXPECT_EQ(times(log, doubt), period == 0 ? 0u : 1u) << log;
     if (period == 0) continue;
     hit.cache.drop(a[0]);
     EXPECT_EQ(hit.cache.close(a[1]), 1u) << "it held the page too";
