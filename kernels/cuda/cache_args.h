@@ -117,6 +117,22 @@ struct DenseArgs {
   uint32_t* failing = nullptr;                  // [2]: of the heads, any
 };
 
+// A look at what the tables say of a sealed page with codes, and at its blocks' originals in the
+// scratch.
+inline constexpr uint32_t kTableDamaged = 1, kOriginalsDamaged = 2;
+struct TableLook {
+  const std::byte* codes = nullptr;  // what the page's entry must name
+  int32_t item = 0, page = 0;
+};
+struct TableArgs {
+  const LadderItem* items = nullptr;
+  int32_t head_dim = 0;
+  SlotShape shape;
+  const TableLook* list = nullptr;  // [count]
+  int32_t count = 0;
+  uint32_t* found = nullptr;  // out [count]: 0, or what was damaged, and is sound again or dropped
+};
+
 // Digests (kernels/digest.h) of stretches of the device's memory, all of one length.
 struct DigestArgs {
   // [count] where each begins; or nullptr: n-th at first + n / per_row * row_stride + n % per_row *

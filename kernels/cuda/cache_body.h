@@ -122,29 +122,41 @@ CERTKV_FN void append_part(const AppendArgs& args, int index, int part) {
 
 // ---- paging in ----------------------------------------------------------------------------------
 
-// Reads one tensor of a block from the arena into a slot. True if the slot of the arena is the one
-// that was asked for and what has arrived matches its digest.
-CERTKV_FN bool fetch_block(const LadderArgs& args, const LadderItem& item, int block, int part,
-                           std::byte* to) {
+// Where the arena has one tensor of a block, and its digest. False if the slot there is not the one
+// that is asked for, or not sealed.
+CERTKV_FN bool find_block(const SlotShape& shape, const LadderItem& item, int block, int part,
+                          const std::byte** from, uint64_t* written) {
   const I lane = lane_index();
   const int first_blocks = item.run[0].blocks;
   const OriginalsRun& run = block < first_blocks ? item.run[0] : item.run[1];
   const int in_run = block < first_blocks ? block : block - first_blocks;
   if (in_run >= run.blocks) return false;
-  const std::byte* slot = run.slots + size_t(in_run) * args.shape.slot_bytes;
+  const std::byte* slot = run.slots + size_t(in_run) * shape.slot_bytes;
   const U header = load1(slot, lane * 4);
   // Words 2 to 11 of a header are the block's identity, 14 and 15 its shape, 30 and 31 its seal.
   const I at = select((lane > 1) & (lane < 12), lane - 2, splat_i(0));
   U expected = load1(reinterpret_cast<const std::byte*>(run.id), at * 4);
   expected = select(lane == 10, splat_u(uint32_t(block)), expected);
-  expected = select(lane == 14, splat_u(args.shape.header[0]), expected);
-  expected = select(lane == 15, splat_u(args.shape.header[1]), expected);
+  expected = select(lane == 14, splat_u(shape.header[0]), expected);
+  expected = select(lane == 15, splat_u(shape.header[1]), expected);
   const B compared = ((lane > 1) & (lane < 12)) | (lane == 14) | (lane == 15);
   const bool sealed = (uniform(header, 30) | uniform(header, 31)) != 0;
   if (any(compared & (header != expected)) || !sealed) return false;
+  const int word = part == kKeys ? 16 : 18;
+  *written = uint64_t(uniform(header, word)) | uint64_t(uniform(header, word + 1)) << 32;
+  *from = slot + (part == kKeys ? shape.k_offset : shape.v_offset);
+  return true;
+}
 
+// Reads one tensor of a block from the arena into a slot. True if the slot of the arena is the one
+// that was asked for and what has arrived matches its digest.
+CERTKV_FN bool fetch_block(const LadderArgs& args, const LadderItem& item, int block, int part,
+                           std::byte* to) {
+  const I lane = lane_index();
+  const std::byte* from = nullptr;
+  uint64_t written = 0;
+  if (!find_block(args.shape, item, block, part, &from, &written)) return false;
   const int bytes = 16 * args.head_dim * 2;
-  const std::byte* from = slot + (part == kKeys ? args.shape.k_offset : args.shape.v_offset);
   W sum = splat_w(0);
   CERTKV_UNROLL_BY_8
   for (int first = 0; first < bytes; first += 512) {
@@ -155,25 +167,17 @@ CERTKV_FN bool fetch_block(const LadderArgs& args, const LadderItem& item, int b
     CERTKV_EACH (e, 4) sum = sum + digest_keys(index + uint64_t(e)) * widen(words[e]);
   }
   const uint64_t digest = kDigestStart + uint64_t(bytes) * kDigestLength + sum_lanes(sum);
-  const int word = part == kKeys ? 16 : 18;
-  const uint64_t written = uint64_t(uniform(header, word)) | uint64_t(uniform(header, word + 1))
-                                                                 << 32;
   return digest == written;
 }
 
 // ---- scrub --------------------------------------------------------------------------------------
 
-// One warp: the n-th stretch's digest, as payload_digest(). Sums are whole numbers modulo 2^64, so
-// neither their order nor who forms them matters. Lanes beyond the end read the first bytes and
-// count them as 0.
-CERTKV_FN void digest_stretch(const DigestArgs& args, int n) {
+// The digest of some bytes, a multiple of 16, as payload_digest(). Sums are whole numbers modulo
+// 2^64, so neither their order nor who forms them matters. Lanes beyond the end read the first
+// bytes and count them as 0.
+CERTKV_FN uint64_t digest_of(const std::byte* from, int bytes) {
   constexpr int kChunkBytes = int(kDigestChunkWords) * 4;
-  const std::byte* from = args.list != nullptr
-                              ? args.list[n]
-                              : args.first + uint64_t(n / args.per_row) * args.row_stride +
-                                    uint64_t(n % args.per_row) * args.bytes;
   const I at = lane_index() * 16;
-  const int bytes = int(args.bytes);
   W sum = splat_w(0);
   uint64_t power = 1;  // of the chunk
   for (int chunk = 0; chunk < bytes; chunk += kChunkBytes) {
@@ -194,7 +198,60 @@ CERTKV_FN void digest_stretch(const DigestArgs& args, int n) {
     sum = sum + of_chunk * power;
     power *= kDigestChunk;
   }
-  args.digests[n] = kDigestStart + uint64_t(bytes) * kDigestLength + sum_lanes(sum);
+  return kDigestStart + uint64_t(bytes) * kDigestLength + sum_lanes(sum);
+}
+
+// One warp: the n-th stretch's digest.
+CERTKV_FN void digest_stretch(const DigestArgs& args, int n) {
+  const std::byte* from = args.list != nullptr
+                              ? args.list[n]
+                              : args.first + uint64_t(n / args.per_row) * args.row_stride +
+                                    uint64_t(n % args.per_row) * args.bytes;
+  args.digests[n] = digest_of(from, int(args.bytes));
+}
+
+// Whether a slot of the scratch holds what the arena has of a block, and says so.
+CERTKV_FN bool resident_is_sound(const TableArgs& args, const LadderItem& item, int block, int part,
+                                 int slot) {
+  const int at = slot - item.first_slot[part];
+  if (at < 0 || at >= item.quota[part] || item.block_of[part][at] != block) return false;
+  const std::byte* from = nullptr;
+  uint64_t written = 0;
+  if (!find_block(args.shape, item, block, part, &from, &written)) return false;
+  const int bytes = 16 * args.head_dim * 2;
+  return digest_of(item.slots + size_t(slot) * size_t(bytes), bytes) == written;
+}
+
+// One warp: the n-th look.
+CERTKV_FN void check_table(const TableArgs& args, int n) {
+  const TableLook look = args.list[n];
+  const LadderItem& item = args.items[look.item];
+  const PageEntry entry = item.pages[look.page];
+  const B one = lane_index() < 1;
+  uint32_t found = 0, wants = entry.wants & 0xffu;
+  for (int bit = 0; bit < 2 * kPageTiles; ++bit) {
+    const int part = bit / kPageTiles, block = look.page * kPageTiles + bit % kPageTiles;
+    const int slot = item.slot_of[part][block];
+    const bool wanted = (wants >> bit & 1u) != 0;
+    if (wanted ? resident_is_sound(args, item, block, part, slot) : slot == -1) continue;
+    found |= kOriginalsDamaged;
+    wants &= ~(1u << bit);
+    // The slot is free from now on, but where another block holds it rightly.
+    const int at = slot - item.first_slot[part];
+    bool free = at >= 0 && at < item.quota[part];
+    const int holds = free ? item.block_of[part][at] : -1;
+    if (holds != block && holds >= 0 && holds < item.coded_pages * kPageTiles)
+      free = free && item.slot_of[part][holds] != slot;
+    sync_lanes();  // all have read before any writes
+    if (free) store_where(one, item.block_of[part], splat_i(at), splat_i(-1));
+    store_where(one, item.slot_of[part], splat_i(block), splat_i(-1));
+    sync_lanes();
+  }
+  if (entry.page != look.codes || entry.tokens != kPageTokens || entry.wants > 0xffu)
+    found |= kTableDamaged;
+  sync_lanes();
+  if (found != 0) item.pages[look.page] = {look.codes, wants, kPageTokens};
+  args.found[n] = found;
 }
 
 // Uses a block's originals from now on.

@@ -54,6 +54,9 @@ class CudaCacheOps final : public CacheOps {
     check_digest(args);
     check_cuda(launch_digest_pages(args, stream()), "digests of pages cannot be launched");
   }
+  void check_tables(const TableArgs& args) override {
+    check_cuda(launch_check_tables(args, stream()), "a look at tables cannot be launched");
+  }
 
  private:
   cudaStream_t stream() const { return device_.stream(); }

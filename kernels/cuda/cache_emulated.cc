@@ -82,6 +82,9 @@ class EmulatedCacheOps final : public CacheOps {
     check_digest(args);
     for (int n = 0; n < args.count; ++n) emulated::digest_stretch(args, n);
   }
+  void check_tables(const TableArgs& args) override {
+    for (int n = 0; n < args.count; ++n) emulated::check_table(args, n);
+  }
 
  private:
   static constexpr int kWarpsEach = 3;  // any number does

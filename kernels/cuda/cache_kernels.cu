@@ -57,6 +57,11 @@ __global__ void __launch_bounds__(32 * kBlockWarps) digest_pages_kernel(const Di
   if (n < args.count) digest_stretch(args, n);
 }
 
+__global__ void __launch_bounds__(32 * kBlockWarps) check_tables_kernel(const TableArgs args) {
+  const int n = int(blockIdx.x * kBlockWarps + threadIdx.y);
+  if (n < args.count) check_table(args, n);
+}
+
 __global__ void list_dense_kernel(const LadderArgs args) {
   list_dense(args);
 }
@@ -120,6 +125,13 @@ cudaError_t launch_page_in(const LadderArgs& args, cudaStream_t stream) {
 cudaError_t launch_digest_pages(const DigestArgs& args, cudaStream_t stream) {
   if (args.count == 0) return cudaSuccess;
   digest_pages_kernel<<<unsigned((args.count + kBlockWarps - 1) / kBlockWarps),
+                        dim3(32, kBlockWarps), 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_check_tables(const TableArgs& args, cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
+  check_tables_kernel<<<unsigned((args.count + kBlockWarps - 1) / kBlockWarps),
                         dim3(32, kBlockWarps), 0, stream>>>(args);
   return cudaGetLastError();
 }

@@ -41,6 +41,9 @@ class CacheOps {
   virtual void seal(const SealArgs& args) = 0;
   // Of pages, for the scrub of tier 1. Throws InvalidArgument for bytes that are no multiple of 16.
   virtual void digest_pages(const DigestArgs& args) = 0;
+  // Restores entries, and drops originals that are not what the arena's slot of their block says,
+  // or that the tables do not agree about: the codes stand in. Between passes.
+  virtual void check_tables(const TableArgs& args) = 0;
 };
 
 std::unique_ptr<CacheOps> make_emulated_cache_ops(Device& device);

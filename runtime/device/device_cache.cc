@@ -133,7 +133,8 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
     }
     n.answers += cells * (own * page + 2 * kPageTiles * block);
     if (options.cache.scrub_steps > 0)  // reserve_looks()
-      n.answers += cells * 8 + cells * most_looks(prompt + own, options.cache.scrub_steps) * 16;
+      n.answers += cells * 8 + cells * most_looks(prompt + own, options.cache.scrub_steps) *
+                                   (2 * 8 + sizeof(cuda::TableLook) + 4);
     for (const int64_t of_layer : {options.scratch.key_blocks, options.scratch.value_blocks}) {
       const uint64_t quota =
           std::min(uint64_t(of_layer / config.kv_heads), (prompt + own) * kPageTiles);

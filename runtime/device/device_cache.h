@@ -91,6 +91,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   struct Look {  // at a sealed page
     size_t cell, page;
   };
+  struct Due;
   Sequence& at(int64_t sequence) const;
   size_t cells() const { return size_t(config_.layers) * size_t(heads_.count()); }
   OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
@@ -115,6 +116,11 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void look(Sequence& by, std::span<const Look> looks);
   void judge_looks(Sequence& s, const Sequence& by, std::span<const Look> looks, bool in_step);
   void judge_due();
+  void look_at_tables(Sequence& s, std::span<const Look> looks, size_t items, size_t first);
+  void judge_tables(Sequence& s, std::span<const Look> looks, bool in_step);
+  cuda::LadderItem ladder_item(const Sequence& s, size_t cell) const;
+  cuda::SlotShape slot_shape() const;
+  std::string name_of(const Sequence& s, const Look& look) const;
   void scrub_all(Sequence& s, Sequence& by);
   void repair(Sequence& s, const Look& look, bool in_step);
   PageRebuild rebuild(Sequence& s, const Look& look, const uint16_t* k, const uint16_t* v);

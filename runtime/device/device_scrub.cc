@@ -3,9 +3,10 @@
 //
 // A step's looks stand behind its pass, in the stream, with what the host waits for anyway: those
 // that are due before the next step. So a page that was damaged before a step's end is in doubt for
-// that step too, and is counted in its verdict. Not looked at are pages kept as originals, tables,
-// the scratch and open rows; and under policy dense nothing, for codes are not read there.
-// SOURCE: method section 7, "Tier-1 digest".
+// that step too, and is counted in its verdict. A look covers what the sequence's tables say of the
+// page and its originals in the scratch, too. Not looked at are pages kept as originals and open
+// rows; and under policy dense nothing, for codes are not read there. SOURCE: method section 7,
+// "Tier-1 digest".
 #include <algorithm>
 #include <set>
 
@@ -71,6 +72,10 @@ void DeviceCache::reserve_looks(Sequence* s) {
   s->look_at = {device_, looks, what};
   s->seen = {device_, looks, what};
   s->seen_host = {device_, looks, what};
+  s->tables_host = {device_, looks, what};
+  s->tables = {device_, looks, what};
+  s->found = {device_, looks, what};
+  s->found_host = {device_, looks, what};
 }
 
 // Enqueues taking the digests of pages, into the buffers of a sequence that holds them.
@@ -86,6 +91,27 @@ void DeviceCache::look(Sequence& by, std::span<const Look> looks) {
   device_.copy(by.seen_host.data(), by.seen.data(), looks.size() * sizeof(uint64_t));
 }
 
+// Enqueues a look at what the tables say of pages. The items of cell (layer, head) are those of
+// step_->ladder from layer * items + first on.
+void DeviceCache::look_at_tables(Sequence& s, std::span<const Look> looks, size_t items,
+                                 size_t first) {
+  if (looks.empty()) return;
+  const size_t heads = size_t(heads_.count());
+  for (size_t i = 0; i < looks.size(); ++i) {
+    const auto [cell, page] = looks[i];
+    s.tables_host[i] = {page_at(s, cell, page),
+                        int32_t(cell / heads * items + first + cell % heads), int32_t(page)};
+  }
+  device_.copy(s.tables.data(), s.tables_host.data(), looks.size() * sizeof(cuda::TableLook));
+  ops_.check_tables({.items = step_->ladder.data(),
+                     .head_dim = int32_t(config_.head_dim),
+                     .shape = slot_shape(),
+                     .list = s.tables.data(),
+                     .count = int32_t(looks.size()),
+                     .found = s.found.data()});
+  device_.copy(s.found_host.data(), s.found.data(), looks.size() * sizeof(uint32_t));
+}
+
 // What is due before the steps that follow: as ScrubSchedule and scrub_due() say. A prompt's page
 // is looked at once for all rows that share it: of two lengths the same pages are due where they
 // are equal modulo the period, and none in common elsewhere.
@@ -94,8 +120,8 @@ void DeviceCache::enqueue_due() {
   b.due.clear();
   const uint64_t period = schedule_.period();
   std::set<std::pair<const Prompt*, uint64_t>> shared;
-  for (int64_t handle : rows_) {
-    Sequence& s = at(handle);
+  for (size_t row = 0; row < rows_.size(); ++row) {
+    Sequence& s = at(rows_[row]);
     if (s.failed() || s.look_at.count() == 0) continue;
     const uint64_t now = s.tokens + 1;
     const bool first = shared.emplace(s.prompt.get(), now % period).second;
@@ -103,25 +129,34 @@ void DeviceCache::enqueue_due() {
     // Sealed behind the step before, and not looked at since.
     const bool just_sealed =
         s.pages > s.prompt->pages && now == s.pages * uint64_t(kPageTokens) + 1;
-    std::vector<Look>& looks = b.due[handle];
+    Due& due = b.due[rows_[row]];
+    const auto take = [&](size_t cell, size_t page) {
+      if (is_kept(s, cell, page)) return;
+      if (page >= lowest) due.digests.push_back({cell, page});
+      due.tables.push_back({cell, page});  // every row has its own
+    };
     const size_t heads = size_t(heads_.count());
     for (size_t cell = 0; cell < cells(); ++cell) {
       const StepWhere where{s.id, int(cell / heads), int(heads_.begin) + int(cell % heads), now};
       bool newest_seen = false;
       for (size_t page = schedule_.first_due(where); page < s.pages; page += size_t(period)) {
         newest_seen = page + 1 == s.pages;
-        if (page >= lowest && !is_kept(s, cell, page)) looks.push_back({cell, page});
+        take(cell, page);
       }
-      if (just_sealed && !newest_seen && !is_kept(s, cell, s.pages - 1))
-        looks.push_back({cell, s.pages - 1});
+      if (just_sealed && !newest_seen) take(cell, s.pages - 1);
     }
-    look(s, looks);
+    look(s, due.digests);
+    look_at_tables(s, due.tables, rows_.size() * heads, row * heads);
   }
 }
 
 // After the wait; the rows hold the step's token by now.
 void DeviceCache::judge_due() {
-  for (const auto& [handle, looks] : step_->due) judge_looks(at(handle), at(handle), looks, true);
+  for (const auto& [handle, due] : step_->due) {
+    Sequence& s = at(handle);
+    judge_looks(s, s, due.digests, true);
+    judge_tables(s, due.tables, true);
+  }
   for (int64_t handle : rows_) {
     Sequence& s = at(handle);
     s.report.damaged_pages += std::exchange(s.damaged_pages, 0);
@@ -134,14 +169,47 @@ void DeviceCache::judge_looks(Sequence& s, const Sequence& by, std::span<const L
     if (by.seen_host[i] != digest_of(s, looks[i].cell, looks[i].page)) repair(s, looks[i], in_step);
 }
 
+void DeviceCache::judge_tables(Sequence& s, std::span<const Look> looks, bool in_step) {
+  for (size_t i = 0; i < looks.size() && !s.failed(); ++i) {
+    const uint32_t found = s.found_host[i];
+    if (found == 0) continue;
+    ++s.damaged_pages;
+    std::string what;
+    if ((found & cuda::kTableDamaged) != 0)
+      what = "the block table did not match it; restored from the page";
+    if ((found & cuda::kOriginalsDamaged) != 0)
+      what += fmt::format(
+          "{}originals near the compute were damaged, or pointers to them; "
+          "dropped",
+          what.empty() ? "" : "; ");
+    log_error("{}: {}; {}", name_of(s, looks[i]), what, steps_in_doubt(s, looks[i], in_step));
+  }
+}
+
+std::string DeviceCache::name_of(const Sequence& s, const Look& look) const {
+  const size_t heads = size_t(heads_.count());
+  return fmt::format("tier 1: sequence {} layer {} KV head {} page {} (blocks {} to {})", s.id,
+                     look.cell / heads, size_t(heads_.begin) + look.cell % heads, look.page,
+                     look.page * kPageTiles, (look.page + 1) * kPageTiles - 1);
+}
+
 // All pages of s, through the buffers of a sequence that shares them, or of its own.
 void DeviceCache::scrub_all(Sequence& s, Sequence& by) {
   const size_t pages = s.decoding ? s.pages : s.prompt->pages, most = size_t(by.look_at.count());
   std::vector<Look> looks;
+  // Its tables too, where steps have read them: the buffers are then large enough.
+  StepBuffers& b = *step_;
+  const bool tables = s.decoding && s.tokens > s.prompt->tokens;
+  for (size_t cell = 0; cell < cells() && tables; ++cell)
+    b.ladder_host[cell] = ladder_item(s, cell);
+  if (tables)
+    device_.copy(b.ladder.data(), b.ladder_host.data(), cells() * sizeof(cuda::LadderItem));
   const auto flush = [&] {
     look(by, looks);
+    if (tables) look_at_tables(s, looks, size_t(heads_.count()), 0);
     device_.synchronize(Deadline::after(kDeviceDeadline));
     judge_looks(s, by, looks, false);
+    if (tables) judge_tables(s, looks, false);
     looks.clear();
     group_.alive();
   };
@@ -257,9 +325,7 @@ void DeviceCache::repair(Sequence& s, const Look& look, bool in_step) {
   else
     r.what = from.error;
 
-  const std::string what = fmt::format(
-      "tier 1: sequence {} layer {} KV head {} page {} (blocks {} to {}): {}", s.id, layer, kv_head,
-      look.page, look.page * kPageTiles, (look.page + 1) * kPageTiles - 1, r.what);
+  const std::string what = fmt::format("{}: {}", name_of(s, look), r.what);
   std::string doubt = steps_in_doubt(s, look, in_step);
   ++s.damaged_pages;
   for (Sequence* other : sharers) {

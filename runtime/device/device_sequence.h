@@ -92,12 +92,21 @@ struct DeviceCache::Sequence {
   DeviceArray<const std::byte*> look_at;
   DeviceArray<uint64_t> seen;
   HostArray<uint64_t> seen_host;
+  HostArray<cuda::TableLook> tables_host;
+  DeviceArray<cuda::TableLook> tables;
+  DeviceArray<uint32_t> found;
+  HostArray<uint32_t> found_host;
   // Read back at the end of a step.
   HostArray<uint32_t> marks_host;
   HostArray<cuda::LadderCounts> counts_host;
   HostArray<Certificate> judged_host, candidate_host;
 
   bool dense() const { return rules.policy == Policy::Dense; }
+};
+
+// Pages whose digests are taken at a step's end, and those whose tables are looked at.
+struct DeviceCache::Due {
+  std::vector<Look> digests, tables;
 };
 
 // Of the rows under way, for all layers or, where a layer leaves nothing behind, for one at a time.
@@ -156,11 +165,11 @@ struct DeviceCache::StepBuffers {
   // Policy dense by a library.
   HostArray<int32_t> lengths_host;  // [rows]
   DeviceArray<int32_t> lengths;
-  DeviceArray<float> largest;                // [layers, rows, kv_heads, 2]
-  DeviceArray<uint16_t> q16, out16;          // [rows, heads, head_dim]
-  std::vector<int64_t> filling;              // sequences whose page the step fills
-  std::map<int64_t, std::vector<Look>> due;  // pages of sequences, at the step's end
-  HostArray<uint16_t> prompt_k, prompt_v;    // of a prompt's layer: [kv_heads, tokens, head_dim]
+  DeviceArray<float> largest;              // [layers, rows, kv_heads, 2]
+  DeviceArray<uint16_t> q16, out16;        // [rows, heads, head_dim]
+  std::vector<int64_t> filling;            // sequences whose page the step fills
+  std::map<int64_t, Due> due;              // pages of sequences, at the step's end
+  HostArray<uint16_t> prompt_k, prompt_v;  // of a prompt's layer: [kv_heads, tokens, head_dim]
 };
 
 }  // namespace certkv

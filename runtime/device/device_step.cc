@@ -82,6 +82,45 @@ void DeviceCache::reserve_staging(size_t entries) {
   b.staged_entries = entries;
 }
 
+cuda::SlotShape DeviceCache::slot_shape() const {
+  return {uint32_t(block_.slot_bytes()),
+          uint32_t(block_.k_offset()),
+          uint32_t(block_.v_offset()),
+          {uint32_t(block_.dtype) | 16u << 16, 16u | uint32_t(block_.head_dim) << 16}};
+}
+
+cuda::LadderItem DeviceCache::ladder_item(const Sequence& s, size_t cell) const {
+  const size_t heads = size_t(heads_.count()), entry = cell * s.capacity;
+  const uint32_t layer = uint32_t(cell / heads);
+  const uint32_t kv_head = uint32_t(heads_.begin) + uint32_t(cell % heads);
+  uint32_t* marks = s.marks.data() + cell * kMarks;
+  cuda::LadderItem l;
+  int32_t first_slot = 2 * kPageTiles;
+  for (int part = 0; part < 2 && !s.dense(); ++part) {
+    const size_t q = size_t(s.quota[part]);
+    l.block_of[part] = s.block_of[part].data() + cell * q;
+    l.score[part] = s.score[part].data() + cell * q;
+    l.free_slots[part] = s.free_slots[part].data() + cell * q;
+    l.first_slot[part] = first_slot;
+    l.quota[part] = s.quota[part];
+    first_slot += s.quota[part];
+  }
+  l.free_count = s.free_count.data() + cell * 2;
+  l.slots = s.slots.data() + cell * s.slots_each * block_bytes_;
+  l.pages = s.entries.data() + entry;
+  l.slot_of[kKeys] = s.slot_of[kKeys].data() + entry * kPageTiles;
+  l.slot_of[kValues] = s.slot_of[kValues].data() + entry * kPageTiles;
+  l.coded_pages = s.dense() ? 0 : int32_t(s.pages);
+  const OriginalsSpan* spans[2] = {&s.prompt->span, &s.own};
+  for (size_t i = 0; i < 2; ++i)
+    if (!spans[i]->empty())
+      l.run[i] = run_of(*spans[i], on_device(spans[i]->run(layer, kv_head)), layer, kv_head);
+  l.again = marks + kAgain;
+  l.candidate = s.candidate.data() + cell * size_t(config_.heads_per_group());
+  l.counts = s.counts.data() + cell;
+  return l;
+}
+
 void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   background_.finish();  // the arena has all sealed blocks: the step may read them
   rows_.assign(sequences.begin(), sequences.end());
@@ -214,33 +253,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         a.norm = b.norm.data() + item * n;
         b.append_host[at] = a;
 
-        cuda::LadderItem l;
-        const uint32_t kv_head = uint32_t(heads_.begin) + uint32_t(h);
-        int32_t first_slot = 2 * kPageTiles;
-        for (int part = 0; part < 2 && !dense; ++part) {
-          const size_t q = size_t(s.quota[part]);
-          l.block_of[part] = s.block_of[part].data() + cell * q;
-          l.score[part] = s.score[part].data() + cell * q;
-          l.free_slots[part] = s.free_slots[part].data() + cell * q;
-          l.first_slot[part] = first_slot;
-          l.quota[part] = s.quota[part];
-          first_slot += s.quota[part];
-        }
-        l.free_count = s.free_count.data() + cell * 2;
-        l.slots = slots;
-        l.pages = s.entries.data() + entry;
-        l.slot_of[kKeys] = s.slot_of[kKeys].data() + entry * kPageTiles;
-        l.slot_of[kValues] = s.slot_of[kValues].data() + entry * kPageTiles;
-        l.coded_pages = dense ? 0 : int32_t(s.pages);
-        const OriginalsSpan* spans[2] = {&s.prompt->span, &s.own};
-        for (size_t i = 0; i < 2; ++i)
-          if (!spans[i]->empty())
-            l.run[i] = run_of(*spans[i], on_device(spans[i]->run(uint32_t(layer), kv_head)),
-                              uint32_t(layer), kv_head);
-        l.again = marks + kAgain;
-        l.candidate = s.candidate.data() + cell * n;
-        l.counts = s.counts.data() + cell;
-        b.ladder_host[at] = l;
+        b.ladder_host[at] = ladder_item(s, cell);
       }
   }
   device_.copy(b.pass.data(), b.pass_host.data(), all * sizeof(cuda::PassItem));
@@ -293,10 +306,7 @@ void DeviceCache::decode(int layer, const float* qkv) {
     ladder.count = int32_t(items);
     ladder.head_dim = int32_t(d);
     ladder.groups = shape.groups();
-    ladder.shape = {uint32_t(block_.slot_bytes()),
-                    uint32_t(block_.k_offset()),
-                    uint32_t(block_.v_offset()),
-                    {uint32_t(block_.dtype) | 16u << 16, 16u | uint32_t(block_.head_dim) << 16}};
+    ladder.shape = slot_shape();
     ladder.value_share = rules.value_share;
     ladder.max_share = rules.max_share;
     ladder.list = b.list.data();

@@ -3,18 +3,15 @@
 // and on a GPU as a program of tests/gpu.
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <functional>
+#include <optional>
 #include <random>
 #include <utility>
 
-#include "kernels/arith/verdict.h"
-#include "kvstore/client.h"
-#include "parallel/local_world.h"
 #include "runtime/certify/scrub.h"
 #include "runtime/device/device_backend.h"
-#include "runtime/device/device_cache.h"
 #include "tests/kvstore/store_support.h"
+#include "tests/runtime/device_scrub_rank.h"
 #ifdef CERTKV_TEST_ON_GPU
 #include "kernels/cuda/cuda_device.h"
 #endif
@@ -22,181 +19,7 @@
 namespace certkv {
 namespace {
 
-constexpr int kLayers = 2, kKvHeads = 2, kPerGroup = 2, kDim = 64;
-constexpr size_t kPages = 5, kPrompt = 64 * kPages + 9;
-constexpr int64_t kAnswer = 200;
-constexpr uint64_t kArena = uint64_t(32) << 20;
-const size_t kPageBytes = cuda::page_layout(kDim).page_bytes();
-
-// Counts the pages whose digests are taken, and lets a test in before and after.
-class CountingOps : public cuda::CacheOps {
- public:
-  explicit CountingOps(cuda::CacheOps& ops) : ops_(ops) {}
-  void append(const cuda::AppendArgs& a) override { ops_.append(a); }
-  void attend(const cuda::PassArgs& a, const cuda::PassShape& s) override { ops_.attend(a, s); }
-  void climb(const cuda::LadderArgs& a) override { ops_.climb(a); }
-  void page_in(const cuda::LadderArgs& a) override { ops_.page_in(a); }
-  void list_dense(const cuda::LadderArgs& a) override { ops_.list_dense(a); }
-  void stage_dense(const cuda::LadderArgs& a, const cuda::DenseArgs& d, int n) override {
-    ops_.stage_dense(a, d, n);
-  }
-  void take_dense(const cuda::LadderArgs& a, const cuda::DenseArgs& d, int n) override {
-    ops_.take_dense(a, d, n);
-  }
-  void learn(const cuda::LadderArgs& a) override { ops_.learn(a); }
-  void largest_notes(const cuda::LibraryArgs& a) override { ops_.largest_notes(a); }
-  void judge_library(const cuda::LibraryArgs& a) override { ops_.judge_library(a); }
-  void seal(const cuda::SealArgs& a) override { ops_.seal(a); }
-  void digest_pages(const cuda::DigestArgs& a) override {
-    if (a.list != nullptr) looks += size_t(a.count);
-    if (before_digests) before_digests();
-    ops_.digest_pages(a);
-    if (after_digests) after_digests(a);
-  }
-  size_t looks = 0;
-  std::function<void()> before_digests;
-  std::function<void(const cuda::DigestArgs&)> after_digests;
-
- private:
-  cuda::CacheOps& ops_;
-};
-
-// A cache of one rank. What is appended and asked depends on (sequence, layer, length) alone, so
-// two runs that do the same are twins.
-class OneRank {
- public:
-  OneRank(DeviceBackend& backend, int64_t scrub_steps, Policy policy = Policy::Naive)
-      : backend_(backend),
-        policy_(policy),
-        ops(*backend.cache),
-        cache(config_, {0, kKvHeads}, options_with(scrub_steps), *backend.device, ops, pool_,
-              store_, *group_) {}
-
-  std::vector<int64_t> start(int64_t id, int forks,
-                             const std::function<void(int64_t)>& before_fork = {}) {
-    const int64_t prompt = cache.create(int64_t(kPrompt), id, kAnswer);
-    for (int layer = 0; layer < kLayers; ++layer) {
-      const auto k = put(draw(id, layer, 0, kKvHeads * kPrompt * kDim));
-      const auto v = put(draw(id, layer, 1, kKvHeads * kPrompt * kDim));
-      cache.store_prefill(prompt, layer, kPrompt, k.data(), v.data(), kPrompt * kDim, {});
-    }
-    if (before_fork) before_fork(prompt);
-    StepRules rules;
-    rules.policy = policy_;
-    rules.tolerance.value = 0.2;
-    std::vector<int64_t> out;
-    for (int f = 0; f < forks; ++f) {
-      out.push_back(cache.fork(prompt, kAnswer, rules));
-      tokens_[out.back()] = kPrompt;
-    }
-    cache.drop(prompt);
-    return out;
-  }
-
-  std::vector<VerdictRecord> step(const std::vector<int64_t>& sequences) {
-    constexpr size_t kWidth = (kPerGroup + 2) * kKvHeads * kDim;
-    constexpr size_t kOuts = kPerGroup * kKvHeads * kDim;
-    const size_t n = sequences.size();
-    cuda::Device& device = *backend_.device;
-    const cuda::DeviceArray<float> qkv(device, n * kWidth, "rows"),
-        out(device, n * kOuts, "outputs");
-    outputs.clear();
-    cache.begin_step(++step_, sequences);
-    cache.begin_rows(sequences, out.data());
-    for (int layer = 0; layer < kLayers; ++layer) {
-      std::vector<float> rows;
-      for (const int64_t s : sequences) {
-        std::mt19937_64 random(uint64_t(s) * 1000003 + tokens_[s] * 101 + uint64_t(layer));
-        std::normal_distribution<float> normal;
-        for (size_t i = 0; i < kWidth; ++i) rows.push_back(normal(random));
-      }
-      std::vector<float> got(n * kOuts);
-      device.copy(qkv.data(), rows.data(), qkv.bytes());
-      cache.decode(layer, qkv.data());
-      device.copy(got.data(), out.data(), out.bytes());
-      device.synchronize(test::patience());
-      outputs.insert(outputs.end(), got.begin(), got.end());
-    }
-    cache.end_step();
-    std::vector<VerdictRecord> verdicts;
-    for (const int64_t s : sequences) {
-      ++tokens_[s];
-      verdicts.push_back(cache.verdict(s));
-    }
-    return verdicts;
-  }
-
-  std::vector<std::byte> page(int64_t sequence, int layer, int head, size_t page) const {
-    std::vector<std::byte> bytes(kPageBytes);
-    backend_.device->copy(bytes.data(), cache.page(sequence, layer, head, page), kPageBytes);
-    backend_.device->synchronize(test::patience());
-    return bytes;
-  }
-  void flip(int64_t sequence, int layer, int head, size_t at, size_t bit) const {
-    std::byte* to = cache.page(sequence, layer, head, at) + bit / 8;
-    std::byte byte{};
-    backend_.device->copy(&byte, to, 1);
-    backend_.device->synchronize(test::patience());
-    byte ^= std::byte(1u << bit % 8);
-    backend_.device->copy(to, &byte, 1);
-    backend_.device->synchronize(test::patience());
-  }
-  // Damages the originals of a block where they lie.
-  void flip_original(int64_t sequence, int layer, int head, uint32_t block) {
-    const BlockId id = cache.originals_id(sequence, layer, head, block);
-    const Destination view{.part = BlockPart::Both, .view = true};
-    ReadTicket ticket = store_->reader()->read({&id, 1}, {&view, 1}, test::patience());
-    const BlockResult r = BlockReader::wait(ticket)[0];
-    ASSERT_EQ(r.status, BlockStatus::Ok);
-    auto* v = const_cast<uint16_t*>(r.v);
-    v[3] = uint16_t(v[3] ^ 1);
-  }
-  size_t tokens(int64_t sequence) { return tokens_[sequence]; }
-
- private:
-  static ModelConfig small_config() {
-    ModelConfig c;
-    c.layers = kLayers;
-    c.kv_heads = kKvHeads;
-    c.heads = kKvHeads * kPerGroup;
-    c.head_dim = kDim;
-    return c;
-  }
-  static CertifiedCacheOptions options_with(int64_t scrub_steps) {
-    CertifiedCacheOptions o;
-    o.cache.scrub_steps = scrub_steps;
-    o.dtype = DType::BF16;
-    return o;
-  }
-  static std::vector<uint16_t> draw(int64_t id, int layer, int part, size_t count) {
-    std::mt19937_64 random(uint64_t(id) * 977 + uint64_t(layer * 2 + part));
-    std::normal_distribution<float> normal;
-    std::vector<uint16_t> x;
-    for (size_t i = 0; i < count; ++i) x.push_back(float_to_bf16(normal(random)));
-    return x;
-  }
-  cuda::DeviceArray<uint16_t> put(const std::vector<uint16_t>& x) const {
-    cuda::DeviceArray<uint16_t> array(*backend_.device, x.size(), "a test's rows");
-    backend_.device->copy(array.data(), x.data(), array.bytes());
-    return array;
-  }
-
-  DeviceBackend& backend_;
-  Policy policy_;
-  ModelConfig config_ = small_config();
-  test::ThreadHolder holder_{kArena};
-  std::shared_ptr<StoreClient> store_ = holder_.attach(0);
-  std::shared_ptr<LocalWorld> world_ = LocalWorld::create(1);
-  std::unique_ptr<Communicator> group_ = world_->communicator(0);
-  ThreadPool pool_{1};
-  std::map<int64_t, size_t> tokens_;
-  uint64_t step_ = 0;
-
- public:
-  CountingOps ops;
-  DeviceCache cache;
-  std::vector<float> outputs;
-};
+using namespace scrub_test;  // NOLINT: this test's own
 
 std::string logged(const std::function<void()>& body) {
   testing::internal::CaptureStderr();
@@ -429,6 +252,193 @@ TEST_F(DeviceScrub, MemoryThatDoesNotHoldWhatIsWrittenEndsTheJob) {
               std::string::npos)
         << e.what();
   }
+}
+
+// ---- tables and the scratch ---------------------------------------------------------------------
+
+// What a look is about to look at, on the host, and what a test makes of it.
+class Tables {
+ public:
+  Tables(cuda::Device& device, const cuda::TableArgs& args, int item) : device_(device) {
+    read(args.items + item, 1, &item_);
+  }
+  cuda::PageEntry entry(size_t page) const { return one(item_.pages + page); }
+  void set_entry(size_t page, const cuda::PageEntry& e) const { write(item_.pages + page, e); }
+  int slot_of(int part, int block) const { return one(item_.slot_of[part] + block); }
+  void set_slot_of(int part, int block, int x) const { write(item_.slot_of[part] + block, x); }
+  int block_of(int part, int slot) const {
+    return one(item_.block_of[part] + slot - item_.first_slot[part]);
+  }
+  void set_block_of(int part, int slot, int x) const {
+    write(item_.block_of[part] + slot - item_.first_slot[part], x);
+  }
+  bool wants(int part, int block) const {
+    return (entry(size_t(block / 4)).wants >> (block % 4 + 4 * part) & 1) != 0;
+  }
+  void flip_original(int slot) const {
+    std::byte* to = item_.slots + size_t(slot) * 16 * kDim * 2 + 77;
+    write(to, one(to) ^ std::byte(4));
+  }
+  // A block that the scratch holds, from a sealed page of the prompt; -1: none.
+  int resident(int part) const {
+    for (int b = 0; b < int(kPages) * 4; ++b)
+      if (wants(part, b)) return b;
+    return -1;
+  }
+  // Nothing is wanted that no slot holds, and nobody else says he holds it.
+  bool agree() const {
+    for (int part = 0; part < 2; ++part)
+      for (int b = 0; b < int(kPages) * 4; ++b) {
+        const int slot = slot_of(part, b);
+        if (wants(part, b) ? slot < 0 || block_of(part, slot) != b : slot != -1) return false;
+      }
+    return true;
+  }
+
+ private:
+  template <typename T>
+  void read(const T* from, size_t count, T* to) const {
+    device_.get().copy(to, from, count * sizeof(T));
+    device_.get().synchronize(test::patience());
+  }
+  template <typename T>
+  T one(const T* from) const {
+    T x{};
+    read(from, 1, &x);
+    return x;
+  }
+  template <typename T>
+  void write(T* to, const T& x) const {
+    device_.get().copy(to, &x, sizeof(T));
+    device_.get().synchronize(test::patience());
+  }
+  std::reference_wrapper<cuda::Device> device_;
+  cuda::LadderItem item_;
+};
+
+TEST_F(DeviceScrub, AnEntryThatNamesAnotherPageIsRestored) {
+  OneRank hit(backend_, 1), clean(backend_, 0);
+  const auto a = hit.start(1, 1), b = clean.start(1, 1);
+  for (int kind = 0; kind < 3; ++kind) {
+    cuda::PageEntry before, after;
+    hit.ops.before_tables = [&, kind](const cuda::TableArgs& args) {
+      const Tables t(*backend_.device, args, 3);
+      before = after = t.entry(2);
+      if (kind == 0) after.page += kPageBytes;
+      if (kind == 1) after.tokens ^= 1;
+      if (kind == 2) after.wants ^= 1u << 20;
+      t.set_entry(2, after);
+    };
+    const std::string log = logged([&] { EXPECT_EQ(hit.step(a)[0].sum.digest, 1u); });
+    clean.step(b);
+    EXPECT_EQ(times(log,
+                    "layer 1 KV head 1 page 2 (blocks 8 to 11): the block table did not match "
+                    "it; restored from the page; the steps at"),
+              1u)
+        << log;
+    hit.ops.before_tables = [&](const cuda::TableArgs& args) {
+      const cuda::PageEntry now = Tables(*backend_.device, args, 3).entry(2);
+      EXPECT_EQ(now.page, before.page);
+      EXPECT_EQ(now.tokens, before.tokens);
+      EXPECT_EQ(now.wants, before.wants);
+    };
+    EXPECT_EQ(hit.step(a)[0].sum.digest, 0u);
+    clean.step(b);
+    EXPECT_EQ(hit.outputs, clean.outputs);
+  }
+}
+
+TEST_F(DeviceScrub, EveryRowOfAStepHasTablesOfItsOwn) {
+  OneRank hit(backend_, 1);
+  const auto a = hit.start(1, 2);
+  hit.ops.before_tables = [&, first = true](const cuda::TableArgs& args) mutable {
+    if (!std::exchange(first, false)) return;
+    const Tables t(*backend_.device, args, 2 * kKvHeads + kKvHeads);  // layer 1, the second row
+    cuda::PageEntry e = t.entry(1);
+    e.page += 16;
+    t.set_entry(1, e);
+  };
+  const std::string log = logged([&] {
+    const auto verdicts = hit.step(a);
+    EXPECT_EQ(verdicts[0].sum.digest, 0u);
+    EXPECT_EQ(verdicts[1].sum.digest, 1u);
+  });
+  EXPECT_EQ(times(log, "layer 1 KV head 0 page 1 "), 1u) << log;
+  for (const VerdictRecord& v : hit.step(a)) EXPECT_EQ(v.sum.digest, 0u);
+}
+
+TEST_F(DeviceScrub, OriginalsInTheScratchThatAreDamagedAreDropped) {
+  OneRank hit(backend_, 1, Policy::Budget);
+  hit.tolerance = 0.05;
+  hit.sharpness = 4;  // a few blocks carry the mass: they are promoted, and stay
+  const auto a = hit.start(1, 1);
+  // Their bytes; the table's pointer to them; the slot's own; what is wanted.
+  for (int kind = 0; kind < 4; ++kind)
+    for (int part = 0; part < 2; ++part) {
+      SCOPED_TRACE(testing::Message() << "kind " << kind << " part " << part);
+      int item = -1, block = -1, slot = -1;
+      std::optional<Tables> damaged;
+      hit.ops.before_tables = [&](const cuda::TableArgs& args) {
+        for (item = 0; item < kLayers * kKvHeads && block < 0; ++item) {
+          const Tables t(*backend_.device, args, item);
+          EXPECT_TRUE(t.agree());
+          block = t.resident(part);
+          if (block < 0) continue;
+          slot = t.slot_of(part, block);
+          damaged = t;
+          if (kind == 0) t.flip_original(slot);
+          if (kind == 1) t.set_slot_of(part, block, slot ^ (1 << 28));
+          if (kind == 2) t.set_block_of(part, slot, block ^ 1);
+          cuda::PageEntry e = t.entry(size_t(block / 4));
+          e.wants ^= 1u << (block % 4 + 4 * part);
+          if (kind == 3) t.set_entry(size_t(block / 4), e);
+          break;
+        }
+      };
+      std::string log;
+      for (int step = 0; step < 20 && block < 0; ++step)
+        log = logged([&] {
+          const uint64_t found = hit.step(a)[0].sum.digest;
+          EXPECT_EQ(found, block < 0 ? 0u : 1u);
+        });
+      ASSERT_GE(block, 0) << "nothing was promoted";
+      EXPECT_EQ(times(log, "originals near the compute were damaged, or pointers to them; dropped"),
+                1u)
+          << log;
+      EXPECT_EQ(damaged->slot_of(part, block), -1);
+      EXPECT_FALSE(damaged->wants(part, block));
+      // Where the table named another slot, its own is freed once learning drops it.
+      if (kind != 1) {
+        EXPECT_EQ(damaged->block_of(part, slot), -1);
+      }
+      bool looked = false;
+      hit.ops.before_tables = [&](const cuda::TableArgs& args) {
+        looked = true;
+        for (int i = 0; i < kLayers * kKvHeads; ++i)
+          EXPECT_TRUE(Tables(*backend_.device, args, i).agree()) << i;
+      };
+      const VerdictRecord v = hit.step(a)[0];
+      EXPECT_TRUE(looked);
+      EXPECT_EQ(v.sum.digest, 0u);
+      EXPECT_EQ(v.max.error, 0u);
+    }
+}
+
+TEST_F(DeviceScrub, ATableIsLookedAtOnceMoreAtTheEnd) {
+  OneRank hit(backend_, 1000);
+  const auto a = hit.start(1, 1);
+  hit.step(a);
+  hit.ops.before_tables = [&, first = true](const cuda::TableArgs& args) mutable {
+    if (!std::exchange(first, false)) return;
+    const Tables t(*backend_.device, args, 1);
+    cuda::PageEntry e = t.entry(4);
+    e.page += 16;
+    t.set_entry(4, e);
+  };
+  const std::string log = logged([&] { EXPECT_EQ(hit.cache.close(a[0]), 1u); });
+  EXPECT_EQ(times(log, "layer 0 KV head 1 page 4"), 1u) << log;
+  EXPECT_EQ(times(log, "the steps at 330 to 330 tokens are in doubt"), 1u) << log;
+  EXPECT_EQ(hit.cache.close(a[0]), 0u);
 }
 
 TEST_F(DeviceScrub, ThePromptIsVerifiedBeforeItsFirstStep) {
