@@ -77,7 +77,7 @@ one() {
     return 1
   fi
   # "ERROR SUMMARY: N errors"; racecheck: "RACECHECK SUMMARY: N hazards displayed (...)".
-  errors=$(sed -n 's/.* SUMMARY: \([0-9]\{1,\}\) \(error\|hazard\).*/\1/p' "$log" | tail -n 1)
+  errors=$(sed -n 's/.* SUMMARY: \([0-9]\{1,\}\) \(error\|hazard\).*/\1/p' "$log" | head -n 1)
   if [[ -z $errors ]]; then
     echo "no summary"
     return 1
