@@ -26,6 +26,8 @@ void print_case(const DeviceBenchResult& r, const DeviceBenchOptions& o) {
   fmt::print("  {:<28} {:>13} {:>7}  {:>13} {:>7}  {:>8}\n", "", "certified", "spread", "dense",
              "spread", "ratio");
   print_times("attention, a layer", r.certified_attention, r.dense_attention);
+  print_times("what it adds to a layer", r.certified_added, r.dense_added);
+  fmt::print("  {:<28} {:10.1f} us alone\n", "its output projection", r.projection.us);
   if (o.whole_steps) {
     print_times("decode step, to its logits", r.certified_step, r.dense_step);
     fmt::print("  verdicts read and counted    {:10.1f} us after each certified step\n",
@@ -61,7 +63,13 @@ Json case_json(const DeviceBenchResult& r, const DeviceBenchOptions& o) {
   v["steps"] = o.steps;
   v["certified_us"] = r.certified_attention.us;
   v["dense_us"] = r.dense_attention.us;
-  v["spreads"] = {{"certified", r.certified_attention.spread}, {"dense", r.dense_attention.spread}};
+  v["certified_added_us"] = r.certified_added.us;
+  v["dense_added_us"] = r.dense_added.us;
+  v["projection_us"] = r.projection.us;
+  v["spreads"] = {{"certified", r.certified_attention.spread},
+                  {"dense", r.dense_attention.spread},
+                  {"certified_added", r.certified_added.spread},
+                  {"dense_added", r.dense_added.spread}};
   if (o.whole_steps) {
     v["certified_step_us"] = r.certified_step.us;
     v["dense_step_us"] = r.dense_step.us;

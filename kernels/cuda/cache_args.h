@@ -39,6 +39,7 @@ struct AppendArgs {
   int32_t head_dim = 0;
   DType dtype = DType::BF16;
   uint32_t* any_failing = nullptr;  // out: 0, before the layer's pass
+  uint32_t* redone = nullptr;       // the same; or nullptr
 };
 
 // A stretch of blocks in the arena, as the device reads it. SOURCE: kvstore/FORMAT.md.

@@ -104,6 +104,7 @@ CERTKV_FN void append_part(const AppendArgs& args, int index, int part) {
     item.entries[block] = {nullptr, 0xffu, in_block + 1};
     if (!(norm >= 0)) raise_flag(pass.flags, kFlagNonFinite);
     if (index == 0) *args.any_failing = 0;  // of the layer, which begins here
+    if (index == 0 && args.redone != nullptr) *args.redone = 0;
     return;
   }
   const float norm = append_row(args, v, item.values, item.open);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <iterator>
 #include <map>
 #include <thread>
 #include <utility>
@@ -60,8 +61,10 @@ class Gpu final : public CudaDevice {
     try {
       check_cuda(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking),
                  "a stream cannot be created");
-      for (cudaEvent_t* event : {&forked_, &done_[0], &done_[1]})
-        check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming),
+      check_cuda(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming),
+                 "an event cannot be created");
+      for (cudaEvent_t& event : done_)
+        check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming),
                    "an event cannot be created");
       check_cuda(cudaMallocHost(reinterpret_cast<void**>(&word_), sizeof *word_),
                  "a word of pinned host memory");
@@ -281,7 +284,7 @@ class Gpu final : public CudaDevice {
       failed = std::current_exception();
     }
     capturing_ = false;
-    beside_[0] = beside_[1] = false;
+    std::fill(std::begin(beside_), std::end(beside_), false);
     auto out = std::make_unique<CapturedGraph>();
     const cudaError_t ended = cudaStreamEndCapture(stream_, &out->graph);
     if (failed) {
@@ -308,7 +311,8 @@ class Gpu final : public CudaDevice {
     }
   };
   void free_streams() noexcept {
-    for (cudaEvent_t event : {forked_, done_[0], done_[1]})
+    if (forked_ != nullptr) (void)cudaEventDestroy(forked_);
+    for (cudaEvent_t event : done_)
       if (event != nullptr) (void)cudaEventDestroy(event);
     for (cudaStream_t s : {side_, stream_})
       if (s != nullptr) (void)cudaStreamDestroy(s);

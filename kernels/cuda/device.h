@@ -78,9 +78,10 @@ class Device {
   }
 
   // Does `body` beside what is enqueued after it, until join(branch): after all work so far, and
-  // after what went beside before. Two branches, so that one may be under way when the next begins.
-  // Not within when(); a graph must have joined both before its capture ends.
-  static constexpr int kBranches = 2;
+  // after what went beside before. Several branches, so that some may be under way when others
+  // begin. The body may have parts under when(); not within when(); a graph must have joined all
+  // before its capture ends. What the body refers to must live until it is joined.
+  static constexpr int kBranches = 3;
   // Where all is done in order, so is this.
   virtual void beside(int /*branch*/, const std::function<void()>& body) { body(); }
   virtual void join(int /*branch*/) {}
@@ -150,6 +151,9 @@ struct EmulatedDeviceOptions {
   DeviceShape shape = {.multiprocessors = 8,
                        .shared_per_block = 227 * 1024,
                        .shared_per_multiprocessor = 228 * 1024};
+  // Of a captured graph: what goes beside other work is done as late as it may be, when it is
+  // joined, so that what does not wait for it is seen.
+  bool late = false;
 };
 std::unique_ptr<Device> make_emulated_device(const EmulatedDeviceOptions& options = {});
 

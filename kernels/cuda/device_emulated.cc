@@ -1,6 +1,10 @@
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <map>
+#include <utility>
+#include <vector>
 
 #include "kernels/cuda/device.h"
 
@@ -13,7 +17,7 @@ constexpr size_t kAlign = 256;
 class EmulatedDevice final : public Device {
  public:
   explicit EmulatedDevice(const EmulatedDeviceOptions& options)
-      : total_(options.total_bytes), shape_(options.shape) {}
+      : total_(options.total_bytes), shape_(options.shape), late_(options.late) {}
 
   bool emulated() const override { return true; }
   const DeviceShape& shape() const override { return shape_; }
@@ -59,7 +63,36 @@ class EmulatedDevice final : public Device {
     graph->work = work;
     return graph;
   }
-  void launch(Graph& graph) override { dynamic_cast<Again&>(graph).work(); }
+  void launch(Graph& graph) override {
+    launched_ = true;
+    std::exception_ptr failed;
+    try {
+      dynamic_cast<Again&>(graph).work();
+    } catch (...) {
+      failed = std::current_exception();
+    }
+    launched_ = false;
+    const size_t left = beside_.size();
+    beside_.clear();
+    if (failed) std::rethrow_exception(failed);
+    CERTKV_EXPECT(left == 0, DeviceError, "a graph ended with work beside it that is not joined");
+  }
+
+  Condition condition(const uint32_t* word) override { return {word, {late_ && launched_, 0}}; }
+  void beside(int branch, const std::function<void()>& body) override {
+    if (late_ && launched_)
+      beside_.emplace_back(branch, body);
+    else
+      body();
+  }
+  // All that went beside is in order.
+  void join(int branch) override {
+    const auto last = std::find_if(beside_.rbegin(), beside_.rend(),
+                                   [&](const auto& b) { return b.first == branch; });
+    const std::vector<std::pair<int, std::function<void()>>> now(beside_.begin(), last.base());
+    beside_.erase(beside_.begin(), last.base());
+    for (const auto& [of, body] : now) body();
+  }
 
  private:
   struct Again : Graph {
@@ -75,6 +108,9 @@ class EmulatedDevice final : public Device {
 
   uint64_t total_, used_ = 0;
   const DeviceShape shape_;
+  const bool late_;
+  bool launched_ = false;                                      // a graph, which is under way
+  std::vector<std::pair<int, std::function<void()>>> beside_;  // not done yet
   std::map<std::byte*, uint64_t> held_;
 };
 

@@ -101,7 +101,8 @@ class CublasLinear final : public LinearOps {
         library_("cuBLASLt", "products with weights on a GPU", sonames(options)),
         api_(library_),
         handle_(nullptr, api_.cublasLtDestroy),
-        workspace_(device, options.workspace_bytes, "workspace of cuBLASLt") {
+        workspace_(device, options.workspace_bytes, "workspace of cuBLASLt"),
+        beside_(device, options.workspace_bytes, "workspace of cuBLASLt") {
     cublasLtHandle_t handle = nullptr;
     api_.check(api_.cublasLtCreate(&handle),
                fmt::format("{} on {}", library_.soname(), device.name()));
@@ -122,11 +123,12 @@ class CublasLinear final : public LinearOps {
     check_linear(p);
     const Plan& made = plan(p);
     const float alpha = 1, beta = p.accumulate ? 1 : 0;
-    api_.check(api_.cublasLtMatmul(handle_.get(), made.product.get(), &alpha, p.weight,
-                                   made.weight.get(), p.x, made.x.get(), &beta, p.y, made.y.get(),
-                                   p.y, made.y.get(), &made.algorithm, workspace_.data(),
-                                   size_t(workspace_.bytes()), device_.stream()),
-               shape_text(p));
+    api_.check(
+        api_.cublasLtMatmul(handle_.get(), made.product.get(), &alpha, p.weight, made.weight.get(),
+                            p.x, made.x.get(), &beta, p.y, made.y.get(), p.y, made.y.get(),
+                            &made.algorithm, (p.beside ? beside_ : workspace_).data(),
+                            size_t(workspace_.bytes()), device_.stream()),
+        shape_text(p));
   }
 
   void narrow(DType dtype, const float* from, uint16_t* to, size_t count) override {
@@ -197,7 +199,7 @@ class CublasLinear final : public LinearOps {
   SharedLibrary library_;
   Api api_;
   Owned<cublasLtHandle_t> handle_;
-  DeviceArray<std::byte> workspace_;
+  DeviceArray<std::byte> workspace_, beside_;  // of two products at the same time
   std::map<Key, Plan> plans_;
 };
 

@@ -27,6 +27,7 @@ struct LinearProduct {
   size_t y_stride = 0;
   size_t rows = 0;
   bool accumulate = false;  // true: y is read, and the product added
+  bool beside = false;      // true: at the same time as a product of which this is not true
 };
 
 class LinearOps {
@@ -55,7 +56,7 @@ class LinearOps {
 };
 
 struct LinearOptions {
-  uint64_t workspace_bytes = uint64_t(32) << 20;  // what NVIDIA advises for sm_90
+  uint64_t workspace_bytes = uint64_t(32) << 20;  // what NVIDIA advises for sm_90; taken twice
   std::string library;  // soname of cuBLASLt; empty: the one this build was made for
 };
 

@@ -28,8 +28,11 @@ struct EmbedRows {
 // weight[i]. A row of x whose square sum is not finite comes out of the norm as all NaN.
 // SOURCE: as kernels/norm.h.
 struct ResidualNorm {
-  float* x = nullptr;           // [rows, n], the residual stream
-  const float* y = nullptr;     // [rows, n]; nullptr: nothing is added
+  float* x = nullptr;        // [rows, n], the residual stream
+  const float* y = nullptr;  // [rows, n]; nullptr: nothing is added
+  // In place of y where the word is not 0, or nullptr both.
+  const float* y_again = nullptr;  // [rows, n]
+  const uint32_t* again = nullptr;
   const float* bias = nullptr;  // [n], or nullptr; with y only
   uint32_t* fault = nullptr;    // [rows], where y + bias is not finite; with y only
   uint32_t code = 0;

@@ -101,7 +101,8 @@ struct ResidualNormRow {
 
   CERTKV_INLINE void add(int thread) const {
     float* x = a.x + row * a.n;
-    const float* y = a.y == nullptr ? nullptr : a.y + row * a.n;
+    const float* y = a.again != nullptr && *a.again != 0 ? a.y_again : a.y;
+    if (y != nullptr) y += row * a.n;
     float square = 0;
     bool finite = true;
     batches(thread, [&](size_t first) {

@@ -90,6 +90,9 @@ void check_rows(const ResidualNorm& a) {
   expect_float(a.dtype, "normed rows");
   CERTKV_EXPECT(a.y == nullptr || a.fault != nullptr, InvalidArgument,
                 "rows are added without a place for their faults");
+  CERTKV_EXPECT(
+      (a.again == nullptr) == (a.y_again == nullptr) && (a.again == nullptr || a.y != nullptr),
+      InvalidArgument, "rows in place of y: y, they and the word that decides are needed");
 }
 void check_rows(const RotateQkv& a) {
   CERTKV_EXPECT(a.originals == DType::F16 || a.originals == DType::BF16, InvalidArgument,

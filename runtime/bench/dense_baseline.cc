@@ -74,7 +74,7 @@ void DenseBaseline::begin_rows(std::span<const int64_t>, float* out) {
   backend_.device->copy(append_.data(), append_host_.data(), append_.bytes());
 }
 
-void DenseBaseline::decode(int layer, const float* qkv) {
+void DenseBaseline::decode(int layer, const float* qkv, const Following& following) {
   const size_t heads = size_t(config_.kv_heads), d = size_t(config_.head_dim);
   const size_t items = size_t(batch_) * heads, q_width = size_t(config_.heads) * d;
   const size_t width = q_width + 2 * heads * d;
@@ -86,7 +86,8 @@ void DenseBaseline::decode(int layer, const float* qkv) {
                           .heads = int32_t(config_.heads_per_group()),
                           .head_dim = int32_t(d),
                           .dtype = dtype_,
-                          .any_failing = flag_});
+                          .any_failing = flag_,
+                          .redone = following.redone});
   for (size_t b = 0; b < size_t(batch_); ++b)
     backend_.model->convert(
         {qkv + b * width, DType::F32, q_.data() + b * q_width, dtype_, q_width});
@@ -104,6 +105,7 @@ void DenseBaseline::decode(int layer, const float* qkv) {
                           .lengths = lengths_.data(),
                           .out = out_.data()});
   backend_.model->convert({out_.data(), dtype_, to_, DType::F32, size_t(batch_) * q_width});
+  if (following.enqueue) following.enqueue(false);
 }
 
 }  // namespace certkv

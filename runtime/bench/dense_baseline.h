@@ -24,7 +24,7 @@ class DenseBaseline : public DeviceAttention {
   void store_prefill(int64_t, int, size_t, const uint16_t*, const uint16_t*, size_t,
                      std::span<const float>) override {}
   void begin_rows(std::span<const int64_t> sequences, float* out) override;
-  void decode(int layer, const float* qkv) override;
+  void decode(int layer, const float* qkv, const Following& following) override;
   uint64_t shape() const override { return 1; }
 
  private:

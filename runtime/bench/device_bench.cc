@@ -122,7 +122,9 @@ class SyntheticRows : public DeviceAttention {
     inner_.begin_rows(sequences, out);
     device_.copy(now_.data(), all_.data() + size_t(step_++ % steps_) * row_, row_ * sizeof(float));
   }
-  void decode(int layer, const float*) override { inner_.decode(layer, now_.data()); }
+  void decode(int layer, const float*, const Following& following) override {
+    inner_.decode(layer, now_.data(), following);
+  }
   void end_rows() override { inner_.end_rows(); }
   uint64_t shape() const override { return inner_.shape(); }
 
@@ -178,20 +180,19 @@ struct Bench {
     return w;
   }
 
-  // Median of a layer's attention, all layers in one graph.
-  Timing attention(DeviceAttention& rows, std::span<const int64_t> sequences) {
-    const size_t width = size_t(o.batch) * size_t(o.query_heads * o.head_dim);
-    const cuda::DeviceArray<float> out(device(), width, "outputs");
-    const auto all_layers = [&] {
-      for (int layer = 0; layer < int(o.layers); ++layer) rows.decode(layer, nullptr);
+  // Median of a layer, all layers in one graph.
+  Timing layers(DeviceAttention& rows, std::span<const int64_t> sequences, float* out,
+                const std::function<void(int)>& layer) {
+    const auto all = [&] {
+      for (int i = 0; i < int(o.layers); ++i) layer(i);
     };
-    rows.begin_rows(sequences, out.data());
-    all_layers();  // makes plans
+    rows.begin_rows(sequences, out);
+    all();  // makes plans
     wait();
-    const auto graph = device().capture(all_layers);
+    const auto graph = device().capture(all);
     std::vector<double> us;
     for (int i = 0; i < o.warmup + o.steps; ++i) {
-      rows.begin_rows(sequences, out.data());
+      rows.begin_rows(sequences, out);
       wait();
       const auto start = Clock::now();
       device().launch(*graph);
@@ -199,6 +200,48 @@ struct Bench {
       if (i >= o.warmup) us.push_back(us_since(start) / double(o.layers));
     }
     return timing_of(us);
+  }
+
+  // Attention alone, and what it adds to the output projection, which has weights of its own in
+  // every layer, so that they come from memory as in a step.
+  void attention(DeviceAttention& rows, std::span<const int64_t> sequences, Timing* alone,
+                 Timing* added) {
+    const size_t batch = size_t(o.batch), width = size_t(o.query_heads * o.head_dim);
+    const size_t hidden = size_t(o.hidden), matrix = hidden * width;
+    const cuda::DeviceArray<float> out(device(), batch * width, "outputs");
+    *alone =
+        layers(rows, sequences, out.data(), [&](int layer) { rows.decode(layer, nullptr, {}); });
+
+    const cuda::DeviceArray<uint16_t> weights(device(), matrix * size_t(o.layers), "projections");
+    device().fill(weights.data(), 0x3c, weights.bytes());  // small finite numbers of either type
+    struct Outputs {
+      cuda::DeviceArray<uint16_t> in;
+      cuda::DeviceArray<float> sums;
+    } outputs[2];
+    for (Outputs& to : outputs)
+      to = {{device(), batch * width, "outputs"}, {device(), batch * hidden, "sums"}};
+    const cuda::DeviceArray<uint32_t> redone(device(), 1, "a word");
+    const auto project = [&](int layer, bool again) {
+      const Outputs& to = outputs[again ? 1 : 0];
+      backend.model->convert({out.data(), DType::F32, to.in.data(), o.dtype, batch * width});
+      backend.linear->linear({.weight = weights.data() + size_t(layer) * matrix,
+                              .dtype = o.dtype,
+                              .out = hidden,
+                              .in = width,
+                              .x = to.in.data(),
+                              .x_stride = width,
+                              .y = to.sums.data(),
+                              .y_stride = hidden,
+                              .rows = batch,
+                              .beside = again});
+    };
+    const Timing both = layers(rows, sequences, out.data(), [&](int layer) {
+      rows.decode(layer, nullptr,
+                  {[&project, layer](bool again) { project(layer, again); }, redone.data()});
+    });
+    result.projection =
+        layers(rows, sequences, out.data(), [&](int layer) { project(layer, false); });
+    *added = {both.us - result.projection.us, both.spread};
   }
 
   void run() {
@@ -283,7 +326,7 @@ struct Bench {
         model->decode(inputs(sequences, step), logits);
       } else {
         rows.begin_rows(sequences, ignored.data());
-        for (int layer = 0; layer < int(o.layers); ++layer) rows.decode(layer, nullptr);
+        for (int layer = 0; layer < int(o.layers); ++layer) rows.decode(layer, nullptr, {});
         wait();
       }
       if (counted) step_us.push_back(us_since(start));
@@ -314,7 +357,7 @@ struct Bench {
     result.bookkeeping = timing_of(after_us);
     result.scratch_bytes =
         (result.f_blocks + result.x_blocks) * double(cells) * 32 * double(o.head_dim);
-    result.certified_attention = attention(rows, sequences);
+    attention(rows, sequences, &result.certified_attention, &result.certified_added);
     if (model) *w = model->take_weights();
   }
 
@@ -338,7 +381,7 @@ struct Bench {
       }
       result.dense_step = timing_of(us);
     }
-    result.dense_attention = attention(rows, sequences);
+    attention(rows, sequences, &result.dense_attention, &result.dense_added);
   }
 };
 

@@ -36,8 +36,13 @@ struct DeviceBenchOptions {
 
 struct DeviceBenchResult {
   std::string device;
-  Timing certified_attention, dense_attention;  // of a layer
-  Timing certified_step, dense_step;            // of the device and the host until the logits
+  // What a layer's attention takes, by itself; and what it adds to the output projection that
+  // follows and uses its outputs: both together less the projection alone, spreads of both
+  // together.
+  Timing certified_attention, dense_attention;
+  Timing certified_added, dense_added;
+  Timing projection;                  // alone
+  Timing certified_step, dense_step;  // of the device and the host until the logits
   Timing bookkeeping;  // of a certified step, after its logits: reading and counting verdicts
   std::array<uint64_t, kRungs> rungs{};  // head-steps of the measured steps
   uint64_t over_tolerance = 0;           // among them: neither certified nor exact; always 0

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 
 namespace certkv {
@@ -20,10 +21,20 @@ class DeviceAttention {
   // out: device [rows, heads * head_dim] float, what every layer writes; the same memory while a
   // captured step is launched again.
   virtual void begin_rows(std::span<const int64_t> sequences, float* out) = 0;
+  // What is done with a layer's outputs, if the cache shall enqueue it: at once, while the device
+  // still decides whether the ladder must act, and in that case once more, with `again`, from the
+  // outputs that count. The two may be done at the same time, so they share no memory that either
+  // writes. `redone`: a word of the device, 0 after decode() or, once the second has been done,
+  // not 0.
+  struct Following {
+    std::function<void(bool again)> enqueue;  // empty: the caller goes on behind decode()
+    uint32_t* redone = nullptr;
+  };
   // Enqueued on the device's stream. qkv: device [rows, (heads + 2 kv_heads) * head_dim] float,
   // after norms and RoPE: queries of all local heads (head = kv_head * heads_per_group + j), then
-  // keys, then values, not yet rounded.
-  virtual void decode(int layer, const float* qkv) = 0;
+  // keys, then values, not yet rounded. What is enqueued next finds the outputs, and what
+  // `following` made of them.
+  virtual void decode(int layer, const float* qkv, const Following& following) = 0;
   // After the last layer: enqueues what the step's end reads of the device, outside of what is
   // captured, so that one wait serves the step and its end.
   virtual void end_rows() {}

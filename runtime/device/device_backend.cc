@@ -1,5 +1,7 @@
 #include "runtime/device/device_backend.h"
 
+#include <utility>
+
 #include "kernels/base/error.h"
 #include "kernels/base/log.h"
 #ifdef CERTKV_WITH_CUDA
@@ -8,16 +10,18 @@
 
 namespace certkv {
 
-DeviceBackend make_device_backend(const std::string& backend, int ordinal) {
+DeviceBackend make_emulated_backend(std::unique_ptr<cuda::Device> device) {
   DeviceBackend b;
-  if (backend == "emulated") {
-    b.device = cuda::make_emulated_device();
-    b.cache = cuda::make_emulated_cache_ops(*b.device);
-    b.model = cuda::make_emulated_model_ops(*b.device);
-    b.linear = cuda::make_emulated_linear_ops(*b.device);
-    b.dense = cuda::make_emulated_dense_ops(*b.device);
-    return b;
-  }
+  b.device = std::move(device);
+  b.cache = cuda::make_emulated_cache_ops(*b.device);
+  b.model = cuda::make_emulated_model_ops(*b.device);
+  b.linear = cuda::make_emulated_linear_ops(*b.device);
+  b.dense = cuda::make_emulated_dense_ops(*b.device);
+  return b;
+}
+
+DeviceBackend make_device_backend(const std::string& backend, int ordinal) {
+  if (backend == "emulated") return make_emulated_backend(cuda::make_emulated_device());
   CERTKV_EXPECT(backend == "cuda", InvalidArgument,
                 "run.backend is '{}': cpu, cuda and emulated are known", backend);
 #ifdef CERTKV_WITH_CUDA
@@ -27,6 +31,7 @@ DeviceBackend make_device_backend(const std::string& backend, int ordinal) {
                 ordinal, ordinal % count, count);
     ordinal %= count;
   }
+  DeviceBackend b;
   b.device = cuda::make_cuda_device(ordinal);
   b.cache = cuda::make_cuda_cache_ops(*b.device);
   b.model = cuda::make_cuda_model_ops(*b.device);

@@ -24,5 +24,7 @@ struct DeviceBackend {
 // the visible devices, the rank's place on its node; where there are fewer, ranks share them.
 // Throws InvalidArgument where this build has no such backend, DeviceError where no device answers.
 DeviceBackend make_device_backend(const std::string& backend, int ordinal);
+// The emulated operations on this device of host memory.
+DeviceBackend make_emulated_backend(std::unique_ptr<cuda::Device> device);
 
 }  // namespace certkv

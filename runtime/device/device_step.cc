@@ -17,7 +17,11 @@ using cuda::kValues;
 
 namespace {
 
-constexpr size_t kBranches = size_t(cuda::Device::kBranches);
+// Learning of two layers may be under way, so there are records of two; the ladder has a branch of
+// its own.
+constexpr size_t kLearning = 2;
+constexpr int kLadderBranch = 2;
+static_assert(kLadderBranch < cuda::Device::kBranches);
 constexpr size_t kAnyFailing = 0, kDenseCount = 1, kStageFailing = 2, kWords = 4;
 constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 
@@ -162,11 +166,11 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   grow(&b.scaled, device_, items * n * d, "queries");
   grow(&b.norm, device_, items * n, "queries");
   const size_t records = items * pages * groups * cuda::kRecordFloats, merged = items * n * sums;
-  grow(&b.records, device_, kBranches * records, "records of a pass");
+  grow(&b.records, device_, kLearning * records, "records of a pass");
   grow(&b.used, device_, items * pages * kPageTiles, "records of a pass");
   grow(&b.split_sums, device_, items * splits * n * sums, "sums of a pass");
   grow(&b.tally, device_, items * splits * n * cuda::kTallyCount, "sums of a pass");
-  grow(&b.merged, device_, kBranches * merged, "sums of a pass");
+  grow(&b.merged, device_, kLearning * merged, "sums of a pass");
   grow(&b.list, device_, quotas, "list of blocks to page in");
   grow(&b.listed, device_, items, "list of blocks to page in");
   grow(&b.words, device_, kWords + items, "marks of a step");
@@ -220,7 +224,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         p.k_norm = s.k_norm.data() + entry * kPageTiles;
         p.open_nu = s.open_nu.data() + entry * kPageTiles;
         // Of two layers, one beside the other: what the first one's learning still reads.
-        const size_t branch = layer % kBranches;
+        const size_t branch = layer % kLearning;
         p.records =
             b.records.data() + branch * records + item * pages * groups * cuda::kRecordFloats;
         p.used = b.used.data() + item * pages * kPageTiles;
@@ -262,13 +266,13 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   if (by_library()) begin_library();
 }
 
-void DeviceCache::decode(int layer, const float* qkv) {
+void DeviceCache::decode(int layer, const float* qkv, const Following& following) {
   StepBuffers& b = *step_;
   const size_t heads = size_t(heads_.count()), items = rows_.size() * heads;
   const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
   const size_t first = size_t(layer) * items;
   const Policy policy = at(rows_[0]).rules.policy;
-  const int branch = layer % int(kBranches);
+  const int branch = layer % int(kLearning);
   device_.join(branch);  // what this layer overwrites is learned from there
   ops_.append({.items = b.append.data() + first,
                .passes = b.pass.data() + first,
@@ -278,8 +282,15 @@ void DeviceCache::decode(int layer, const float* qkv) {
                .heads = int32_t(n),
                .head_dim = int32_t(d),
                .dtype = options_.dtype,
-               .any_failing = b.words.data() + kAnyFailing});
-  if (by_library()) return decode_by_library(layer, qkv);
+               .any_failing = b.words.data() + kAnyFailing,
+               .redone = following.redone});
+  const auto follow = [&](bool again) {
+    if (following.enqueue) following.enqueue(again);
+  };
+  if (by_library()) {
+    decode_by_library(layer, qkv);
+    return follow(false);
+  }
   if (audit_ != nullptr) begin_audit(layer, qkv);
   cuda::PassArgs pass;
   pass.items = b.pass.data() + first;
@@ -314,13 +325,32 @@ void DeviceCache::decode(int layer, const float* qkv) {
     ladder.dense = b.dense.data();
     ladder.dense_count = b.words.data() + kDenseCount;
     ladder.dense_listed = b.words.data() + kWords;
-    // An audit reads the tables that learning changes.
-    if (audit_ == nullptr) device_.beside(branch, [&] { ops_.learn(ladder); });
-    device_.when_met(failing, [&] { climb(pass, shape, ladder); });
-    if (audit_ != nullptr) ops_.learn(ladder);
+    // Where the device decides, what follows need not wait until it has.
+    const bool ahead = failing.setter.armed && following.enqueue && following.redone != nullptr;
+    const auto learn = [&] { device_.beside(branch, [this, ladder] { ops_.learn(ladder); }); };
+    if (ahead) {
+      device_.beside(kLadderBranch, [&] {
+        device_.when_met(failing, [&] {
+          climb(pass, shape, ladder);
+          follow(true);
+          device_.fill(following.redone, 1, sizeof *following.redone);
+        });
+      });
+      learn();
+      follow(false);
+      device_.join(kLadderBranch);
+    } else {
+      // An audit reads the tables that learning changes.
+      if (audit_ == nullptr) learn();
+      device_.when_met(failing, [&] { climb(pass, shape, ladder); });
+      if (audit_ != nullptr) ops_.learn(ladder);
+      follow(false);
+    }
+  } else {
+    follow(false);
   }
   if (layer + 1 == int(config_.layers))
-    for (int other = 0; other < int(kBranches); ++other) device_.join(other);
+    for (int other = 0; other < int(kLearning); ++other) device_.join(other);
   if (audit_ != nullptr) read_audit(true);
   group_.alive();
 }

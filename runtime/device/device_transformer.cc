@@ -151,6 +151,11 @@ DeviceTransformer::Buffers DeviceTransformer::make_buffers(size_t rows, bool pro
     b.ids = {device_, rows, what};
     b.positions = {device_, rows, what};
     b.attention = {device_, rows * width, what};
+    if (ranks_ == 1) {
+      b.attention_again = {device_, rows * width * element, what};
+      b.sums_again = {device_, rows * hidden_, what};
+      b.redone = {device_, 1, what};
+    }
   }
   return b;
 }
@@ -201,13 +206,15 @@ uint64_t DeviceTransformer::step_bytes(const ModelConfig& c, int64_t tensor,
       uint64_t(options.max_tokens == 0 ? c.max_tokens : std::min(options.max_tokens, c.max_tokens));
   // And of each row the likeliest token.
   const uint64_t logits = (4 * s.vocab + 8) * (1 + (tensor > 1 ? uint64_t(tensor) : 0));
-  return tokens * 4 * uint64_t(c.head_dim) +
-         options.max_batch * (s.row(tensor) + 2 * 4 + 4 * s.q + 4 * s.hidden + logits);
+  const uint64_t again = tensor == 1 ? s.q * s.element + 4 * s.hidden : 0;
+  return tokens * 4 * uint64_t(c.head_dim) + 4 +
+         options.max_batch * (s.row(tensor) + 2 * 4 + 4 * s.q + 4 * s.hidden + again + logits);
 }
 
 // ---- parts of a layer ---------------------------------------------------------------------------
 
-void DeviceTransformer::project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y) {
+void DeviceTransformer::project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y,
+                                bool beside) {
   ops_.linear.linear({.weight = matrix.values.data(),
                       .dtype = weights_.dtype,
                       .out = matrix.out,
@@ -216,7 +223,8 @@ void DeviceTransformer::project(const DeviceMatrix& matrix, const void* x, size_
                       .x_stride = matrix.in,
                       .y = y,
                       .y_stride = matrix.out,
-                      .rows = rows});
+                      .rows = rows,
+                      .beside = beside});
 }
 
 void DeviceTransformer::norm(const float* x, const cuda::DeviceArray<float>& weight, size_t rows,
@@ -250,12 +258,24 @@ void DeviceTransformer::project_qkv(const DeviceLayer& layer, Buffers& b, size_t
   ops_.model.rotate_qkv(rotation);
 }
 
-void DeviceTransformer::finish_layer(size_t index, Buffers& b, const void* attention, size_t rows,
-                                     float* x, uint32_t* fault,
-                                     const cuda::DeviceArray<float>* next) {
+void DeviceTransformer::project_output(size_t index, Buffers& b, size_t rows, bool again) {
+  const void* attention = b.attention.data();
+  if (weights_.dtype != DType::F32) {
+    std::byte* converted = (again ? b.attention_again : b.attention_in).data();
+    ops_.model.convert(
+        {attention, DType::F32, converted, weights_.dtype, rows * heads_ * head_dim_});
+    attention = converted;
+  }
+  project(weights_.layers[index].o, attention, rows, (again ? b.sums_again : b.sums).data(), again);
+}
+
+void DeviceTransformer::finish_layer(size_t index, Buffers& b, size_t rows, float* x,
+                                     uint32_t* fault, const cuda::DeviceArray<float>* next) {
   const DeviceLayer& w = weights_.layers[index];
   cuda::ResidualNorm add{.x = x,
                          .y = b.sums.data(),
+                         .y_again = b.sums_again.data(),
+                         .again = b.redone.data(),
                          .bias = w.o_bias.data(),
                          .fault = fault,
                          .code = fault_code(index, LayerPart::Attention),
@@ -265,9 +285,10 @@ void DeviceTransformer::finish_layer(size_t index, Buffers& b, const void* atten
                          .normed = b.normed.data(),
                          .rows = rows,
                          .n = hidden_};
-  project(w.o, attention, rows, b.sums.data());
   if (group_ != nullptr) group_->sum(b.sums.data(), rows * hidden_);
   ops_.model.residual_norm(add);
+  add.y_again = nullptr;
+  add.again = nullptr;
 
   project(w.gate_up, b.normed.data(), rows, b.gate_up.data());
   ops_.model.gate(
@@ -438,7 +459,8 @@ void DeviceTransformer::prefill_chunk(size_t layer, Prompt& p, size_t first, siz
           {out16, options_.originals, b.attention_in.data(), weights_.dtype, count * width});
       attention = b.attention_in.data();
     }
-    finish_layer(layer, b, attention, count, x + begin * hidden_, b.fault.data() + begin, nullptr);
+    project(weights_.layers[layer].o, attention, count, b.sums.data());
+    finish_layer(layer, b, count, x + begin * hidden_, b.fault.data() + begin, nullptr);
   }
   collect_faults(b, rows);
   wait(&phases_.projections);
@@ -564,15 +586,14 @@ void DeviceTransformer::enqueue_step(size_t n, Wanted wanted) {
   norm(x_.data(), weights_.layers[0].input_norm, n, b.normed.data());
   for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
     project_qkv(weights_.layers[layer], b, n, {.positions = b.positions.data()}, layer);
-    cache_.decode(int(layer), b.qkv.data());
-    const void* attention = b.attention.data();
-    if (weights_.dtype != DType::F32) {
-      ops_.model.convert({b.attention.data(), DType::F32, b.attention_in.data(), weights_.dtype,
-                          n * heads_ * head_dim_});
-      attention = b.attention_in.data();
-    }
+    const auto output = [this, &b, n, layer](bool again) { project_output(layer, b, n, again); };
+    // Ranks sum what they share, of which there is one.
+    DeviceAttention::Following following;
+    if (ranks_ == 1) following = {output, b.redone.data()};
+    cache_.decode(int(layer), b.qkv.data(), following);
+    if (ranks_ > 1) output(false);
     const bool last = layer + 1 == weights_.layers.size();
-    finish_layer(layer, b, attention, n, x_.data(), b.fault.data(),
+    finish_layer(layer, b, n, x_.data(), b.fault.data(),
                  last ? &weights_.final_norm : &weights_.layers[layer + 1].input_norm);
   }
   project_logits(b, n);

@@ -112,6 +112,10 @@ class DeviceTransformer : public ForwardPass {
     cuda::DeviceArray<uint16_t> q16, out16;     // [rows, heads * head_dim] (prefill)
     cuda::DeviceArray<std::byte> attention_in;  // [rows, heads * head_dim], in the weights' type
     cuda::DeviceArray<float> sums;              // [rows, hidden]
+    // Of one rank's decode: the output projection once more, from what the ladder left.
+    cuda::DeviceArray<std::byte> attention_again;
+    cuda::DeviceArray<float> sums_again;
+    cuda::DeviceArray<uint32_t> redone;         // a word: which of the two counts
     cuda::DeviceArray<float> gate_up;           // [rows, 2 I]
     cuda::DeviceArray<std::byte> gated;         // [rows, I], in the weights' type
     cuda::DeviceArray<uint32_t> fault, faults;  // [rows], [ranks, rows]
@@ -131,13 +135,16 @@ class DeviceTransformer : public ForwardPass {
   void check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows);
 
   void enqueue_step(size_t rows, Wanted wanted);
-  void project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y);
+  void project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y,
+               bool beside = false);
   void project_qkv(const DeviceLayer& layer, Buffers& b, size_t rows, cuda::RotateQkv rotation,
                    size_t index);
-  // From the attention's output, in the weights' type, to the end of the layer; `next`: the norm
-  // that follows, if any. fault: of the first row.
-  void finish_layer(size_t index, Buffers& b, const void* attention, size_t rows, float* x,
-                    uint32_t* fault, const cuda::DeviceArray<float>* next);
+  // Of decode, from b.attention; again: to the buffers of that.
+  void project_output(size_t index, Buffers& b, size_t rows, bool again);
+  // From the output projection's sums to the end of the layer; `next`: the norm that follows, if
+  // any. fault: of the first row.
+  void finish_layer(size_t index, Buffers& b, size_t rows, float* x, uint32_t* fault,
+                    const cuda::DeviceArray<float>* next);
   void norm(const float* x, const cuda::DeviceArray<float>& weight, size_t rows, void* normed);
   void project_logits(const Buffers& b, size_t rows);  // of b.normed, to logits_
   void fetch_logits(size_t rows);                      // to host_logits_, of all ranks

@@ -1,6 +1,8 @@
 // A device's memory, its order, and the parts of a graph that it decides on itself: in emulation
 // and, as a program of tests/gpu, on a GPU.
 #include <cstdint>
+#include <string>
+#include <utility>
 
 #include "tests/support/device_ops.h"
 
@@ -75,22 +77,64 @@ TEST_F(DeviceTest, AGraphDecidesItsPartsAtEveryLaunch) {
 
 // What goes beside begins after all that came before, and is done when it is joined.
 TEST_F(DeviceTest, WorkBesideOtherWorkIsDoneOnceItIsJoined) {
-  const auto a = words(1), b = words(4);
+  constexpr int kAll = cuda::Device::kBranches;
+  static_assert(kAll == 3);
+  const auto a = words(1), b = words(2 * kAll);
   const auto work = [&] {
-    for (int branch = 0; branch < cuda::Device::kBranches; ++branch) {
+    for (int branch = 0; branch < kAll; ++branch) {
       device_->fill(a.data(), uint8_t(1 + branch), 1);
       device_->beside(branch, [&] { device_->copy(b.data() + branch, a.data(), 4); });
       device_->join(branch);
-      device_->copy(b.data() + 2 + branch, b.data() + branch, 4);
+      device_->copy(b.data() + kAll + branch, b.data() + branch, 4);
     }
   };
+  const std::vector<uint32_t> done = {1, 2, 3, 1, 2, 3};
   work();
-  EXPECT_EQ(get(b), (std::vector<uint32_t>{1, 2, 1, 2}));
+  EXPECT_EQ(get(b), done);
   device_->fill(b.data(), 0, b.bytes());
   const auto graph = device_->capture(work);
-  EXPECT_EQ(get(b), std::vector<uint32_t>(4, 0));
+  EXPECT_EQ(get(b), std::vector<uint32_t>(2 * kAll, 0));
   for (int launch = 0; launch < 3; ++launch) device_->launch(*graph);
-  EXPECT_EQ(get(b), (std::vector<uint32_t>{1, 2, 1, 2}));
+  EXPECT_EQ(get(b), done);
+}
+
+// What the device decides on may go beside other work, which then need not wait for it.
+TEST_F(DeviceTest, APartUnderAWordGoesBesideOtherWork) {
+  const auto word = words(1), done = words(2);
+  const auto graph = device_->capture([&] {
+    device_->beside(0, [&] { device_->when(word.data(), [&] { mark(done, 0); }); });
+    mark(done, 1);
+    device_->join(0);
+  });
+  device_->launch(*graph);
+  EXPECT_EQ(get(done), (std::vector<uint32_t>{0, 1}));
+  set(word, 0, 1);
+  device_->launch(*graph);
+  EXPECT_EQ(get(done), (std::vector<uint32_t>{1, 1}));
+}
+
+// An emulated device that does it late sees who does not wait for it.
+TEST(EmulatedDevice, DoesLateWhatGoesBesideOtherWork) {
+  const auto device = cuda::make_emulated_device({.late = true});
+  std::string order;
+  const auto note = [&](char c) { return [&order, c] { order += c; }; };
+  const auto work = [&] {
+    device->beside(0, note('a'));
+    device->beside(1, note('b'));
+    note('1')();
+    device->join(0);
+    note('2')();
+    device->join(1);
+  };
+  work();
+  EXPECT_EQ(std::exchange(order, ""), "ab12") << "nothing is launched again: all in order";
+  const auto graph = device->capture(work);
+  device->launch(*graph);
+  EXPECT_EQ(std::exchange(order, ""), "1a2b");
+  const auto open = device->capture([&] { device->beside(0, note('c')); });
+  EXPECT_THROW(device->launch(*open), Error);
+  device->launch(*graph);
+  EXPECT_EQ(order, "1a2b") << "what was left is gone";
 }
 
 TEST_F(DeviceTest, MoreMemoryThanThereIsIsRefusedWithItsFigures) {

@@ -157,6 +157,25 @@ TEST_F(ModelOpsOnDevice, ANormWithNothingToAddLeavesTheRowAndNeedsNoFaultWord) {
   EXPECT_NEAR(square / double(2 * n), 4, 4 * (1e-6 / 0.1 + 2 * kUnit * (double(n) / 2 + 6)));
 }
 
+TEST_F(ModelOpsOnDevice, AWordSaysWhichOfTwoSumsIsAdded) {
+  const size_t n = 70, rows = 2;
+  const auto first = put(std::vector<float>(rows * n, 1.0f));
+  const auto again = put(std::vector<float>(rows * n, 2.0f));
+  for (uint32_t word : {0u, 1u, 0x01010101u}) {
+    const auto x = put(std::vector<float>(rows * n, 10.0f));
+    const auto chosen = put(std::vector<uint32_t>{word});
+    const auto fault = put(std::vector<uint32_t>(rows, kNoFault));
+    ops_->residual_norm({.x = x.data(),
+                         .y = first.data(),
+                         .y_again = again.data(),
+                         .again = chosen.data(),
+                         .fault = fault.data(),
+                         .rows = rows,
+                         .n = n});
+    EXPECT_EQ(get(x), std::vector<float>(rows * n, word == 0 ? 11.0f : 12.0f)) << word;
+  }
+}
+
 TEST_F(ModelOpsOnDevice, ASumThatIsNotFiniteMarksItsRowAndTheFirstFaultStays) {
   const size_t n = 700, rows = 5;
   auto x0 = normal(rows * n, 7), y0 = normal(rows * n, 8);

@@ -143,7 +143,7 @@ class DeviceCacheTest : public ::testing::Test {
       cache.begin_step(uint64_t(step) + 1, {&sequence, 1});
       cache.begin_rows({&sequence, 1}, out.data());
       backend_.device->copy(qkv.data(), row.data(), qkv.bytes());
-      cache.decode(0, qkv.data());
+      cache.decode(0, qkv.data(), {});
       backend_.device->copy(got.data(), out.data(), out.bytes());
       cache.end_step();
       const SequenceReport& report = cache.report(sequence);

@@ -8,6 +8,7 @@
 #include "kvstore/block.h"
 #include "kvstore/client.h"
 #include "runtime/certified_engine.h"
+#include "runtime/device/device_backend.h"
 #include "tests/support/engine_run.h"
 #include "tests/support/random_model.h"
 #ifdef CERTKV_TEST_ON_GPU
@@ -175,6 +176,23 @@ TEST_F(DeviceEngineTest, DenseByALibraryReadsItsOwnSequences) {
 }
 
 #ifndef CERTKV_TEST_ON_GPU
+// On a device, learning goes beside what follows, and so does the ladder, while the output
+// projection is done with what may still change: the same bits, however late they come.
+TEST_F(DeviceEngineTest, WhatGoesBesideMayComeLate) {
+  test::RunHooks late;
+  late.make_device = [](const std::string&, int) {
+    return make_emulated_backend(cuda::make_emulated_device({.late = true}));
+  };
+  for (double tolerance : {0.1, 0.001}) {  // rungs 1 and 2, and rung 3
+    const std::vector<Request> requests = {request(10, tolerance), request(11, tolerance, 130)};
+    const RunResult in_order = run(options(), 1, 1, requests);
+    const RunResult beside = run(options(), 1, 1, requests, late);
+    const HeadStepCounts counts = only(in_order).counts;
+    EXPECT_GT(counts.rungs[1] + counts.rungs[2] + counts.rungs[3], 0u);
+    expect_same(in_order, beside, fmt::format("tolerance {}", tolerance));
+  }
+}
+
 // Sums over the ranks have another order than one rank's products: last places differ (see above).
 TEST_F(DeviceEngineTest, RanksShareTheHeadsAndAgree) {
   const std::vector<Request> requests = {request(8, 0.1), request(9, 0.001, 130)};

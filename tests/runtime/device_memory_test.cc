@@ -136,7 +136,7 @@ Steps steps_of(OwnCache* c, int64_t sequence) {
       std::vector<float> row(kWidth), got(kOuts);
       for (float& x : row) x = normal(random);
       c->device->copy(qkv.data(), row.data(), qkv.bytes());
-      c->cache->decode(layer, qkv.data());
+      c->cache->decode(layer, qkv.data(), {});
       c->device->copy(got.data(), out.data(), out.bytes());
       all.outputs.insert(all.outputs.end(), got.begin(), got.end());
     }
@@ -213,20 +213,10 @@ Request greedy(uint64_t id, size_t prompt, double tolerance = 0.1, int64_t answe
   return r;
 }
 
-DeviceBackend backend_of(std::unique_ptr<cuda::Device> device) {
-  DeviceBackend b;
-  b.device = std::move(device);
-  b.cache = cuda::make_emulated_cache_ops(*b.device);
-  b.model = cuda::make_emulated_model_ops(*b.device);
-  b.linear = cuda::make_emulated_linear_ops(*b.device);
-  b.dense = cuda::make_emulated_dense_ops(*b.device);
-  return b;
-}
-
 TEST(DeviceMemory, WeightsThatDoNotFitAreNamedWithAllThatIsAskedForBeforeAnythingIsUploaded) {
   RunHooks hooks;
   hooks.make_device = [](const std::string&, int) {
-    return backend_of(cuda::make_emulated_device({.total_bytes = 400000}));
+    return make_emulated_backend(cuda::make_emulated_device({.total_bytes = 400000}));
   };
   EXPECT_TRUE(says(
       thrown_by([&] { run(emulated_options(), 1, 1, {greedy(0, 64)}, hooks); }),
@@ -238,7 +228,7 @@ TEST(DeviceMemory, WeightsThatDoNotFitAreNamedWithAllThatIsAskedForBeforeAnythin
         std::pair{"a step's activations", "run.max_batch"},
         std::pair{"a step's logits", "run.max_batch"}}) {
     hooks.make_device = [what = what](const std::string&, int) {
-      return backend_of(std::make_unique<FaultyDevice>(
+      return make_emulated_backend(std::make_unique<FaultyDevice>(
           [what](uint64_t, const std::string& name) { return name.starts_with(what); }));
     };
     EXPECT_TRUE(says(thrown_by([&] { run(emulated_options(), 1, 1, {greedy(0, 64)}, hooks); }),
@@ -256,7 +246,7 @@ TEST(DeviceMemory, ARequestWithoutRoomOnTheDeviceFailsByNameAndTheOthersGoOn) {
     hooks.make_device = [what = what](const std::string&, int) {
       // No more than the first request takes, which has no pages of its answer.
       auto most = std::make_shared<uint64_t>(0);
-      return backend_of(
+      return make_emulated_backend(
           std::make_unique<FaultyDevice>([what, most](uint64_t bytes, const std::string& name) {
             if (!name.starts_with(what)) return false;
             if (*most == 0 && !name.starts_with("tier 1: an answer")) *most = bytes;

@@ -58,8 +58,8 @@ struct ShapedAttention final : PlainDeviceAttention {
     PlainDeviceAttention::begin_rows(sequences, out);
     layers = 0;
   }
-  void decode(int layer, const float* qkv) override {
-    PlainDeviceAttention::decode(layer, qkv);
+  void decode(int layer, const float* qkv, const Following& following) override {
+    PlainDeviceAttention::decode(layer, qkv, following);
     ++layers;
   }
   void end_rows() override { ended += layers > 0 ? 1 : 0; }

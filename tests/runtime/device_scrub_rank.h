@@ -115,7 +115,7 @@ class OneRank {
       }
       std::vector<float> got(n * kOuts);
       device.copy(qkv.data(), rows.data(), qkv.bytes());
-      cache.decode(layer, qkv.data());
+      cache.decode(layer, qkv.data(), {});
       device.copy(got.data(), out.data(), out.bytes());
       device.synchronize(test::patience());
       outputs.insert(outputs.end(), got.begin(), got.end());

@@ -33,7 +33,7 @@ void PlainDeviceAttention::begin_rows(std::span<const int64_t> sequences, float*
   sequences_.assign(sequences.begin(), sequences.end());
 }
 
-void PlainDeviceAttention::decode(int layer, const float* qkv) {
+void PlainDeviceAttention::decode(int layer, const float* qkv, const Following& following) {
   const size_t rows = sequences_.size(), kv = kv_heads_ * head_dim_, q = kv * heads_per_group_;
   const size_t width = q + 2 * kv;
   std::vector<float> from(rows * width), answers(rows * q), flags(rows);
@@ -49,6 +49,8 @@ void PlainDeviceAttention::decode(int layer, const float* qkv) {
   }
   cache_.decode(layer, asked, flags.data());
   device_.copy(out_, answers.data(), answers.size() * sizeof(float));
+  if (following.redone != nullptr) device_.fill(following.redone, 0, sizeof *following.redone);
+  if (following.enqueue) following.enqueue(false);
 }
 
 }  // namespace certkv::test

@@ -22,7 +22,7 @@ class PlainDeviceAttention : public DeviceAttention {
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v, size_t head_stride, std::span<const float> last_q) override;
   void begin_rows(std::span<const int64_t> sequences, float* out) override;
-  void decode(int layer, const float* qkv) override;
+  void decode(int layer, const float* qkv, const Following& following) override;
   uint64_t shape() const override { return steps_; }  // waits: no step is like another
 
   PlainKvAttention& cache() { return cache_; }
