@@ -7,36 +7,39 @@ namespace {
 
 class CudaModelOps final : public ModelOps {
  public:
-  explicit CudaModelOps(Device& device) : stream_(CudaDevice::of(device).stream()) {}
+  explicit CudaModelOps(Device& device) : device_(CudaDevice::of(device)) {}
 
   void embed(const EmbedRows& a) override {
     check_rows(a);
-    if (a.rows != 0) check_cuda(launch_embed(a, stream_), "the embedding cannot be launched");
+    if (a.rows != 0) check_cuda(launch_embed(a, stream()), "the embedding cannot be launched");
   }
   void residual_norm(const ResidualNorm& a) override {
     check_rows(a);
-    if (a.rows != 0) check_cuda(launch_residual_norm(a, stream_), "a norm cannot be launched");
+    if (a.rows != 0) check_cuda(launch_residual_norm(a, stream()), "a norm cannot be launched");
   }
   void rotate_qkv(const RotateQkv& a) override {
     check_rows(a);
     if (a.rows != 0)
-      check_cuda(launch_rotate_qkv(a, stream_), "the rotary embedding cannot be launched");
+      check_cuda(launch_rotate_qkv(a, stream()), "the rotary embedding cannot be launched");
   }
   void gate(const GatedRows& a) override {
     check_rows(a);
-    if (a.rows != 0) check_cuda(launch_gate(a, stream_), "the gate cannot be launched");
+    if (a.rows != 0) check_cuda(launch_gate(a, stream()), "the gate cannot be launched");
   }
   void convert(const Conversion& a) override {
     check_rows(a);
-    if (a.count != 0) check_cuda(launch_convert(a, stream_), "a conversion cannot be launched");
+    if (a.count != 0) check_cuda(launch_convert(a, stream()), "a conversion cannot be launched");
   }
   void argmax(const ArgmaxRows& a) override {
     check_rows(a);
-    if (a.rows != 0) check_cuda(launch_argmax(a, stream_), "the argmax cannot be launched");
+    if (a.rows != 0) check_cuda(launch_argmax(a, stream()), "the argmax cannot be launched");
   }
 
  private:
-  cudaStream_t stream_;
+  // Within a conditional part of a graph, or beside other work, it is another one.
+  cudaStream_t stream() const { return device_.stream(); }
+
+  CudaDevice& device_;
 };
 
 }  // namespace

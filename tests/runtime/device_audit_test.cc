@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <map>
 
 #include "kernels/base/log.h"
@@ -44,9 +45,10 @@ class DeviceAuditTest : public ::testing::Test {
 #endif
   }
 
-  // The reader's answers to one prompt under the policies; the audit goes to folder.
-  static void answer(const std::string& folder, double tolerance, double sample,
-                     const std::vector<Policy>& policies) {
+  // The reader's answers to one prompt under the policies; the audit goes to folder, if any.
+  static std::vector<Completion> answer(const std::string& folder, double tolerance, double sample,
+                                        const std::vector<Policy>& policies) {
+    std::vector<Completion> answers;
     JobOptions options;
     options.deterministic = true;
     options.run.tier1_memory = "1GiB";
@@ -66,10 +68,14 @@ class DeviceAuditTest : public ::testing::Test {
       parts.tokenizer = load_tokenizer(CERTKV_READER_DIR);
       parts.group = group.get();
       parts.store = store.attach(rank);
-      parts.audit =
-          AuditSetup{.folder = folder, .sample = sample, .seed = 11, .model_files = "test"};
+      if (!folder.empty())
+        parts.audit =
+            AuditSetup{.folder = folder, .sample = sample, .seed = 11, .model_files = "test"};
       const auto engine = make_engine(options, parts);
-      engine->on_completion = [&](Completion&& c) { EXPECT_FALSE(c.failed) << c.error; };
+      engine->on_completion = [&](Completion&& c) {
+        EXPECT_FALSE(c.failed) << c.error;
+        answers.push_back(std::move(c));
+      };
       Request r;
       r.id = 1;
       r.prompt = prompt_of(*parts.tokenizer, 5 * 64 - 3);
@@ -80,6 +86,7 @@ class DeviceAuditTest : public ::testing::Test {
       while (engine->step(false)) {
       }
     });
+    return answers;
   }
 
   static audit::VerifyResult verified(const std::string& folder) {
@@ -95,6 +102,26 @@ class DeviceAuditTest : public ::testing::Test {
     return r;
   }
 };
+
+// An audited step is done piece by piece, others are captured, with work beside other work, and
+// launched again: they are the same steps. Tolerances that rungs 1 to 3 are needed for.
+TEST_F(DeviceAuditTest, ChangesNothingOfWhatItLooksAt) {
+  const test::TempFolder folder;
+  for (double tolerance : {0.03, 0.004}) {
+    const auto sub = folder.path() / std::to_string(tolerance);
+    std::filesystem::create_directory(sub);
+    const auto watched = answer(sub.string(), tolerance, 1, {Policy::Budget});
+    const auto alone = answer("", tolerance, 0, {Policy::Budget});
+    ASSERT_EQ(watched.size(), 1u);
+    ASSERT_EQ(alone.size(), 1u);
+    const Completion &a = watched[0], &b = alone[0];
+    EXPECT_EQ(a.tokens, b.tokens);
+    EXPECT_EQ(a.relative_max, b.relative_max);
+    EXPECT_EQ(a.bound_max, b.bound_max);
+    EXPECT_EQ(a.counts.rungs, b.counts.rungs);
+    EXPECT_GT(a.counts.rungs[1] + a.counts.rungs[2] + a.counts.rungs[3], 0u) << tolerance;
+  }
+}
 
 TEST_F(DeviceAuditTest, EveryHeadStepVerifiesUnderEveryPolicyItKnows) {
   const test::TempFolder folder;
