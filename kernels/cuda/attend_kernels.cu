@@ -43,10 +43,12 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kDim, kGroups, kWarps>)
 // A warp for 32 elements, and with kJudge one for the tallies.
 template <bool kJudge>
 __global__ void merge_kernel(const PassArgs args, int head_dim) {
-  const PassItem& item = args.items[blockIdx.y];
+  // Read before the pass has ended; append alone has changed anything of it.
+  PassItem item = args.items[blockIdx.y];
   const int head = int(blockIdx.x);
   if (head >= item.heads || (args.repeated && *item.again == 0)) return;
   wait_for_previous();
+  item.unit = load_fresh(&args.items[blockIdx.y].unit);
   __shared__ MergeShared shared;
   const int each = pages_per_split(args, item), element = int(threadIdx.y) * 32;
   const MergeSplits merge{item, head_dim, (item.page_count + each - 1) / each, head};

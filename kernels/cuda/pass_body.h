@@ -176,9 +176,21 @@ struct MergeSplits {
     return over_lanes(x, [](D a, D b) { return a + b; });
   }
 
-  // 32 elements; out of the unit, which is exact. `judged`: leaves the output's dot products.
+  // 32 elements; out of the unit, which is exact. `judged`: leaves the output's dot products. Sums
+  // of the first splits are on their way before their factors are computed.
   CERTKV_FN void elements(int element, bool judged, MergeShared* shared) const {
+    constexpr int kTogether = 16;
     const I lane = lane_index();
+    F o[kTogether], a[kTogether];
+    const auto load = [&](int first) {
+      CERTKV_EACH (i, kTogether) {
+        const int split = first + i < splits ? first + i : 0;
+        const float* h = from() + split * stride() + kSumsHeader + element;
+        o[i] = load_float(h, lane);
+        a[i] = load_float(h, lane + head_dim);
+      }
+    };
+    load(0);
     const double ref = reference(), inverse = 1.0 / item.unit;
     const D zero = to_double(splat(0));
     D l = zero, m2 = zero, s1 = zero, c_tokens = zero, o_sum = zero, a_sum = zero;
@@ -187,24 +199,26 @@ struct MergeSplits {
       const I at = own(first) * stride();
       const D less = factor(first, ref), scaled = less * inverse;
       l = l + less * to_double(load_float(from(), at + int(kSumL)));
-      m2 = m2 + scaled * inverse * to_double(load_float(from(), at + int(kSumM2)));
-      s1 = s1 + scaled * to_double(load_float(from(), at + int(kSumS1)));
-      c_tokens = c_tokens + here(first) * to_double(load_float(from(), at + int(kSumCTokens)));
-      score_max = max_nan(score_max, load_float(from(), at + int(kSumScoreMax)));
-      const int count = splits - first < 32 ? splits - first : 32;
-      CERTKV_UNROLL_BY_8
-      for (int i = 0; i < count; ++i) {
-        const float* h = from() + (first + i) * stride() + kSumsHeader + element;
-        const double of_split = uniform(scaled, i);
-        o_sum = o_sum + to_double(load_float(h, lane)) * of_split;
-        a_sum = a_sum + to_double(load_float(h, lane + head_dim)) * of_split;
+      if (element == 0) {
+        m2 = m2 + scaled * inverse * to_double(load_float(from(), at + int(kSumM2)));
+        s1 = s1 + scaled * to_double(load_float(from(), at + int(kSumS1)));
+        c_tokens = c_tokens + here(first) * to_double(load_float(from(), at + int(kSumCTokens)));
+        score_max = max_nan(score_max, load_float(from(), at + int(kSumScoreMax)));
+      }
+      for (int half = 0; half < 32 && first + half < splits; half += kTogether) {
+        if (first + half > 0) load(first + half);
+        CERTKV_EACH (i, kTogether) {  // beyond the last split the factor is 0
+          const double of_split = uniform(scaled, half + i);
+          o_sum = o_sum + to_double(o[i]) * of_split;
+          a_sum = a_sum + to_double(a[i]) * of_split;
+        }
       }
     }
     l = sum(l);
     double* to = item.merged + size_t(head) * size_t(sums_floats(head_dim));
-    const I o = lane + (kSumsHeader + element);
-    store(to, o, o_sum);
-    store(to, o + head_dim, a_sum);
+    const I place = lane + (kSumsHeader + element);
+    store(to, place, o_sum);
+    store(to, place + head_dim, a_sum);
     const F out = to_float(o_sum / l);
     store(item.out + head * head_dim, lane + element, out);
     if (element == 0) {  // every lane stores the same
