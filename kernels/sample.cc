@@ -29,17 +29,18 @@ class Descending {
     while (i >= sorted_) extend();
     return ids_[i];
   }
+  bool before(int32_t a, int32_t b) const {
+    const float x = logits_[size_t(a)], y = logits_[size_t(b)];
+    return x > y || (x == y && a < b);
+  }
 
  private:
   void extend() {
-    const auto before = [this](int32_t a, int32_t b) {
-      const float x = logits_[size_t(a)], y = logits_[size_t(b)];
-      return x > y || (x == y && a < b);
-    };
+    const auto earlier = [this](int32_t a, int32_t b) { return before(a, b); };
     const size_t to = std::min(ids_.size(), std::max<size_t>(64, 8 * sorted_));
     const auto first = ids_.begin() + ptrdiff_t(sorted_), last = ids_.begin() + ptrdiff_t(to);
-    if (to < ids_.size()) std::nth_element(first, last, ids_.end(), before);
-    std::sort(first, last, before);
+    if (to < ids_.size()) std::nth_element(first, last, ids_.end(), earlier);
+    std::sort(first, last, earlier);
     sorted_ = to;
   }
 
@@ -68,14 +69,14 @@ int32_t sample_greedy(std::span<const float> logits) {
   return int32_t(best);
 }
 
-int32_t sample_greedy(int32_t token, float logit) {
+int32_t sampled_elsewhere(int32_t token, float largest) {
   CERTKV_EXPECT(token >= 0, InvalidArgument, "token {} has no logit", token);
-  CERTKV_EXPECT(logit < INFINITY, NonFinite, "logit of token {} is {}", token, logit);
-  CERTKV_EXPECT(logit > -INFINITY, NonFinite, "all logits are -inf");
+  CERTKV_EXPECT(largest < INFINITY, NonFinite, "logit of token {} is {}", token, largest);
+  CERTKV_EXPECT(largest > -INFINITY, NonFinite, "all logits are -inf");
   return token;
 }
 
-int32_t sample_token(std::span<const float> logits, const SampleOptions& options, double uniform) {
+SampleDraw draw_of(const SampleOptions& options, double uniform) {
   CERTKV_EXPECT(options.temperature >= 0 && std::isfinite(options.temperature), InvalidArgument,
                 "temperature is {}: a finite number of at least 0 is needed", options.temperature);
   CERTKV_EXPECT(options.top_k >= 0, InvalidArgument, "top_k is {}: at least 0 is needed",
@@ -84,39 +85,45 @@ int32_t sample_token(std::span<const float> logits, const SampleOptions& options
                 "top_p is {}: a number above 0 and up to 1 is needed", options.top_p);
   CERTKV_EXPECT(uniform >= 0 && uniform < 1, InvalidArgument,
                 "uniform is {}: a number in [0, 1) is needed", uniform);
-  const int32_t best = sample_greedy(logits);
-  if (options.temperature == 0 || options.top_k == 1) return best;
+  return {.temperature = options.top_k == 1 ? 0 : options.temperature,
+          .top_k = uint64_t(options.top_k),
+          .top_p = uint64_t(std::ceil(std::ldexp(options.top_p, kShareBits))),
+          .uniform = uint64_t(std::ldexp(uniform, kShareBits))};
+}
 
+int32_t sample_token(std::span<const float> logits, const SampleOptions& options, double uniform) {
+  const SampleDraw draw = draw_of(options, uniform);
+  const int32_t best = sample_greedy(logits);
+  if (draw.temperature == 0) return best;
+
+  const size_t n = logits.size();
+  const int bits = weight_bits(n);
+  std::vector<uint64_t> weights(n);
+  uint64_t mass = 0;
+  for (size_t id = 0; id < n; ++id) {
+    weights[id] = sample_weight(logits[id], logits[size_t(best)], draw.temperature, bits);
+    mass += weights[id];
+  }
   Descending order(logits);
-  const size_t k =
-      options.top_k == 0 ? logits.size() : std::min(logits.size(), size_t(options.top_k));
-  const auto mass_of = [&](int32_t id) {
-    return std::exp((double(logits[size_t(id)]) - double(logits[size_t(best)])) /
-                    options.temperature);
-  };
-  double total = 0;
-  if (k == logits.size()) {
-    for (size_t id = 0; id < k; ++id) total += mass_of(int32_t(id));
-  } else {
-    for (size_t i = 0; i < k; ++i) total += mass_of(order[i]);
+  size_t kept = n;
+  if (draw.top_k > 0 && draw.top_k < n) {
+    kept = size_t(draw.top_k);
+    mass = 0;
+    for (size_t i = 0; i < kept; ++i) mass += weights[size_t(order[i])];
   }
-  // The prefix that reaches top_p of the mass; the largest token is always in it.
-  size_t kept = k;
-  double sum = total;
-  if (options.top_p < 1) {
-    sum = 0;
-    for (kept = 0; kept < k && (kept == 0 || sum < options.top_p * total); ++kept)
-      sum += mass_of(order[kept]);
+  if (draw.top_p < kWholeShare) {
+    const uint64_t enough = mass_to_reach(mass, draw.top_p);
+    mass = 0;
+    for (kept = 0; mass < enough; ++kept) mass += weights[size_t(order[kept])];
   }
-  double left = uniform * sum;
-  for (size_t i = 0; i < kept; ++i) {
-    const double mass = mass_of(order[i]);
-    if (left < mass) return order[i];
-    left -= mass;
+  const int32_t last = kept < n ? order[kept - 1] : -1;
+  uint64_t place = place_in_mass(mass, draw.uniform);
+  for (size_t id = 0; id < n; ++id) {
+    if (last >= 0 && order.before(last, int32_t(id))) continue;
+    if (place < weights[id]) return int32_t(id);
+    place -= weights[id];
   }
-  // Rounding used up the whole mass: the last token that has any.
-  while (kept > 1 && mass_of(order[kept - 1]) == 0) --kept;
-  return order[kept - 1];
+  CERTKV_THROW(NonFinite, "no token holds the draw {} of a mass of {}", uniform, mass);
 }
 
 }  // namespace certkv

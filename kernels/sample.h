@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <span>
 
+#include "kernels/arith/sampling.h"
+
 namespace certkv {
 
 struct SampleOptions {
@@ -20,17 +22,24 @@ struct SampleOptions {
 double uniform_at(uint64_t seed, uint64_t request, uint64_t position);
 
 // The token id with the largest logit, the lowest id among equals. logits: [vocabulary].
-// Throws NonFinite if a logit is NaN or +infinity, or if all are -infinity; InvalidArgument for none.
+// Throws NonFinite if a logit is NaN or +infinity, or if all are -infinity; InvalidArgument for
+// none.
 int32_t sample_greedy(std::span<const float> logits);
 
-// The same where that token and its logit have been found elsewhere; a NaN counts as the largest.
-int32_t sample_greedy(int32_t token, float logit);
+// `token`, which was chosen elsewhere from a row with this largest logit, a NaN counting as
+// largest. Throws NonFinite as above; `token` is then the place of the largest.
+int32_t sampled_elsewhere(int32_t token, float largest);
 
 // temperature 0: sample_greedy. Otherwise, in this order: logits / temperature; the top_k largest
 // (ties: lowest ids first); softmax; the smallest prefix, largest first, whose mass reaches top_p;
-// the token at `uniform` of what is left. All in double.
+// of what is left, in the order of ids, the token at `uniform`. Masses are the whole numbers of
+// kernels/arith/sampling.h, so the device, on any number of ranks, draws the same.
 // REQUIRES temperature >= 0 and finite, top_k >= 0, 0 < top_p <= 1, 0 <= uniform < 1.
 // Throws InvalidArgument where these do not hold, NonFinite as above.
 int32_t sample_token(std::span<const float> logits, const SampleOptions& options, double uniform);
+
+// The same as the device takes it: temperature 0 where the largest logit alone decides. Throws
+// InvalidArgument as sample_token.
+SampleDraw draw_of(const SampleOptions& options, double uniform);
 
 }  // namespace certkv

@@ -436,7 +436,7 @@ void CertifiedEngine::decode(Policy policy) {
       const DecodeOutput::Best& best = out.best[i];
       try {  // every rank draws from the same logits
         g.accept(best.token >= 0
-                     ? sample_greedy(best.token, best.logit)
+                     ? sampled_elsewhere(best.token, best.logit)
                      : sample_token(std::span(out.logits).subspan(i * vocab, vocab),
                                     g.sample_options(), g.uniform()));
         ++tokens_;
