@@ -95,10 +95,10 @@ CERTKV_HD inline uint64_t argmax_word(float x, uint32_t place) {
   const uint32_t order = x != x ? ~0u : (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
   return uint64_t(order) << 32 | (~0u - place);
 }
-inline uint32_t argmax_place(uint64_t word) {
+CERTKV_HD inline uint32_t argmax_place(uint64_t word) {
   return ~0u - uint32_t(word);
 }
-inline float argmax_value(uint64_t word) {  // a NaN where it is one
+CERTKV_HD inline float argmax_value(uint64_t word) {  // a NaN where it is one
   const uint32_t order = uint32_t(word >> 32);
   return std::bit_cast<float>((order & 0x80000000u) != 0 ? order & 0x7fffffffu : ~order);
 }

@@ -1,6 +1,7 @@
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/model_kernels.h"
 #include "kernels/cuda/model_ops.h"
+#include "kernels/cuda/sample_kernels.h"
 
 namespace certkv::cuda {
 namespace {
@@ -33,6 +34,10 @@ class CudaModelOps final : public ModelOps {
   void argmax(const ArgmaxRows& a) override {
     check_rows(a);
     if (a.rows != 0) check_cuda(launch_argmax(a, stream()), "the argmax cannot be launched");
+  }
+  void sample(const SampleRows& a) override {
+    check_rows(a);
+    if (a.rows != 0) check_cuda(launch_sample(a, stream_), "the sampler cannot be launched");
   }
 
  private:

@@ -1,8 +1,11 @@
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "kernels/cuda/model_body.h"
 #include "kernels/cuda/model_ops.h"
+#include "kernels/cuda/sample_body.h"
 
 namespace certkv::cuda {
 namespace {
@@ -14,6 +17,14 @@ void expect_float(DType t, const char* what) {
   CERTKV_EXPECT(is_float(t), InvalidArgument, "{} of type {}: F32, F16 or BF16 is needed", what,
                 dtype_name(t));
 }
+
+// The threads of a block, one after another.
+struct EmulatedThreads {
+  template <typename F>
+  void each(int count, F f) const {
+    for (int t = 0; t < count; ++t) f(t);
+  }
+};
 
 class EmulatedModelOps final : public ModelOps {
  public:
@@ -72,6 +83,25 @@ class EmulatedModelOps final : public ModelOps {
     }
   }
 
+  void sample(const SampleRows& a) override {
+    check_rows(a);
+    std::memset(a.scratch, 0, a.rows * sizeof(SampleScratch));
+    const auto shared = std::make_unique<SampleShared>();
+    const auto blocks = [&](size_t parts, auto program) {
+      for (size_t r = 0; r < a.rows; ++r)
+        for (size_t part = 0; part < parts; ++part) {
+          std::memset(static_cast<void*>(shared.get()), 0xa5, sizeof(SampleShared));
+          SampleBlock block(a, r, part, *shared);
+          program(block);
+        }
+    };
+    const EmulatedThreads threads;
+    for (int stage = 0; stage < kSampleStages; ++stage)
+      blocks(a.parts(), [&](SampleBlock& block) { block.search(threads, stage); });
+    blocks(a.parts(), [&](SampleBlock& block) { block.add_part(threads); });
+    blocks(1, [&](SampleBlock& block) { block.draw_token(threads); });
+  }
+
  private:
   // A block's shared memory: what it reads it must have written.
   BlockSum poisoned(int threads) {
@@ -114,6 +144,13 @@ void check_rows(const ArgmaxRows& a) {
                 "argmax of rows of {} elements: 1 to 2^31 - 1 are possible", a.n);
   CERTKV_EXPECT(a.rows <= 65535, InvalidArgument, "argmax of {} rows: up to 65535 are possible",
                 a.rows);
+}
+void check_rows(const SampleRows& a) {
+  CERTKV_EXPECT(a.rows <= 65535, InvalidArgument, "sampling of {} rows: up to 65535 are possible",
+                a.rows);
+  CERTKV_EXPECT(a.n > 0 && a.pieces > 0 && a.parts() <= kSampleParts, InvalidArgument,
+                "sampling among {} tokens in {} pieces of up to {}: {} tokens are possible", a.n,
+                a.pieces, a.stride, kSampleParts * kSamplePart);
 }
 
 std::unique_ptr<ModelOps> make_emulated_model_ops(Device& device) {

@@ -1,6 +1,7 @@
-// What a forward pass does on a device beside products and attention. See model_args.h for what
-// each operation is. Every call is enqueued on the device's stream and returns at once; nothing is
-// allocated and nothing waited for, so a step can be captured in a graph.
+// What a forward pass does on a device beside products and attention. See model_args.h and
+// sample_args.h for what each operation is. Every call is enqueued on the device's stream and
+// returns at once; nothing is allocated and nothing waited for, so a step can be captured in a
+// graph.
 //
 // ENSURES a row depends on itself alone. The emulation and the GPU give the same bits.
 #pragma once
@@ -9,6 +10,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/model_args.h"
+#include "kernels/cuda/sample_args.h"
 
 namespace certkv::cuda {
 
@@ -26,6 +28,7 @@ class ModelOps {
   virtual void gate(const GatedRows& rows) = 0;
   virtual void convert(const Conversion& elements) = 0;
   virtual void argmax(const ArgmaxRows& rows) = 0;
+  virtual void sample(const SampleRows& rows) = 0;
 
  protected:
   ModelOps() = default;
@@ -42,5 +45,6 @@ void check_rows(const RotateQkv& rows);
 void check_rows(const GatedRows& rows);
 void check_rows(const Conversion& elements);
 void check_rows(const ArgmaxRows& rows);
+void check_rows(const SampleRows& rows);
 
 }  // namespace certkv::cuda
