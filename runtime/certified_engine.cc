@@ -386,7 +386,7 @@ void CertifiedEngine::decode(Policy policy) {
     inputs.push_back({.sequence = g->handle,
                       .token = g->tokens.back(),
                       .position = g->position(),
-                      .only_best = g->greedy()});
+                      .choice = TokenChoice{g->sample_options(), g->uniform()}});
     handles.push_back(g->handle);
   }
   const auto scrubbing = Clock::now();
@@ -433,12 +433,11 @@ void CertifiedEngine::decode(Policy policy) {
            mine.error ? mine.error_text : "on another rank of the group; its log says more");
     } else {
       const size_t vocab = size_t(parts_.config->vocab);
-      const DecodeOutput::Best& best = out.best[i];
+      const DecodeOutput::Chosen& chosen = out.chosen[i];
       try {  // every rank draws from the same logits
-        g.accept(best.token >= 0
-                     ? sampled_elsewhere(best.token, best.logit)
-                     : sample_token(std::span(out.logits).subspan(i * vocab, vocab),
-                                    g.sample_options(), g.uniform()));
+        g.accept(chosen.token >= 0 ? sampled_elsewhere(chosen.token, chosen.largest)
+                                   : sample_token(std::span(out.logits).subspan(i * vocab, vocab),
+                                                  g.sample_options(), g.uniform()));
         ++tokens_;
         ++record.tokens;
       } catch (const Error& e) {

@@ -4,18 +4,27 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "kernels/sample.h"
 #include "runtime/layers.h"
 
 namespace certkv {
 
+// How a row's next token is chosen; see sample_token.
+struct TokenChoice {
+  SampleOptions options;
+  double uniform = 0;
+};
+
 struct DecodeInput {
-  int64_t sequence = 0;    // handle of the cache
-  int32_t token = 0;       // the newest token
-  int64_t position = 0;    // its position: tokens the sequence had before it
-  bool only_best = false;  // the largest logit and its token will do
+  int64_t sequence = 0;  // handle of the cache
+  int32_t token = 0;     // the newest token
+  int64_t position = 0;  // its position: tokens the sequence had before it
+  // The token so chosen will do; none: the logits are wanted.
+  std::optional<TokenChoice> choice = std::nullopt;
 };
 
 // What of a layer was the first not to be finite.
@@ -23,15 +32,16 @@ enum class LayerPart : uint8_t { KeyValue, Attention, Mlp };
 const char* layer_part_text(LayerPart part);  // "the attention output"
 
 struct DecodeOutput {
-  // [rows, vocab]; not set for rows whose best says enough, and empty where all do.
+  // [rows, vocab]; not set for rows whose token is chosen, and empty where all are.
   std::vector<float> logits;
-  // Of a row with only_best the largest logit with the lowest token, a NaN counting as largest;
-  // token -1 where the row has its logits: a forward pass may always give them.
-  struct Best {
+  // Of a row with a choice the token that sample_token() would give, and the row's largest logit, a
+  // NaN counting as largest: where that is not finite, the token is its place (sampled_elsewhere).
+  // Token -1 where the row has its logits: a forward pass may always give them.
+  struct Chosen {
     int32_t token = -1;
-    float logit = 0;
+    float largest = 0;
   };
-  std::vector<Best> best;  // [rows]
+  std::vector<Chosen> chosen;  // [rows]
   // Per row: the first layer with a NaN or an infinity, -1 if none. Such a row's logits are not to
   // be used: its request fails with NonFinite, the others go on.
   std::vector<int> nonfinite_layer;       // [rows]

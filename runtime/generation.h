@@ -27,8 +27,6 @@ struct Generation {
   SampleOptions sample_options() const {
     return {sampling.temperature, sampling.top_k, sampling.top_p};
   }
-  // Whether the largest logit alone decides; see sample_token.
-  bool greedy() const { return sampling.temperature == 0 || sampling.top_k == 1; }
   // The draw for the next token: depends on seed, request and position alone.
   double uniform() const { return uniform_at(sampling.seed, request_id, tokens.size()); }
   // Position of the newest token.
@@ -38,9 +36,9 @@ struct Generation {
   Policy policy;
   SamplingOptions sampling;
   uint64_t prompt_tokens;
-  int64_t handle = 0;              // in the cache
+  int64_t handle = 0;  // in the cache
   std::vector<int32_t> tokens;
-  std::string text;                // decoded so far; cut at the stop string
+  std::string text;  // decoded so far; cut at the stop string
   bool finished = false;
   std::string finish_reason;
   std::optional<ErrorKind> error;

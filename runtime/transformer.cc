@@ -206,7 +206,7 @@ void Transformer::prefill_chunk(size_t layer, Prompt& p, size_t first, size_t ro
 
 DecodeOutput Transformer::decode(std::span<const DecodeInput> rows) {
   DecodeOutput out;
-  out.best.resize(rows.size());  // none: the logits are here already
+  out.chosen.resize(rows.size());  // none: the logits are here already
   if (rows.empty()) return out;
   const size_t local = layers_.groups() * layers_.head_dim();
   const size_t pairs = layers_.head_dim() / 2;

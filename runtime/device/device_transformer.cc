@@ -22,6 +22,7 @@ constexpr uint32_t kParts = 4;
 constexpr const char* kPromptMemory =
     "a prompt's activations (shorten it, or raise parallel.tensor)";
 constexpr const char* kStepMemory = "a step's activations (lower run.max_batch)";
+constexpr const char* kSamplerMemory = "the sampler's counts (lower run.max_batch)";
 constexpr const char* kLogitsMemory = "a step's logits (lower run.max_batch)";
 
 uint32_t fault_code(size_t layer, LayerPart part) {
@@ -126,6 +127,15 @@ DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights we
   if (ranks_ > 1) all_best_ = {device, ranks_ * batch, kLogitsMemory};
   host_best_ = {device, ranks_ * batch, kLogitsMemory};
   host_rows_ = {device, 2 * batch, "a step's tokens"};
+  host_draws_ = {device, batch, kSamplerMemory};
+  draws_ = {device, batch, kSamplerMemory};
+  sampler_ = {device, batch, kSamplerMemory};
+  drawn_ = {device, batch, kSamplerMemory};
+  host_drawn_ = {device, batch, kSamplerMemory};
+  std::vector<uint32_t> begins{0};
+  for (const ShardRange& v : vocab_) begins.push_back(uint32_t(v.end));
+  vocab_begins_ = {device, begins.size(), kSamplerMemory};
+  device.copy(vocab_begins_.data(), begins.data(), vocab_begins_.bytes());
   host_q_ = {device, KvAttention::kLastQueries * heads_ * head_dim_, "a prompt's last queries"};
   device.synchronize(Deadline::after(options.deadline));
 }
@@ -204,11 +214,13 @@ uint64_t DeviceTransformer::step_bytes(const ModelConfig& c, int64_t tensor,
   const RankSizes s(c, tensor, options.weights);
   const uint64_t tokens =
       uint64_t(options.max_tokens == 0 ? c.max_tokens : std::min(options.max_tokens, c.max_tokens));
-  // And of each row the likeliest token.
+  // And of each row the likeliest token, and the drawn one.
   const uint64_t logits = (4 * s.vocab + 8) * (1 + (tensor > 1 ? uint64_t(tensor) : 0));
+  const uint64_t draw = sizeof(SampleDraw) + sizeof(cuda::SampleScratch) + 4;
   const uint64_t again = tensor == 1 ? s.q * s.element + 4 * s.hidden : 0;
-  return tokens * 4 * uint64_t(c.head_dim) + 4 +
-         options.max_batch * (s.row(tensor) + 2 * 4 + 4 * s.q + 4 * s.hidden + again + logits);
+  return tokens * 4 * uint64_t(c.head_dim) + 4 + (uint64_t(tensor) + 1) * 4 +
+         options.max_batch *
+             (s.row(tensor) + 2 * 4 + 4 * s.q + 4 * s.hidden + again + logits + draw);
 }
 
 // ---- parts of a layer ---------------------------------------------------------------------------
@@ -301,57 +313,6 @@ void DeviceTransformer::finish_layer(size_t index, Buffers& b, size_t rows, floa
   ops_.model.residual_norm(add);
 }
 
-void DeviceTransformer::project_logits(const Buffers& b, size_t rows) {
-  ops_.linear.linear({.weight = weights_.lm_head_values(),
-                      .dtype = weights_.dtype,
-                      .out = weights_.vocab_rows,
-                      .in = hidden_,
-                      .x = b.normed.data(),
-                      .x_stride = hidden_,
-                      .y = logits_.data(),
-                      .y_stride = vocab_widest_,
-                      .rows = rows});
-}
-
-void DeviceTransformer::fetch_logits(size_t rows) {
-  const size_t part = rows * vocab_widest_;
-  if (group_ != nullptr && ranks_ > 1) group_->gather(logits_.data(), all_logits_.data(), part);
-  const float* from = ranks_ > 1 ? all_logits_.data() : logits_.data();
-  device_.copy(host_logits_.data(), from, ranks_ * part * sizeof(float));
-}
-
-void DeviceTransformer::fetch_best(size_t rows) {
-  ops_.model.argmax({.x = logits_.data(),
-                     .stride = vocab_widest_,
-                     .best = best_.data(),
-                     .rows = rows,
-                     .n = size_t(vocab_[rank_].count())});
-  const uint64_t* from = best_.data();
-  if (group_ != nullptr && ranks_ > 1) {
-    group_->gather(best_.data(), all_best_.data(), rows * sizeof(uint64_t) / sizeof(uint32_t));
-    from = all_best_.data();
-  }
-  device_.copy(host_best_.data(), from, ranks_ * rows * sizeof(uint64_t));
-}
-
-// Places are within a rank's part of the vocabulary.
-DecodeOutput::Best DeviceTransformer::best_of(size_t row, size_t rows) const {
-  uint64_t best = 0;
-  for (size_t r = 0; r < ranks_; ++r) {
-    const uint64_t word = host_best_[r * rows + row];
-    const uint32_t place = uint32_t(vocab_[r].begin) + cuda::argmax_place(word);
-    best = std::max(best, cuda::argmax_word(cuda::argmax_value(word), place));
-  }
-  return {int32_t(cuda::argmax_place(best)), cuda::argmax_value(best)};
-}
-
-void DeviceTransformer::copy_logits(size_t row, size_t rows, float* out) const {
-  for (size_t r = 0; r < ranks_; ++r) {
-    const float* from = host_logits_.data() + (r * rows + row) * vocab_widest_;
-    std::copy(from, from + vocab_[r].count(), out + vocab_[r].begin);
-  }
-}
-
 // What one rank saw alone (a key beyond the originals' range) all must know.
 void DeviceTransformer::collect_faults(Buffers& b, size_t rows) {
   const uint32_t* from = b.fault.data();
@@ -400,7 +361,7 @@ std::vector<float> DeviceTransformer::prefill(int64_t sequence, std::span<const 
 
   norm(p.x.data() + (p.tokens - 1) * hidden_, weights_.final_norm, 1, p.chunk.normed.data());
   project_logits(p.chunk, 1);
-  fetch_logits(1);
+  fetch_logits(gather_logits(1), 1);
   wait(&phases_.projections);
   std::vector<float> out(size_t(config_.vocab));
   copy_logits(0, 1, out.data());
@@ -532,9 +493,9 @@ DecodeOutput DeviceTransformer::decode(std::span<const DecodeInput> rows) {
 void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& out) {
   const size_t n = rows.size(), vocab = size_t(config_.vocab);
   Wanted wanted;
-  for (const DecodeInput& row : rows) (row.only_best ? wanted.best : wanted.logits) = true;
+  for (const DecodeInput& row : rows) (row.choice ? wanted.best : wanted.logits) = true;
   out.logits.resize(wanted.logits ? n * vocab : 0);
-  out.best.assign(n, {});
+  out.chosen.assign(n, {});
   out.fallback_layers.assign(n, 0);
   out.nonfinite_layer.assign(n, -1);
   out.nonfinite_part.assign(n, LayerPart::KeyValue);
@@ -555,10 +516,13 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
   for (size_t r = 0; r < n; ++r) {
     host_rows_[r] = rows[r].token;
     host_rows_[n + r] = int32_t(rows[r].position);
+    host_draws_[r] =
+        rows[r].choice ? draw_of(rows[r].choice->options, rows[r].choice->uniform) : SampleDraw{};
+    wanted.draw = wanted.draw || host_draws_[r].temperature > 0;
   }
   cache_.begin_rows(sequences, step_.attention.data());
 
-  graphs_.run({n, cache_.shape(), wanted.logits, wanted.best},
+  graphs_.run({n, cache_.shape(), wanted.logits, wanted.best, wanted.draw},
               [this, n, wanted] { enqueue_step(n, wanted); });
   cache_.end_rows();
   if (group_ != nullptr) group_->wait();
@@ -568,8 +532,8 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
     const uint32_t code = fault_of(step_, n, r);
     out.nonfinite_layer[r] = fault_layer(code);
     if (code != cuda::kNoFault) out.nonfinite_part[r] = LayerPart(code % kParts);
-    if (rows[r].only_best)
-      out.best[r] = best_of(r, n);
+    if (rows[r].choice)
+      out.chosen[r] = chosen_of(r, n);
     else
       copy_logits(r, n, out.logits.data() + r * vocab);
   }
@@ -597,8 +561,10 @@ void DeviceTransformer::enqueue_step(size_t n, Wanted wanted) {
                  last ? &weights_.final_norm : &weights_.layers[layer + 1].input_norm);
   }
   project_logits(b, n);
-  if (wanted.logits) fetch_logits(n);
-  if (wanted.best) fetch_best(n);
+  const float* gathered = wanted.logits || wanted.draw ? gather_logits(n) : nullptr;
+  if (wanted.logits) fetch_logits(gathered, n);
+  const uint64_t* best = wanted.best ? fetch_best(n) : nullptr;
+  if (wanted.draw) draw_tokens(gathered, best, n);
   collect_faults(b, n);
 }
 

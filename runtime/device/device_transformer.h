@@ -81,7 +81,7 @@ class DeviceTransformer : public ForwardPass {
   // fallback_layers is 0: the cache answers in one call, whatever rung it takes.
   DecodeOutput decode(std::span<const DecodeInput> rows) override;
   // The same into memory that is used again: half a megabyte of logits a row is costly to take
-  // anew. Rows with only_best have their best; their logits stay on the device.
+  // anew. Rows with a choice have their token; their logits stay on the device.
   void decode(std::span<const DecodeInput> rows, DecodeOutput& out);
 
   // Gives the weights up; nothing may be called afterwards.
@@ -124,7 +124,7 @@ class DeviceTransformer : public ForwardPass {
   struct Prompt;
   // What a step brings to the host: half a megabyte of logits a row only where a row needs them.
   struct Wanted {
-    bool logits = false, best = false;
+    bool logits = false, best = false, draw = false;
   };
 
   Buffers make_buffers(size_t rows, bool prompt);
@@ -146,10 +146,12 @@ class DeviceTransformer : public ForwardPass {
   void finish_layer(size_t index, Buffers& b, size_t rows, float* x, uint32_t* fault,
                     const cuda::DeviceArray<float>* next);
   void norm(const float* x, const cuda::DeviceArray<float>& weight, size_t rows, void* normed);
-  void project_logits(const Buffers& b, size_t rows);  // of b.normed, to logits_
-  void fetch_logits(size_t rows);                      // to host_logits_, of all ranks
-  void fetch_best(size_t rows);                        // to host_best_, of all ranks
-  DecodeOutput::Best best_of(size_t row, size_t rows) const;
+  void project_logits(const Buffers& b, size_t rows);     // of b.normed, to logits_
+  const float* gather_logits(size_t rows);                // of all ranks, on the device
+  void fetch_logits(const float* gathered, size_t rows);  // to host_logits_
+  const uint64_t* fetch_best(size_t rows);  // to host_best_, of all ranks; where the device has it
+  void draw_tokens(const float* gathered, const uint64_t* best, size_t rows);  // to host_drawn_
+  DecodeOutput::Chosen chosen_of(size_t row, size_t rows) const;
   void copy_logits(size_t row, size_t rows, float* out) const;
   void collect_faults(Buffers& b, size_t rows);
   uint32_t fault_of(const Buffers& b, size_t rows, size_t row) const;
@@ -177,6 +179,12 @@ class DeviceTransformer : public ForwardPass {
   cuda::DeviceArray<uint64_t> best_, all_best_;   // [max_batch], [ranks, max_batch]: argmax_word
   cuda::HostArray<uint64_t> host_best_;           // [ranks, max_batch]
   cuda::HostArray<int32_t> host_rows_;            // [2, max_batch]: ids, positions
+  cuda::HostArray<SampleDraw> host_draws_;        // [max_batch], and on the device
+  cuda::DeviceArray<SampleDraw> draws_;
+  cuda::DeviceArray<cuda::SampleScratch> sampler_;  // [max_batch]
+  cuda::DeviceArray<uint32_t> vocab_begins_;        // [ranks + 1]
+  cuda::DeviceArray<int32_t> drawn_;                // [max_batch]: tokens, -1 where none is drawn
+  cuda::HostArray<int32_t> host_drawn_;
   StepGraphs graphs_;
   cuda::HostArray<float> host_q_;  // [kLastQueries, heads, head_dim]
 };

@@ -26,7 +26,7 @@ class StepGraphs {
   struct Key {
     size_t rows = 0;
     uint64_t shape = 0;
-    bool logits = false, best = false;
+    bool logits = false, best = false, draw = false;
     bool operator==(const Key&) const = default;
   };
   // Enqueues `work`: piece by piece the first time, so that libraries make their plans; captured

@@ -123,10 +123,18 @@ TEST_F(DeviceEngineTest, WithoutEnforcementWhatDoesNotFitIsOver) {
 }
 
 TEST_F(DeviceEngineTest, BitsDoNotDependOnNeighboursOrThreads) {
-  const std::vector<Request> requests = {request(3, 0.1), request(4, 0.11, 130),
-                                         request(5, 0.1, 64)};
+  std::vector<Request> requests = {request(3, 0.1), request(4, 0.11, 130), request(5, 0.1, 64),
+                                   request(5, 0.1, 64)};
+  requests[1].sampling.temperature = 1;
+  requests[1].sampling.top_p = 0.9;
+  requests[3].id = 6;  // another stream of draws
+  requests[3].sampling.temperature = 0.8;
+  requests[3].sampling.top_k = 40;
   const RunResult together = run(options(), 1, 2, requests);
-  ASSERT_EQ(together.completions.size(), 3u);
+  ASSERT_EQ(together.completions.size(), 4u);
+  EXPECT_NE(together.completions.at({5, Policy::Budget}).tokens,
+            together.completions.at({6, Policy::Budget}).tokens)
+      << "nothing was drawn";
   expect_same(together, run(options(), 1, 1, requests), "1 thread");
   RunResult alone;
   for (const Request& r : requests) {

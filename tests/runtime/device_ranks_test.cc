@@ -141,52 +141,67 @@ TEST(DeviceRanks, LogitsAreTheSameOnAllRanksAndCloseForEveryNumber) {
   }
 }
 
-// Steps of two sequences; only[i]: of which rows the largest logit is enough in step i.
-std::vector<DecodeOutput> decode_only(Communicator& ranks,
-                                      const std::vector<std::array<bool, 2>>& only) {
+// How the two rows of a step are asked for: their logits, or the likeliest token, or one drawn.
+enum class Ask { Logits, Best, Draw };
+
+TokenChoice choice_of(Ask ask, size_t step, size_t row) {
+  if (ask == Ask::Best) return {};
+  const SampleOptions options[] = {{1, 0, 1}, {0.7, 40, 1}, {2, 0, 0.9}, {1, 60, 0.95}};
+  return {options[(step + row) % 4], uniform_at(1, row, step)};
+}
+
+std::vector<DecodeOutput> decode_as(Communicator& ranks,
+                                    const std::vector<std::array<Ask, 2>>& steps) {
   Rank rank(ranks, {});
   rank.cache.given = 1;
   for (int s : {0, 1}) rank.transformer.prefill(s, prompt(s));
   std::vector<DecodeOutput> out;
-  for (size_t i = 0; i < only.size(); ++i)
-    out.push_back(rank.transformer.decode(
-        std::vector<DecodeInput>{{0, int32_t(5 + i), int64_t(kPrompt + i), only[i][0]},
-                                 {1, int32_t(90 - i), int64_t(kPrompt + i), only[i][1]}}));
+  for (size_t i = 0; i < steps.size(); ++i) {
+    std::vector<DecodeInput> rows{{0, int32_t(5 + i), int64_t(kPrompt + i), {}},
+                                  {1, int32_t(90 - i), int64_t(kPrompt + i), {}}};
+    for (size_t r = 0; r < 2; ++r)
+      if (steps[i][r] != Ask::Logits) rows[r].choice = choice_of(steps[i][r], i, r);
+    out.push_back(rank.transformer.decode(rows));
+  }
   return out;
 }
 
 // What a row is asked for is a shape of its own, but changes no result: new, captured, and launched
 // again.
-TEST(DeviceRanks, TheBestTokenIsThatOfTheLogitsOnAnyNumberOfRanks) {
-  std::vector<std::array<bool, 2>> only;
-  for (const std::array<bool, 2> rows : {std::array{true, true}, std::array{false, true},
-                                         std::array{true, false}, std::array{false, false}})
-    only.insert(only.end(), 3, rows);
+TEST(DeviceRanks, TheTokenIsThatOfTheLogitsOnAnyNumberOfRanks) {
+  std::vector<std::array<Ask, 2>> steps;
+  const Ask all_ways[] = {Ask::Best, Ask::Logits, Ask::Draw};
+  for (Ask first : all_ways)
+    for (Ask second : all_ways) steps.insert(steps.end(), 3, {first, second});
   for (int tensor : {1, 2, 4}) {
     run_thread_ranks(tensor, [&](Communicator& ranks) {
       const std::vector<DecodeOutput> all =
-          decode_only(ranks, std::vector<std::array<bool, 2>>(only.size()));
-      const std::vector<DecodeOutput> some = decode_only(ranks, only);
-      std::set<int32_t> tokens;
-      for (size_t i = 0; i < only.size(); ++i) {
+          decode_as(ranks, {steps.size(), std::array{Ask::Logits, Ask::Logits}});
+      const std::vector<DecodeOutput> some = decode_as(ranks, steps);
+      std::set<int32_t> likeliest, drawn;
+      for (size_t i = 0; i < steps.size(); ++i) {
         const size_t vocab = all[i].logits.size() / 2;
-        EXPECT_EQ(some[i].logits.empty(), only[i][0] && only[i][1]) << "step " << i;
+        EXPECT_EQ(some[i].logits.empty(), steps[i][0] != Ask::Logits && steps[i][1] != Ask::Logits)
+            << "step " << i;
         for (size_t r = 0; r < 2; ++r) {
           const std::span logits = std::span(all[i].logits).subspan(r * vocab, vocab);
-          const DecodeOutput::Best& best = some[i].best[r];
-          EXPECT_EQ(all[i].best[r].token, -1);
-          if (only[i][r]) {
-            tokens.insert(best.token);
-            EXPECT_EQ(best.token, sample_greedy(logits)) << "step " << i << " row " << r;
-            EXPECT_EQ(best.logit, logits[size_t(best.token)]);
-          } else {
-            EXPECT_EQ(best.token, -1);
+          const DecodeOutput::Chosen& chosen = some[i].chosen[r];
+          EXPECT_EQ(all[i].chosen[r].token, -1);
+          if (steps[i][r] == Ask::Logits) {
+            EXPECT_EQ(chosen.token, -1);
             EXPECT_TRUE(std::equal(logits.begin(), logits.end(),
                                    some[i].logits.begin() + ptrdiff_t(r * vocab)));
+            continue;
           }
+          const TokenChoice choice = choice_of(steps[i][r], i, r);
+          (steps[i][r] == Ask::Best ? likeliest : drawn).insert(chosen.token);
+          EXPECT_EQ(chosen.token, sample_token(logits, choice.options, choice.uniform))
+              << "step " << i << " row " << r << " of " << tensor << " ranks";
+          EXPECT_EQ(chosen.largest, *std::max_element(logits.begin(), logits.end()));
         }
       }
-      EXPECT_GT(tokens.size(), 4u) << "no choice to speak of";
+      EXPECT_GT(likeliest.size(), 4u) << "no choice to speak of";
+      EXPECT_GT(drawn.size(), 12u) << "no choice to speak of";
     });
   }
 }

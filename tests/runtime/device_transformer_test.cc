@@ -333,6 +333,32 @@ TEST_F(DeviceTransformerTest, ARowWithNanFailsAloneAndTheOthersKeepTheirLogits) 
                            good.logits.begin() + ptrdiff_t(r * vocab)));
 }
 
+// Nothing of a layer is at fault: what is drawn from such logits must not be served.
+TEST_F(DeviceTransformerTest, ALogitThatIsNanIsNamedWhereATokenIsDrawn) {
+  Case c;
+  c.config.tie_word_embeddings = false;
+  const auto decode = [&](bool poison, double temperature) {
+    c.change = [&](Weights& w) {
+      for (size_t t = 0; t < w.lm_head.size() && poison; ++t)
+        if (w.lm_head_rows[t].begin <= 77 && 77 < w.lm_head_rows[t].end)
+          reinterpret_cast<float*>(
+              w.lm_head[t].values.get())[(77 - w.lm_head_rows[t].begin) * c.config.hidden] = kNan;
+    };
+    Model m = make(c);
+    const std::optional<TokenChoice> choice = TokenChoice{{temperature, 20, 0.9}, 0.4};
+    const DecodeOutput out = m->decode(std::vector<DecodeInput>{{0, 5, 0, choice}});
+    EXPECT_EQ(out.nonfinite_layer, std::vector{-1});
+    EXPECT_TRUE(out.logits.empty());
+    return out.chosen[0];
+  };
+  for (double temperature : {0.0, 1.0}) {
+    const auto good = decode(false, temperature), bad = decode(true, temperature);
+    EXPECT_EQ(sampled_elsewhere(good.token, good.largest), good.token);
+    const std::string why = thrown_by([&] { sampled_elsewhere(bad.token, bad.largest); });
+    EXPECT_NE(why.find("NonFinite: logit of token 77 is nan"), std::string::npos) << why;
+  }
+}
+
 TEST_F(DeviceTransformerTest, MemoryIsWhatWasForetoldAndAPromptThatDoesNotFitIsNamed) {
   for (bool tied : {false, true})
     for (DType type : {DType::F32, DType::BF16}) {
