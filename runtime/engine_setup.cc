@@ -144,7 +144,8 @@ EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, C
                           const std::function<std::unique_ptr<Communicator>()>& device_control) {
   const ModelConfig& config = *model.config;
   admit("model.path", options.model.path, [&] {
-    check_weights_fit(config, group.size(), topology.local_size, available_memory_bytes());
+    check_weights_fit(config, group.size(), topology.local_size, available_memory_bytes(),
+                      weight_format(options.model.quantization));
   });
   world.barrier({});
   world.wait();
@@ -162,7 +163,8 @@ EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, C
   EngineParts parts;
   parts.config = model.config;
   parts.weights = std::make_shared<const Weights>(
-      load_weights(options.model.path, config, group.size(), group.rank()));
+      load_weights(options.model.path, config, group.size(), group.rank(),
+                   weight_format(options.model.quantization)));
   world.alive();
   parts.tokenizer = model.tokenizer;
   parts.stop_ids = model.chat.stop_ids(*model.tokenizer);

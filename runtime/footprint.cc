@@ -52,7 +52,7 @@ Footprint footprint(const ModelConfig& model, const JobOptions& options,
                                       request.max_tokens, request.forks);
   f.ranks_on_node = q.ranks_on_node;
   f.tier1_token_bytes = largest_page_format(options.cache, int(model.head_dim)).bytes_per_token();
-  f.weights = weights_bytes(model, q.tensor);
+  f.weights = weights_bytes(model, q.tensor, weight_format(options.model.quantization));
   f.tier1 = uint64_t(q.batch) * need.tier1;
   f.scratch = uint64_t(q.batch) * need.scratch;
   f.prefill = need.prefill;

@@ -31,6 +31,8 @@ struct ModelOptions {
   std::string dtype = "auto";  // auto (the folder's own), bfloat16, float16: of K and V originals
   int64_t max_len = 0;         // tokens of prompt + answer; 0: the model's own limit
   std::string chat_template = "auto";  // auto, llama3, qwen, plain
+  std::string quantization = "none";   // none, int8 (kernels/arith/int8_weight.h): of the layers'
+                                       // matrices; no certificate speaks of it
 };
 
 struct CacheOptions {

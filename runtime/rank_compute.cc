@@ -76,6 +76,11 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
   const ModelConfig& config = *parts.config;
   const std::string& backend = options.run.backend;
   const DType originals = originals_dtype(options, config);
+  CERTKV_EXPECT(
+      parts.weights->format == WeightFormat::AsStored, InvalidArgument,
+      "model.quantization is int8: run.backend {} does not do it; use run.backend cpu, or "
+      "none",
+      backend);
   rank->device = parts.make_device ? parts.make_device(backend, parts.local_rank)
                                    : make_device_backend(backend, parts.local_rank);
   cuda::Device& device = *rank->device.device;

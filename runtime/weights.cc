@@ -7,6 +7,7 @@
 #include <set>
 #include <string>
 
+#include "kernels/arith/int8_weight.h"
 #include "kernels/base/error.h"
 #include "runtime/byte_size.h"
 #include "runtime/host_memory.h"
@@ -90,7 +91,7 @@ void check_tensors(const SafetensorsFolder& files, const ModelConfig& c) {
   }
 }
 
-uint64_t rank_bytes(const ModelConfig& c, int64_t tensor, int64_t rank) {
+uint64_t rank_bytes(const ModelConfig& c, int64_t tensor, int64_t rank, WeightFormat format) {
   const ShardRange groups = kv_heads_of_rank(c.kv_heads, tensor, rank);
   const int64_t H = c.hidden, d = c.head_dim, n = c.heads_per_group();
   // Tiles follow one another, so those of the owned groups add up to one range.
@@ -104,6 +105,7 @@ uint64_t rank_bytes(const ModelConfig& c, int64_t tensor, int64_t rank) {
   if (c.o_bias) layer += H;
   if (c.mlp_bias) layer += 2 * mlp + H;
   if (c.qk_norm) layer += 2 * d;
+  if (format == WeightFormat::Int8) layer += groups.count() * ((n + 2) * d + 2 * H) + 2 * mlp;
   const int64_t floats = c.layers * layer + vocabulary * H + H;
   return uint64_t(floats) * 4 + uint64_t(c.vocab * H) * dtype_bytes(c.dtype);
 }
@@ -146,6 +148,54 @@ Matrix new_matrix(int64_t rows, int64_t cols) {
   return {rows, cols, std::make_unique_for_overwrite<float[]>(size_t(rows) * size_t(cols))};
 }
 
+// Of every row its largest magnitude.
+std::vector<float> largest_of_rows(const float* values, int64_t rows, int64_t cols) {
+  std::vector<float> largest(size_t(rows), 0.0f);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < cols; ++i)
+      largest[size_t(r)] = std::max(largest[size_t(r)], std::abs(values[r * cols + i]));
+  return largest;
+}
+
+void quantise(Matrix& m, const std::vector<float>& largest) {
+  m.scales.resize(size_t(m.rows));
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const float scale = m.scales[size_t(r)] = int8_scale(largest[size_t(r)]);
+    float* row = m.values.get() + r * m.cols;
+    for (int64_t i = 0; i < m.cols; ++i) row[i] = float(int8_code(row[i], scale)) * scale;
+  }
+}
+void quantise(Matrix& m) {
+  quantise(m, largest_of_rows(m.data(), m.rows, m.cols));
+}
+
+// The same of a matrix that a group has some columns of.
+std::vector<float> largest_of_whole_rows(const Loader& from, const std::string& name, int64_t rows,
+                                         int64_t cols) {
+  constexpr int64_t kRows = 64;  // at a time
+  std::vector<float> all, block(size_t(std::min(kRows, rows) * cols));
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t count = std::min(kRows, rows - first);
+    from.block(name, {first, first + count}, {0, cols}, block.data());
+    const std::vector<float> some = largest_of_rows(block.data(), count, cols);
+    all.insert(all.end(), some.begin(), some.end());
+  }
+  return all;
+}
+
+void quantise_layer(const Loader& from, const ModelConfig& c, int64_t l, LayerWeights& w) {
+  const auto o = largest_of_whole_rows(from, layer_name(l, "self_attn.o_proj.weight"), c.hidden,
+                                       c.heads * c.head_dim);
+  const auto down =
+      largest_of_whole_rows(from, layer_name(l, "mlp.down_proj.weight"), c.hidden, c.intermediate);
+  for (GroupWeights& g : w.groups) {
+    quantise(g.qkv);
+    quantise(g.o, o);
+    quantise(g.gate_up);
+    quantise(g.down, down);
+  }
+}
+
 GroupWeights load_group(const Loader& from, const ModelConfig& c, int64_t l, int64_t g) {
   const int64_t H = c.hidden, d = c.head_dim, n = c.heads_per_group();
   const ShardRange all{0, H}, query{g * n * d, (g + 1) * n * d}, kv{g * d, (g + 1) * d};
@@ -179,7 +229,8 @@ GroupWeights load_group(const Loader& from, const ModelConfig& c, int64_t l, int
   return w;
 }
 
-LayerWeights load_layer(const Loader& from, const ModelConfig& c, int64_t l, ShardRange groups) {
+LayerWeights load_layer(const Loader& from, const ModelConfig& c, int64_t l, ShardRange groups,
+                        WeightFormat format) {
   const ShardRange hidden{0, c.hidden}, head{0, c.head_dim};
   LayerWeights w;
   w.input_norm = from.vector(layer_name(l, "input_layernorm.weight"), hidden);
@@ -192,6 +243,7 @@ LayerWeights load_layer(const Loader& from, const ModelConfig& c, int64_t l, Sha
   if (c.mlp_bias) w.down_bias = from.vector(layer_name(l, "mlp.down_proj.bias"), hidden);
   w.groups.reserve(size_t(groups.count()));
   for (int64_t g = groups.begin; g < groups.end; ++g) w.groups.push_back(load_group(from, c, l, g));
+  if (format == WeightFormat::Int8) quantise_layer(from, c, l, w);
   return w;
 }
 
@@ -240,17 +292,24 @@ void Embedding::row(int32_t id, float* out) const {
   }
 }
 
-uint64_t weights_bytes(const ModelConfig& config, int64_t tensor) {
-  uint64_t most = rank_bytes(config, tensor, 0);  // also judges tensor
-  for (int64_t r = 1; r < tensor; ++r) most = std::max(most, rank_bytes(config, tensor, r));
+WeightFormat weight_format(const std::string& quantization) {
+  if (quantization == "int8") return WeightFormat::Int8;
+  CERTKV_EXPECT(quantization == "none", InvalidArgument,
+                "model.quantization is '{}': use none or int8", quantization);
+  return WeightFormat::AsStored;
+}
+
+uint64_t weights_bytes(const ModelConfig& config, int64_t tensor, WeightFormat format) {
+  uint64_t most = rank_bytes(config, tensor, 0, format);  // also judges tensor
+  for (int64_t r = 1; r < tensor; ++r) most = std::max(most, rank_bytes(config, tensor, r, format));
   return most;
 }
 
 void check_weights_fit(const ModelConfig& config, int64_t tensor, int64_t ranks_on_node,
-                       uint64_t available) {
+                       uint64_t available, WeightFormat format) {
   CERTKV_EXPECT(ranks_on_node >= 1, InvalidArgument, "{} ranks on this node: at least 1 is needed",
                 ranks_on_node);
-  const uint64_t each = weights_bytes(config, tensor);
+  const uint64_t each = weights_bytes(config, tensor, format);
   // Written as a division so that nothing overflows.
   if (each > available / uint64_t(ranks_on_node)) {
     throw_out_of_memory(fmt::format("{} of {} tensor-parallel ranks ({} each)", ranks_on_node,
@@ -260,11 +319,12 @@ void check_weights_fit(const ModelConfig& config, int64_t tensor, int64_t ranks_
 }
 
 Weights load_weights(const std::filesystem::path& folder, const ModelConfig& config, int64_t tensor,
-                     int64_t rank) {
+                     int64_t rank, WeightFormat format) {
   const ShardRange groups = kv_heads_of_rank(config.kv_heads, tensor, rank);
   const SafetensorsFolder files(folder);
   check_tensors(files, config);
-  const uint64_t needed = rank_bytes(config, tensor, rank), available = available_memory_bytes();
+  const uint64_t needed = rank_bytes(config, tensor, rank, format),
+                 available = available_memory_bytes();
   const std::string whose = fmt::format("rank {} of {}", rank, tensor);
   if (needed > available) throw_out_of_memory(whose, needed, available);
 
@@ -272,10 +332,11 @@ Weights load_weights(const std::filesystem::path& folder, const ModelConfig& con
     const Loader from(files);
     Weights w;
     w.groups = groups;
+    w.format = format;
     w.embed = load_embedding(files, config);
     w.layers.reserve(size_t(config.layers));
     for (int64_t l = 0; l < config.layers; ++l) {
-      w.layers.push_back(load_layer(from, config, l, groups));
+      w.layers.push_back(load_layer(from, config, l, groups, format));
     }
     const ShardRange hidden{0, config.hidden};
     w.final_norm = from.vector("model.norm.weight", hidden);

@@ -1,9 +1,9 @@
 // The weights that one rank of a tensor-parallel group needs, in the tiles in which it multiplies.
 //
 // The unit of work is the KV group: group g in [0, G), G = kv_heads, is KV head g with its query
-// heads, tile g of the MLP's intermediate size and tile g of the vocabulary (uneven where G does not
-// divide them: parallel/shard.h). Rank r of T owns the groups [r*G/T, (r+1)*G/T). Every product is
-// called on one group's tile, whatever T is, so that its result does not depend on T.
+// heads, tile g of the MLP's intermediate size and tile g of the vocabulary (uneven where G does
+// not divide them: parallel/shard.h). Rank r of T owns the groups [r*G/T, (r+1)*G/T). Every product
+// is called on one group's tile, whatever T is, so that its result does not depend on T.
 //
 // All matrices are float, row-major [out, in] as Hugging Face stores them: y = W x.
 #pragma once
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "kernels/base/dtype.h"
@@ -23,8 +24,16 @@ namespace certkv {
 struct Matrix {
   int64_t rows = 0, cols = 0;
   std::unique_ptr<float[]> values;  // [rows, cols]
+  // [rows], where the weights are INT8: a row's values are its codes times this, exactly. Else
+  // empty.
+  std::vector<float> scales = {};
   const float* data() const { return values.get(); }
 };
+
+// How the layers' matrices are kept; Int8: kernels/arith/int8_weight.h. A row is one of the model's
+// matrix, so that ranks which have some of its columns have the same scale.
+enum class WeightFormat : uint8_t { AsStored, Int8 };
+WeightFormat weight_format(const std::string& quantization);  // of model.quantization
 
 // d = head_dim, H = hidden, n = heads / kv_heads, t = rows of this group's MLP tile.
 struct GroupWeights {
@@ -48,37 +57,40 @@ struct LayerWeights {
 
 // embed_tokens, whole on every rank, as the file has it.
 struct Embedding {
-  DType dtype = DType::BF16;  // F32, F16 or BF16
+  DType dtype = DType::BF16;   // F32, F16 or BF16
   int64_t rows = 0, cols = 0;  // [vocab, hidden]
   std::unique_ptr<std::byte[]> values;
   void row(int32_t id, float* out) const;  // REQUIRES 0 <= id < rows; out [cols]
 };
 
 struct Weights {
-  ShardRange groups;                  // owned KV groups, global indices
+  ShardRange groups;  // owned KV groups, global indices
+  WeightFormat format = WeightFormat::AsStored;
   Embedding embed;
   std::vector<LayerWeights> layers;
-  std::vector<float> final_norm;      // [H]
-  std::vector<Matrix> lm_head;        // per owned group: [vocabulary tile, H]
+  std::vector<float> final_norm;         // [H]
+  std::vector<Matrix> lm_head;           // per owned group: [vocabulary tile, H]
   std::vector<ShardRange> lm_head_rows;  // vocabulary ids of each tile
 };
 
 // Bytes that load_weights will allocate on the rank of the group that needs most, for an embedding
 // in config.dtype. ERRORS: InvalidArgument unless tensor divides kv_heads.
-uint64_t weights_bytes(const ModelConfig& config, int64_t tensor);
+uint64_t weights_bytes(const ModelConfig& config, int64_t tensor,
+                       WeightFormat format = WeightFormat::AsStored);
 
 // Checks that the weights of `ranks_on_node` ranks fit `available` bytes of host memory together.
 // Call it on every rank before any of them loads (with a barrier between), so that no rank counts
-// what another has taken already. ERRORS: OutOfMemory saying what is needed, what is there, and what
-// to do.
+// what another has taken already. ERRORS: OutOfMemory saying what is needed, what is there, and
+// what to do.
 void check_weights_fit(const ModelConfig& config, int64_t tensor, int64_t ranks_on_node,
-                       uint64_t available);
+                       uint64_t available, WeightFormat format = WeightFormat::AsStored);
 
 // Loads the shard of `rank`. Before allocating: every tensor is present, float-like, of the shape
 // the configuration implies, no tensor of the folder would go unused, and this rank alone fits the
-// memory available now. Values that are NaN or infinite are an error.
-// ERRORS: BadFile, InvalidArgument, OutOfMemory.
-Weights load_weights(const std::filesystem::path& folder, const ModelConfig& config,
-                     int64_t tensor, int64_t rank);
+// memory available now. Values that are NaN or infinite are an error. Int8 takes no less memory
+// here than float, and reads o_proj and down_proj once more, whole. ERRORS: BadFile,
+// InvalidArgument, OutOfMemory.
+Weights load_weights(const std::filesystem::path& folder, const ModelConfig& config, int64_t tensor,
+                     int64_t rank, WeightFormat format = WeightFormat::AsStored);
 
 }  // namespace certkv

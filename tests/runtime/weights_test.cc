@@ -100,7 +100,7 @@ void save(const Model& m, const std::filesystem::path& folder) {
 
 uint64_t floats_in(const Weights& w) {
   uint64_t n = w.final_norm.size();
-  const auto matrix = [](const Matrix& m) { return uint64_t(m.rows * m.cols); };
+  const auto matrix = [](const Matrix& m) { return uint64_t(m.rows * m.cols) + m.scales.size(); };
   for (const LayerWeights& l : w.layers) {
     n += l.input_norm.size() + l.post_attention_norm.size() + l.q_norm.size() + l.k_norm.size() +
          l.o_bias.size() + l.down_bias.size();
@@ -321,6 +321,94 @@ TEST(Weights, EveryModelFolderOfTheRepositoryLoadsOnAnyNumberOfRanks) {
     ++folders;
   }
   EXPECT_GE(folders, 9u);
+}
+
+// Written from the definition, over the whole tensor: what quantisation makes of row r.
+std::vector<float> quantised_row(const FullTensor& w, int64_t row, float* scale) {
+  double largest = 0;
+  for (int64_t i = 0; i < w.shape[1]; ++i)
+    largest = std::max(largest, std::abs(double(w.at(row, i))));
+  int exponent = 0;
+  const double fraction = std::frexp(largest / 127, &exponent);
+  double s = std::ldexp(std::ceil(std::ldexp(fraction, 17)), exponent - 17);
+  s = std::max(s, std::ldexp(1.0, -126));
+  *scale = float(s);
+  EXPECT_EQ(double(*scale), s) << "a scale that is no float";
+  std::vector<float> out;
+  for (int64_t i = 0; i < w.shape[1]; ++i) {
+    const double x = std::nearbyint(double(w.at(row, i)) / s) * s;
+    out.push_back(float(x));
+    EXPECT_EQ(double(out.back()), x) << "code times scale is no float";
+    EXPECT_LE(std::abs(x - double(w.at(row, i))), s / 2 * (1 + 0x1p-52));
+  }
+  return out;
+}
+
+TEST(Weights, InEightBitsEveryNumberOfRanksHasTheNumbersOfTheWholeRows) {
+  const ModelConfig c = small_config(Architecture::Qwen2);
+  Model m = small_model(c);
+  // Draws with rounding to do: the largest of a row lies in another group's columns.
+  uint64_t state = 1;
+  for (auto& [name, tensor] : m)
+    for (float& x : tensor.values) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      x = float(int64_t(state) >> 20) * 0x1p-40f * (state % 7 == 0 ? 100.0f : 1.0f);
+    }
+  auto& o = m.at("model.layers.0.self_attn.o_proj.weight");
+  std::fill_n(o.values.begin() + o.shape[1], o.shape[1], 0.0f);            // a row of zeros
+  for (int64_t i = 0; i < o.shape[1]; ++i) o.values[size_t(i)] *= 1e-40f;  // and one of subnormals
+  const TempFolder folder;
+  save(m, folder.path());
+  for (const int64_t T : {1, 2, 4})
+    for (int64_t rank = 0; rank < T; ++rank) {
+      const Weights w = load_weights(folder.path(), c, T, rank, WeightFormat::Int8);
+      EXPECT_EQ(w.format, WeightFormat::Int8);
+      EXPECT_LE(floats_in(w) * 4 + uint64_t(c.vocab * c.hidden) * 4,
+                weights_bytes(c, T, WeightFormat::Int8));
+      const Weights plain = load_weights(folder.path(), c, T, rank);
+      for (size_t g = 0; g < w.lm_head.size(); ++g) {  // the head is as stored
+        EXPECT_TRUE(w.lm_head[g].scales.empty());
+        EXPECT_TRUE(std::equal(w.lm_head[g].data(),
+                               w.lm_head[g].data() + w.lm_head[g].rows * w.lm_head[g].cols,
+                               plain.lm_head[g].data()));
+      }
+      for (int64_t l = 0; l < 2; ++l)
+        for (int64_t g = w.groups.begin; g < w.groups.end; ++g) {
+          const GroupWeights& got = w.layers[size_t(l)].groups[size_t(g - w.groups.begin)];
+          const std::string p = "model.layers." + std::to_string(l) + ".";
+          const int64_t d = c.head_dim, n = c.heads_per_group(), t = got.tile();
+          const int64_t first = g * c.intermediate / c.kv_heads;
+          const auto expect_row = [&](const Matrix& tile, int64_t r, const char* name, int64_t row,
+                                      int64_t first_column) {
+            float scale = 0;
+            const std::vector<float> want = quantised_row(m.at(p + name), row, &scale);
+            EXPECT_EQ(tile.scales[size_t(r)], scale) << name << " row " << row;
+            for (int64_t i = 0; i < tile.cols; ++i)
+              ASSERT_EQ(tile.data()[r * tile.cols + i], want[size_t(first_column + i)])
+                  << name << " row " << row << " of rank " << rank << " of " << T;
+          };
+          for (int64_t r = 0; r < n * d; ++r)
+            expect_row(got.qkv, r, "self_attn.q_proj.weight", g * n * d + r, 0);
+          for (int64_t r = 0; r < d; ++r) {
+            expect_row(got.qkv, n * d + r, "self_attn.k_proj.weight", g * d + r, 0);
+            expect_row(got.qkv, (n + 1) * d + r, "self_attn.v_proj.weight", g * d + r, 0);
+          }
+          for (int64_t r = 0; r < t; ++r) {
+            expect_row(got.gate_up, r, "mlp.gate_proj.weight", first + r, 0);
+            expect_row(got.gate_up, t + r, "mlp.up_proj.weight", first + r, 0);
+          }
+          for (int64_t r = 0; r < c.hidden; ++r) {
+            expect_row(got.o, r, "self_attn.o_proj.weight", r, g * n * d);
+            expect_row(got.down, r, "mlp.down_proj.weight", r, first);
+          }
+        }
+    }
+}
+
+TEST(Weights, TheirFormatIsOneOfTheWordsOfTheOption) {
+  EXPECT_EQ(weight_format("none"), WeightFormat::AsStored);
+  EXPECT_EQ(weight_format("int8"), WeightFormat::Int8);
+  EXPECT_THAT(error_of([&] { weight_format("int4"); }), HasSubstr("model.quantization is 'int4'"));
 }
 
 TEST(Weights, AModelTooBigForTheNodeIsRefusedBeforeAnythingIsAllocated) {
