@@ -2,6 +2,7 @@
 // is asked for y^T [out, rows] = weight^T^T [out, in] x^T [in, rows].
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/dense_kernels.h"
+#include "kernels/cuda/int8_kernels.h"
 #include "kernels/cuda/linear_ops.h"
 #include "kernels/cuda/shared_library.h"
 
@@ -119,6 +120,7 @@ class CublasLinear final : public LinearOps {
     (void)plan(p);
   }
 
+  using LinearOps::linear;
   void linear(const LinearProduct& p) override {
     check_linear(p);
     const Plan& made = plan(p);
@@ -139,6 +141,17 @@ class CublasLinear final : public LinearOps {
   }
 
  private:
+  void int8_rows(const Int8Product& p) override {
+    check_cuda(launch_int8_rows(p, device_.stream()),
+               "a product with 8-bit weights cannot be launched");
+  }
+  void int8_unpack(const Int8Unpack& a) override {
+    check_cuda(launch_int8_unpack(a, device_.stream()), "8-bit weights cannot be unpacked");
+  }
+  void int8_scale(const Int8Scale& a) override {
+    check_cuda(launch_int8_scale(a, device_.stream()), "a product cannot be scaled");
+  }
+
   const Plan& plan(const LinearProduct& p) {
     const Key key = key_of(p);
     const auto found = plans_.find(key);

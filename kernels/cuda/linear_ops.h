@@ -12,6 +12,7 @@
 
 #include "kernels/base/dtype.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/int8_args.h"
 
 namespace certkv::cuda {
 
@@ -46,6 +47,8 @@ class LinearOps {
   // wrong with it; DeviceError.
   virtual void linear(const LinearProduct& product) = 0;
   virtual void prepare(const LinearProduct& product) = 0;
+  // The same with weights in 8 bits; see int8_args.h.
+  void linear(const Int8Product& product);
 
   // to[i] = from[i], rounded to nearest even; NaN stays NaN, what is too large becomes infinity.
   // dtype: BF16 or F16. Throws InvalidArgument, DeviceError.
@@ -53,6 +56,12 @@ class LinearOps {
 
  protected:
   LinearOps() = default;
+
+ private:
+  // The parts of linear(const Int8Product&), whose arguments have been checked.
+  virtual void int8_rows(const Int8Product& product) = 0;
+  virtual void int8_unpack(const Int8Unpack& codes) = 0;
+  virtual void int8_scale(const Int8Scale& rows) = 0;
 };
 
 struct LinearOptions {
@@ -67,6 +76,7 @@ std::unique_ptr<LinearOps> make_cuda_linear_ops(Device& device, const LinearOpti
 
 // What linear() and narrow() refuse. Throws InvalidArgument.
 void check_linear(const LinearProduct& product);
+void check_linear(const Int8Product& product);
 void check_narrow(DType dtype, const float* from, const uint16_t* to, size_t count);
 
 }  // namespace certkv::cuda

@@ -18,14 +18,6 @@ void expect_float(DType t, const char* what) {
                 dtype_name(t));
 }
 
-// The threads of a block, one after another.
-struct EmulatedThreads {
-  template <typename F>
-  void each(int count, F f) const {
-    for (int t = 0; t < count; ++t) f(t);
-  }
-};
-
 class EmulatedModelOps final : public ModelOps {
  public:
   void embed(const EmbedRows& a) override {
@@ -95,7 +87,7 @@ class EmulatedModelOps final : public ModelOps {
           program(block);
         }
     };
-    const EmulatedThreads threads;
+    const BlockThreads threads;
     for (int stage = 0; stage < kSampleStages; ++stage)
       blocks(a.parts(), [&](SampleBlock& block) { block.search(threads, stage); });
     blocks(a.parts(), [&](SampleBlock& block) { block.add_part(threads); });

@@ -4,11 +4,9 @@
 // time: a stage counts the tokens whose leading bits are those found so far, and their mass, by the
 // next bits; the following one looks in which bin what is wanted is reached. top_k first, then, of
 // the mass that it left, top_p. All sums are of whole numbers: blocks and threads add in any order.
-//
-// A block's program is written once: threads.each(count, f) calls f(t) for all t below count and
-// ends with a barrier; what is decided between such calls is the same for the whole block.
 #pragma once
 
+#include "kernels/cuda/block_threads.h"
 #include "kernels/cuda/model_body.h"
 #include "kernels/cuda/sample_args.h"
 
@@ -113,8 +111,7 @@ struct SampleBlock {
   // ---- parts of the program --------------------------------------------------------------------
 
   // The sums of each kSampleGroup of the `count` numbers in shared memory.
-  template <typename Threads>
-  CERTKV_HD void add_groups(const Threads& threads, int numbers) const {
+  CERTKV_HD void add_groups(const BlockThreads& threads, int numbers) const {
     threads.each(numbers / kSampleGroup, [&](int t) {
       uint64_t mass = 0, count = 0;
       for (int i = t * kSampleGroup; i < (t + 1) * kSampleGroup; ++i) {
@@ -126,8 +123,7 @@ struct SampleBlock {
     });
   }
 
-  template <typename Threads>
-  CERTKV_HD void load_bins(const Threads& threads, const SampleBins& bins) const {
+  CERTKV_HD void load_bins(const BlockThreads& threads, const SampleBins& bins) const {
     threads.each(kSampleThreads, [&](int t) {
       for (int i = t; i < kSampleBins; i += kSampleThreads) s.set(i, bins.mass[i], bins.count[i]);
     });
@@ -174,8 +170,7 @@ struct SampleBlock {
   }
 
   // What the stage knows of the cut, into shared memory.
-  template <typename Threads>
-  CERTKV_HD void find_cut(const Threads& threads, int stage) const {
+  CERTKV_HD void find_cut(const BlockThreads& threads, int stage) const {
     const SampleScratch& kept = scratch();
     load_bins(threads, kept.bins[stage - 1]);
     if (stage == 1) {
@@ -199,8 +194,7 @@ struct SampleBlock {
   // ---- the program -----------------------------------------------------------------------------
 
   // Stages 0 to 4: the part's tokens that share the prefix, into the stage's bins.
-  template <typename Threads>
-  CERTKV_HD void search(const Threads& threads, int stage) const {
+  CERTKV_HD void search(const BlockThreads& threads, int stage) const {
     if (!searched(stage)) return;
     if (stage > 0) find_cut(threads, stage);
     const bool last = stage == 2 || stage == 4;
@@ -233,8 +227,7 @@ struct SampleBlock {
   }
 
   // Then: what is kept, and of each part what it has of it.
-  template <typename Threads>
-  CERTKV_HD void add_part(const Threads& threads) const {
+  CERTKV_HD void add_part(const BlockThreads& threads) const {
     if (!drawn()) return;
     if (searched(0)) {
       // The last bins are those of stage 2, or of stage 4 where two searches were made.
@@ -292,8 +285,7 @@ struct SampleBlock {
   }
 
   // Last, by one block a row (its `part` is not used before it is found).
-  template <typename Threads>
-  CERTKV_HD void draw_token(const Threads& threads) {
+  CERTKV_HD void draw_token(const BlockThreads& threads) {
     threads.each(1, [&](int) { a.tokens[row] = -1; });
     if (!drawn()) return;
     const size_t parts = a.parts();

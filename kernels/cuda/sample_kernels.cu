@@ -7,19 +7,6 @@ namespace certkv::cuda {
 
 namespace {
 
-// See sample_body.h. The host's half is never called, but must compile.
-struct BlockThreads {
-  template <typename F>
-  CERTKV_HD void each(int count, F f) const {
-#if defined(__CUDA_ARCH__)
-    if (int(threadIdx.x) < count) f(int(threadIdx.x));
-    __syncthreads();
-#else
-    for (int t = 0; t < count; ++t) f(t);
-#endif
-  }
-};
-
 __global__ void __launch_bounds__(kSampleThreads) search_kernel(const SampleRows a, int stage) {
   __shared__ SampleShared shared;
   const SampleBlock block(a, blockIdx.y, blockIdx.x, shared);
