@@ -36,6 +36,7 @@ AuditShape audit_shape(const EngineParts& parts, ShardRange heads, DType origina
 DeviceTransformerOptions transformer_options(const JobOptions& o, const ModelConfig& config) {
   return {.originals = originals_dtype(o, config),
           .weights = config.dtype,
+          .int8 = weight_format(o.model.quantization) == WeightFormat::Int8,
           .max_batch = size_t(o.run.max_batch),
           .max_tokens = engine_token_limit(o, config)};
 }
@@ -76,11 +77,6 @@ void set_up_device(const JobOptions& options, const EngineParts& parts, ShardRan
   const ModelConfig& config = *parts.config;
   const std::string& backend = options.run.backend;
   const DType originals = originals_dtype(options, config);
-  CERTKV_EXPECT(
-      parts.weights->format == WeightFormat::AsStored, InvalidArgument,
-      "model.quantization is int8: run.backend {} does not do it; use run.backend cpu, or "
-      "none",
-      backend);
   rank->device = parts.make_device ? parts.make_device(backend, parts.local_rank)
                                    : make_device_backend(backend, parts.local_rank);
   cuda::Device& device = *rank->device.device;

@@ -26,6 +26,7 @@ struct Int8Product {
   float* y = nullptr;  // [rows, out], rows y_stride elements apart
   size_t y_stride = 0;
   size_t rows = 0;
+  bool beside = false;         // as LinearProduct's; the workspace is then another one
   void* workspace = nullptr;   // for more than kInt8MostRows rows
   size_t workspace_bytes = 0;  // at least of one output's weights in dtype
 };

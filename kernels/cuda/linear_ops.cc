@@ -78,7 +78,8 @@ void LinearOps::linear(const Int8Product& p) {
             .x_stride = p.x_stride,
             .y = p.y + first,
             .y_stride = p.y_stride,
-            .rows = p.rows});
+            .rows = p.rows,
+            .beside = p.beside});
   }
   int8_scale({p.scales, p.y, p.y_stride, p.rows, p.out});
 }

@@ -104,6 +104,9 @@ DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights we
                 InvalidArgument,
                 "max_batch is {}, chunk_rows {}, max_tokens {}: positive numbers are needed",
                 options.max_batch, options.chunk_rows, options.max_tokens);
+  CERTKV_EXPECT(options.int8 == weights_.int8, InvalidArgument,
+                "weights that are {}INT8 given to a device that was told otherwise",
+                weights_.int8 ? "" : "not ");
   for (size_t r = 0; r < ranks_; ++r) {
     vocab_.push_back(
         vocab_of(config, kv_heads_of_rank(config.kv_heads, int64_t(ranks_), int64_t(r))));
@@ -117,6 +120,9 @@ DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights we
   device.copy(cos_.data(), table.cos.data(), cos_.bytes());
   device.copy(sin_.data(), table.sin.data(), sin_.bytes());
 
+  if (options.int8)
+    int8_workspaces_ = {device, int8_workspaces_bytes(config, int64_t(ranks_), options),
+                        "workspaces for 8-bit weights"};
   const size_t batch = options.max_batch;
   step_ = make_buffers(batch, false);
   x_ = {device, batch * hidden_, kStepMemory};
@@ -217,27 +223,14 @@ uint64_t DeviceTransformer::step_bytes(const ModelConfig& c, int64_t tensor,
   // And of each row the likeliest token, and the drawn one.
   const uint64_t logits = (4 * s.vocab + 8) * (1 + (tensor > 1 ? uint64_t(tensor) : 0));
   const uint64_t draw = sizeof(SampleDraw) + sizeof(cuda::SampleScratch) + 4;
+  const uint64_t workspace = options.int8 ? int8_workspaces_bytes(c, tensor, options) : 0;
   const uint64_t again = tensor == 1 ? s.q * s.element + 4 * s.hidden : 0;
-  return tokens * 4 * uint64_t(c.head_dim) + 4 + (uint64_t(tensor) + 1) * 4 +
+  return workspace + tokens * 4 * uint64_t(c.head_dim) + 4 + (uint64_t(tensor) + 1) * 4 +
          options.max_batch *
              (s.row(tensor) + 2 * 4 + 4 * s.q + 4 * s.hidden + again + logits + draw);
 }
 
 // ---- parts of a layer ---------------------------------------------------------------------------
-
-void DeviceTransformer::project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y,
-                                bool beside) {
-  ops_.linear.linear({.weight = matrix.values.data(),
-                      .dtype = weights_.dtype,
-                      .out = matrix.out,
-                      .in = matrix.in,
-                      .x = x,
-                      .x_stride = matrix.in,
-                      .y = y,
-                      .y_stride = matrix.out,
-                      .rows = rows,
-                      .beside = beside});
-}
 
 void DeviceTransformer::norm(const float* x, const cuda::DeviceArray<float>& weight, size_t rows,
                              void* normed) {

@@ -2,8 +2,9 @@
 // runtime/transformer.h is for the CPU, with the same meaning of prefill and decode.
 //
 // Weights lie in the device's memory in one type (F32, F16 or BF16), which their products' inputs
-// are rounded to; the residual stream, sums, norms and rotation are float. Prefill's attention
-// takes queries, keys and values rounded to the originals' type and gives rounded outputs.
+// are rounded to, or in 8 bits (kernels/cuda/int8_args.h); the residual stream, sums, norms and
+// rotation are float. Prefill's attention takes queries, keys and values rounded to the originals'
+// type and gives rounded outputs.
 //
 // A decode step is enqueued whole on the device's stream, as one graph where its shape has been
 // before: the host waits once, at its end, and nothing is allocated. Unlike on the CPU, logits may
@@ -43,6 +44,7 @@ namespace certkv {
 struct DeviceTransformerOptions {
   DType originals = DType::BF16;  // of keys and values: BF16 or F16
   DType weights = DType::BF16;    // in the device's memory: the model's own, or F32
+  bool int8 = false;              // the layers' matrices are INT8 (runtime/weights.h)
   // What changes speed and memory.
   size_t max_batch = 1;      // rows of a decode step
   int64_t max_tokens = 0;    // of prompt and answer; 0: the model's limit. 4 head_dim bytes each
@@ -61,7 +63,7 @@ class DeviceTransformer : public ForwardPass {
  public:
   // Everything but `weights` must outlive this object; those are uploaded here. `group` may be
   // nullptr: one rank, which owns all KV groups. Throws InvalidArgument where the weights are not
-  // those of the group's rank.
+  // those of the group's rank, or not of the options' format.
   DeviceTransformer(const ModelConfig& config, const Weights& weights, cuda::Device& device,
                     DeviceOps ops, DeviceAttention& cache, DeviceGroup* group,
                     DeviceTransformerOptions options);
@@ -127,6 +129,8 @@ class DeviceTransformer : public ForwardPass {
     bool logits = false, best = false, draw = false;
   };
 
+  static uint64_t int8_workspaces_bytes(const ModelConfig& config, int64_t tensor,
+                                        const DeviceTransformerOptions& options);
   Buffers make_buffers(size_t rows, bool prompt);
   void prefill_layer(size_t layer, Prompt& p, const Progress& progress);
   void prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows);
@@ -171,7 +175,8 @@ class DeviceTransformer : public ForwardPass {
   std::vector<ShardRange> vocab_;  // of each rank
   size_t vocab_widest_ = 0;
 
-  cuda::DeviceArray<float> cos_, sin_;  // [max_tokens, head_dim / 2]
+  cuda::DeviceArray<float> cos_, sin_;            // [max_tokens, head_dim / 2]
+  cuda::DeviceArray<std::byte> int8_workspaces_;  // one, two (device_products.cc), or empty
   Buffers step_;
   cuda::DeviceArray<float> x_;                    // [max_batch, hidden]
   cuda::DeviceArray<float> logits_, all_logits_;  // [max_batch, widest], [ranks, max_batch, widest]

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/arith/int8_weight.h"
 #include "kernels/base/error.h"
 #include "runtime/model_config.h"
 #include "runtime/weights.h"
@@ -22,6 +23,7 @@ class Uploader {
   Uploader(cuda::Device& device, DType dtype) : device_(device), dtype_(dtype) {}
 
   DeviceMatrix join(size_t out, size_t in, const std::vector<Tile>& tiles, const char* what) {
+    if (!tiles[0].from->scales.empty()) return join_int8(out, in, tiles, what);
     const size_t element = dtype_bytes(dtype_);
     host_.resize(out * in * element);
     for (const Tile& tile : tiles)
@@ -31,6 +33,27 @@ class Uploader {
               host_.data() + ((tile.to_row + size_t(r)) * in + tile.to_column) * element, what);
       }
     DeviceMatrix m{{device_, host_.size(), what}, out, in};
+    device_.copy(m.values.data(), host_.data(), host_.size());
+    return m;
+  }
+
+  // Values are codes times scales, exactly; a row that has several tiles has one scale.
+  DeviceMatrix join_int8(size_t out, size_t in, const std::vector<Tile>& tiles, const char* what) {
+    host_.resize(out * in);
+    std::vector<float> scales(out, 0.0f);
+    for (const Tile& tile : tiles)
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const float* from = tile.from->data() + (tile.first_row + r) * tile.from->cols;
+        const float scale = tile.from->scales[size_t(tile.first_row + r)];
+        float& joined = scales[tile.to_row + size_t(r)];
+        CERTKV_EXPECT(joined == 0 || joined == scale, InvalidArgument,
+                      "{}: parts of output {} have the scales {} and {}", what,
+                      tile.to_row + size_t(r), joined, scale);
+        joined = scale;
+        std::byte* to = host_.data() + (tile.to_row + size_t(r)) * in + tile.to_column;
+        for (int64_t i = 0; i < tile.from->cols; ++i) to[i] = std::byte(int8_code(from[i], scale));
+      }
+    DeviceMatrix m{{device_, host_.size(), what}, out, in, vector(scales, what)};
     device_.copy(m.values.data(), host_.data(), host_.size());
     return m;
   }
@@ -142,7 +165,10 @@ size_t vocab_rows_of(const Weights& w) {
 
 DeviceWeights::DeviceWeights(const ModelConfig& config, const Weights& weights,
                              cuda::Device& device, DType type)
-    : dtype(type), embed_dtype(weights.embed.dtype), vocab_rows(vocab_rows_of(weights)) {
+    : dtype(type),
+      int8(weights.format == WeightFormat::Int8),
+      embed_dtype(weights.embed.dtype),
+      vocab_rows(vocab_rows_of(weights)) {
   CERTKV_EXPECT(type == DType::F32 || type == DType::F16 || type == DType::BF16, InvalidArgument,
                 "weights of type {} on a device: F32, F16 or BF16 is needed", dtype_name(type));
   Uploader to(device, type);
@@ -175,7 +201,7 @@ void DeviceWeights::repeat_last_layer(cuda::Device& device, size_t count) {
     return to;
   };
   const auto matrix = [&](const DeviceMatrix& m) {
-    return DeviceMatrix{copy(m.values), m.out, m.in};
+    return DeviceMatrix{copy(m.values), m.out, m.in, copy(m.scales)};
   };
   layers.reserve(count);
   while (!layers.empty() && layers.size() < count) {
@@ -194,12 +220,14 @@ const void* DeviceWeights::lm_head_values() const {
 uint64_t DeviceWeights::bytes(const ModelConfig& c, const Weights& w, DType dtype) {
   const uint64_t H = uint64_t(c.hidden), d = uint64_t(c.head_dim);
   const uint64_t n = uint64_t(c.heads_per_group()), element = dtype_bytes(dtype);
+  const bool int8 = w.format == WeightFormat::Int8;
   uint64_t sum =
       uint64_t(w.embed.rows * w.embed.cols) * dtype_bytes(w.embed.dtype) + 4 * w.final_norm.size();
   if (!shares_embedding(c, w, dtype)) sum += vocab_rows_of(w) * H * element;
   for (const LayerWeights& l : w.layers) {
     const uint64_t groups = l.groups.size(), mlp = tile_sum(l);
-    sum += element * H * (groups * (2 * n + 2) * d + 3 * mlp);
+    sum += (int8 ? 1 : element) * H * (groups * (2 * n + 2) * d + 3 * mlp);
+    if (int8) sum += 4 * (groups * (n + 2) * d + 2 * H + 2 * mlp);
     sum += 4 * (l.input_norm.size() + l.post_attention_norm.size() + l.q_norm.size() +
                 l.k_norm.size() + l.o_bias.size() + l.down_bias.size());
     for (const GroupWeights& g : l.groups) sum += 4 * (g.qkv_bias.size() + g.gate_up_bias.size());

@@ -14,10 +14,11 @@ namespace certkv {
 struct ModelConfig;
 struct Weights;
 
-// Row-major [out, in].
+// Row-major [out, in], in the type of DeviceWeights, or INT8 codes where there are scales.
 struct DeviceMatrix {
   cuda::DeviceArray<std::byte> values;
   size_t out = 0, in = 0;
+  cuda::DeviceArray<float> scales = {};  // [out], or empty
 };
 
 // H = hidden, d = head_dim; h, g, I, V: this rank's query heads, KV heads, part of the MLP and of
@@ -35,8 +36,8 @@ struct DeviceLayer {
 struct DeviceWeights {
   DeviceWeights() = default;  // none
   // Uploads what `weights` holds; they are not needed afterwards. Matrices are rounded to `dtype`
-  // (F32, F16 or BF16), which changes nothing where the model's files have that type; norms and
-  // biases stay float, the embedding stays what it is.
+  // (F32, F16 or BF16), which changes nothing where the model's files have that type, and nothing
+  // is rounded of those that are INT8; norms and biases stay float, the embedding stays what it is.
   // ERRORS: InvalidArgument (another type; a value that dtype cannot hold), OutOfMemory naming the
   // matrix.
   DeviceWeights(const ModelConfig& config, const Weights& weights, cuda::Device& device,
@@ -49,6 +50,7 @@ struct DeviceWeights {
   static uint64_t bytes(const ModelConfig& config, const Weights& weights, DType dtype);
 
   DType dtype = DType::BF16;
+  bool int8 = false;  // the layers' matrices; dtype is then that of their inputs
   DType embed_dtype = DType::BF16;
   cuda::DeviceArray<std::byte> embed;  // [vocab, H]
   std::vector<DeviceLayer> layers;

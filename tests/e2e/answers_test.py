@@ -109,6 +109,15 @@ class ReaderAnswers(unittest.TestCase):
             self.assertEqual(product.recorded(self.folder, name, "results.jsonl"), results, name)
             self.assertEqual(product.recorded(self.folder, name, "steps.jsonl"), steps, name)
 
+    def test_weights_of_8_bits_are_bitwise_equal_for_every_number_of_ranks(self):
+        for ranks in (0, 2, 4):
+            self.run_job(f"int8 {ranks}", "--deterministic", "true", "--quantization", "int8",
+                         ranks=ranks)
+        one = product.recorded(self.folder, "int8 0", "results.jsonl")
+        self.assertEqual(len(one), self.QUESTIONS)
+        for ranks in (2, 4):
+            self.assertEqual(product.recorded(self.folder, f"int8 {ranks}", "results.jsonl"), one)
+
     def test_the_answers_do_not_depend_on_the_number_of_ranks(self):
         for ranks in (0, 2, 4):
             self.run_job(f"ranks {ranks}", ranks=ranks)

@@ -53,6 +53,21 @@ class Compared(unittest.TestCase):
         job = harness.run([str(word) for word in command], ranks=ranks, timeout_s=200)
         return job.expect_exit(0).expect_nothing_left()
 
+    def check_weights_of_8_bits(self, backend):
+        """The device's kernels have the CPU's codes and scales; other weights are another model."""
+        for name in ("cpu", backend):
+            self.run_job(name + " int8", "--backend", name, "--quantization", "int8")
+        job = differences(self.path("cpu int8"), self.path(backend + " int8")).expect_exit(0)
+        self.assertIn(", 0 unexplained;", job.stdout)
+        manifest = product.read_json(self.folder, backend + " int8", "manifest.json")
+        self.assertEqual(manifest["identity"]["model.quantization"], "int8")
+        texts = product.texts(self.folder, "cpu int8", "results.jsonl")
+        self.assertEqual(len(texts), self.QUESTIONS)
+        self.assertEqual(product.texts(self.folder, backend + " int8", "results.jsonl"), texts)
+        plain, coded = (product.read_json(self.folder, name, "summary.json")
+                        for name in ("cpu", "cpu int8"))
+        self.assertNotEqual(plain["policies"]["budget"]["returned"], coded["returned"])
+
 
 class EmulatedOutcomes(Compared):
     def test_the_kernels_of_a_device_differ_from_the_cpu_in_nothing_unexplained(self):
@@ -62,6 +77,9 @@ class EmulatedOutcomes(Compared):
         self.assertIn(", 0 unexplained;", job.stdout)
         compared = int(job.stdout.splitlines()[-1].split()[0])
         self.assertGreater(compared, self.head_steps // 2)  # most answers go the same way
+
+    def test_weights_of_8_bits_answer_as_the_cpu_does(self):
+        self.check_weights_of_8_bits("emulated")
 
     def test_a_run_does_not_differ_from_itself_and_others_diverge(self):
         job = differences(self.path("cpu"), self.path("cpu")).expect_exit(0)
@@ -143,6 +161,9 @@ class GpuOutcomes(Compared):
 
     def test_one_rank_answers_as_the_cpu_does(self):
         self.check("one")
+
+    def test_weights_of_8_bits_answer_as_the_cpu_does(self):
+        self.check_weights_of_8_bits("cuda")
 
     def test_two_ranks_on_one_gpu_answer_as_the_cpu_does(self):
         self.check("two", "--parallel.tensor", "2", ranks=2, shared_gpu=True)

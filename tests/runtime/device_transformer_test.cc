@@ -137,6 +137,7 @@ class DeviceTransformerTest : public OnTestDevice {
                                                      size_t(c.config.head_dim), c.originals);
     m.options = {.originals = c.originals,
                  .weights = c.weights,
+                 .int8 = weights.format == WeightFormat::Int8,
                  .max_batch = 3,
                  .max_tokens = 200,
                  .chunk_rows = c.chunk_rows};
@@ -221,6 +222,56 @@ TEST_F(DeviceTransformerTest, WeightsOf16BitsDifferByTheirRoundingAlone) {
   EXPECT_LT(3 * fine, coarse);
   EXPECT_GT(fine, 0);
   EXPECT_LT(coarse, kBrainRounding * largest(cpu));
+}
+
+// Codes and scales are the same numbers on both sides. What was rounded to 8 bits changes the
+// logits by far more than what is allowed here.
+TEST_F(DeviceTransformerTest, WeightsOf8BitsAreTheCpusBesideTheOrderOfSums) {
+  Case c{.lengths = {1, 1, 1}};
+  const Logits plain = on_cpu(c);
+  c.change = make_int8;
+  const Logits cpu = on_cpu(c);
+  EXPECT_GT(largest_difference(plain, cpu), 10 * kReordering * largest(cpu));
+  EXPECT_LT(largest_difference(on_device(c), cpu), kReordering * largest(cpu));
+  // Inputs of 16 bits are rounded, the layers' weights are not: less than what is allowed for both.
+  c.weights = DType::BF16;
+  EXPECT_LT(largest_difference(on_device(c), cpu), kBrainRounding * largest(cpu));
+}
+
+// Chunks of 32 rows go through the library, the 6 rows after them and decode through the kernel.
+TEST_F(DeviceTransformerTest, PromptsWithWeightsOf8BitsAreTheCpusBesideRounding) {
+  Case c, coarse;
+  c.change = coarse.change = make_int8;
+  coarse.originals = DType::BF16;
+  const Logits cpu = on_cpu(c);
+  const double measured = largest_difference(on_cpu(coarse), cpu);  // as without INT8, above
+  EXPECT_LT(measured, 0.05 * largest(cpu));
+  EXPECT_GT(measured, 0);
+  EXPECT_LT(largest_difference(on_device(c), cpu), measured / 2);
+}
+
+TEST_F(DeviceTransformerTest, WeightsOfAnotherFormatThanWasToldAreRefused) {
+  Case c;
+  const Model m = make(c);
+  DeviceTransformerOptions options = m.options;
+  options.int8 = true;
+  const std::string why = thrown_by([&] {
+    DeviceTransformer(*m.config, random_weights(c.config, 1, 0, kSeed), *device_,
+                      DeviceOps{*m.model, *m.linear, *m.dense}, *m.cache, nullptr, options);
+  });
+  EXPECT_NE(why.find("weights that are not INT8"), std::string::npos) << why;
+}
+
+// A part of a row that was rounded by another scale would be another model.
+TEST_F(DeviceTransformerTest, PartsOfAnOutputWithTwoScalesAreRefused) {
+  Case c;
+  c.change = [](Weights& w) {
+    make_int8(w);
+    w.layers[0].groups[1].o.scales[3] *= 2;
+  };
+  const std::string why = thrown_by([&] { make(c); });
+  EXPECT_NE(why.find("o weights (raise parallel.tensor): parts of output 3"), std::string::npos)
+      << why;
 }
 
 TEST_F(DeviceTransformerTest, ProgressIsToldOfEveryChunkAndMayEndThePrefill) {
@@ -364,22 +415,29 @@ TEST_F(DeviceTransformerTest, MemoryIsWhatWasForetoldAndAPromptThatDoesNotFitIsN
     for (DType type : {DType::F32, DType::BF16}) {
       Case c{.weights = type};
       c.config.tie_word_embeddings = tied;
-      const Weights weights = random_weights(c.config, 1, 0, kSeed);
-      const auto device = cuda::make_emulated_device();
-      const uint64_t before = device->free_bytes();
-      const DeviceWeights uploaded(c.config, weights, *device, type);
-      EXPECT_EQ(before - device->free_bytes(), DeviceWeights::bytes(c.config, weights, type));
+      Weights weights = random_weights(c.config, 1, 0, kSeed);
+      for (bool int8 : {false, true}) {
+        if (int8) make_int8(weights);
+        const auto device = cuda::make_emulated_device();
+        const uint64_t before = device->free_bytes();
+        const DeviceWeights uploaded(c.config, weights, *device, type);
+        EXPECT_EQ(before - device->free_bytes(), DeviceWeights::bytes(c.config, weights, type));
+      }
     }
   if (!device_->emulated()) return;  // what follows counts an emulated device's bytes
-  const Case c;
+  Case c;
   const auto ids = prompt(70, c.config.vocab);
   uint64_t used = 0;
-  {
+  for (bool int8 : {true, false}) {
+    c.change = [int8](Weights& w) {
+      if (int8) make_int8(w);
+    };
     Model m = make(c);
     const uint64_t before = device_->free_bytes();
     used = device_->total_bytes() - before;
-    EXPECT_EQ(used, DeviceWeights::bytes(c.config, random_weights(c.config, 1, 0, kSeed),
-                                         m.options.weights) +
+    Weights weights = random_weights(c.config, 1, 0, kSeed);
+    c.change(weights);
+    EXPECT_EQ(used, DeviceWeights::bytes(c.config, weights, m.options.weights) +
                         DeviceTransformer::step_bytes(c.config, 1, m.options));
     uint64_t least = before;
     m->prefill(0, ids, [&](int, size_t) { least = std::min(least, device_->free_bytes()); });
