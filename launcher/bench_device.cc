@@ -58,6 +58,7 @@ Json case_json(const DeviceBenchResult& r, const DeviceBenchOptions& o) {
   v["kv_heads"] = o.kv_heads;
   v["head_dim"] = o.head_dim;
   v["heads"] = head_kind_name(o.heads);
+  v["quantization"] = o.int8 ? "int8" : "none";
   v["tolerance"] = o.tolerance.value;
   v["tolerance_kind"] = o.tolerance.is_relative ? "relative" : "absolute";
   v["steps"] = o.steps;
@@ -98,7 +99,7 @@ int bench_device_command(bool whole_steps, const std::vector<std::string>& value
   DeviceBenchOptions o;
   o.whole_steps = whole_steps;
   o.threads = usable_cores();
-  std::string contexts = "32768", heads = "mixed", dtype = "bfloat16", json;
+  std::string contexts = "32768", heads = "mixed", dtype = "bfloat16", quantization = "none", json;
   OptionTable table(job, {"tolerance", "ladder", "scratch"});
   table.add("backend", &o.backend,
             {.meaning = "whose kernels are measured; emulated: on the CPU, to test",
@@ -121,6 +122,8 @@ int bench_device_command(bool whole_steps, const std::vector<std::string>& value
       {.meaning = "how concentrated the synthetic heads are", .allowed = "diffuse mixed sharp"});
   table.add("dtype", &dtype,
             {.meaning = "of weights and originals", .allowed = "bfloat16 float16"});
+  table.add("quantization", &quantization,
+            {.meaning = "of the layers' matrices, in whole steps", .allowed = "none int8"});
   table.add("threads", &o.threads, {.meaning = "of the host", .min = 1, .max = 1024});
   table.add("seed", &o.seed, {.meaning = "of the synthetic heads"});
   table.add("json", &json, {.meaning = "file to write the figures to"});
@@ -134,6 +137,7 @@ int bench_device_command(bool whole_steps, const std::vector<std::string>& value
   }
   o.heads = head_kind_from_name(heads);
   o.dtype = dtype == "float16" ? DType::F16 : DType::BF16;
+  o.int8 = quantization == "int8";
   o.tolerance = job.tolerance;
   o.ladder = job.ladder;
   o.scratch = job.scratch;

@@ -148,13 +148,11 @@ Matrix new_matrix(int64_t rows, int64_t cols) {
   return {rows, cols, std::make_unique_for_overwrite<float[]>(size_t(rows) * size_t(cols))};
 }
 
-// Of every row its largest magnitude.
-std::vector<float> largest_of_rows(const float* values, int64_t rows, int64_t cols) {
-  std::vector<float> largest(size_t(rows), 0.0f);
+// Of every row its largest magnitude, and no less than there is already.
+void find_largest(const float* values, int64_t rows, int64_t cols, float* largest) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < cols; ++i)
-      largest[size_t(r)] = std::max(largest[size_t(r)], std::abs(values[r * cols + i]));
-  return largest;
+      largest[r] = std::max(largest[r], std::abs(values[r * cols + i]));
 }
 
 void quantise(Matrix& m, const std::vector<float>& largest) {
@@ -166,34 +164,40 @@ void quantise(Matrix& m, const std::vector<float>& largest) {
   }
 }
 void quantise(Matrix& m) {
-  quantise(m, largest_of_rows(m.data(), m.rows, m.cols));
+  std::vector<float> largest(size_t(m.rows), 0.0f);
+  find_largest(m.data(), m.rows, m.cols, largest.data());
+  quantise(m, largest);
 }
-
-// The same of a matrix that a group has some columns of.
-std::vector<float> largest_of_whole_rows(const Loader& from, const std::string& name, int64_t rows,
-                                         int64_t cols) {
-  constexpr int64_t kRows = 64;  // at a time
-  std::vector<float> all, block(size_t(std::min(kRows, rows) * cols));
-  for (int64_t first = 0; first < rows; first += kRows) {
-    const int64_t count = std::min(kRows, rows - first);
-    from.block(name, {first, first + count}, {0, cols}, block.data());
-    const std::vector<float> some = largest_of_rows(block.data(), count, cols);
-    all.insert(all.end(), some.begin(), some.end());
-  }
-  return all;
-}
-
-void quantise_layer(const Loader& from, const ModelConfig& c, int64_t l, LayerWeights& w) {
-  const auto o = largest_of_whole_rows(from, layer_name(l, "self_attn.o_proj.weight"), c.hidden,
-                                       c.heads * c.head_dim);
-  const auto down =
-      largest_of_whole_rows(from, layer_name(l, "mlp.down_proj.weight"), c.hidden, c.intermediate);
+// o, down: the largest of those matrices' whole rows, which lie in all groups.
+void quantise_layer(LayerWeights& w, const std::vector<float>& o, const std::vector<float>& down) {
   for (GroupWeights& g : w.groups) {
     quantise(g.qkv);
     quantise(g.o, o);
     quantise(g.gate_up);
     quantise(g.down, down);
   }
+}
+void quantise_whole_layer(LayerWeights& w) {
+  const size_t hidden = size_t(w.groups.at(0).o.rows);
+  std::vector<float> o(hidden, 0.0f), down(hidden, 0.0f);
+  for (const GroupWeights& g : w.groups) {
+    find_largest(g.o.data(), g.o.rows, g.o.cols, o.data());
+    find_largest(g.down.data(), g.down.rows, g.down.cols, down.data());
+  }
+  quantise_layer(w, o, down);
+}
+
+// Where a rank has some columns alone, the file has the others.
+std::vector<float> read_largest(const Loader& from, const std::string& name, int64_t rows,
+                                int64_t cols) {
+  constexpr int64_t kRows = 64;  // at a time
+  std::vector<float> largest(size_t(rows), 0.0f), block(size_t(std::min(kRows, rows) * cols));
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t count = std::min(kRows, rows - first);
+    from.block(name, {first, first + count}, {0, cols}, block.data());
+    find_largest(block.data(), count, cols, largest.data() + first);
+  }
+  return largest;
 }
 
 GroupWeights load_group(const Loader& from, const ModelConfig& c, int64_t l, int64_t g) {
@@ -243,7 +247,15 @@ LayerWeights load_layer(const Loader& from, const ModelConfig& c, int64_t l, Sha
   if (c.mlp_bias) w.down_bias = from.vector(layer_name(l, "mlp.down_proj.bias"), hidden);
   w.groups.reserve(size_t(groups.count()));
   for (int64_t g = groups.begin; g < groups.end; ++g) w.groups.push_back(load_group(from, c, l, g));
-  if (format == WeightFormat::Int8) quantise_layer(from, c, l, w);
+  if (format == WeightFormat::AsStored) return w;
+  if (groups.count() == c.kv_heads) {
+    quantise_whole_layer(w);
+  } else {
+    const std::string o = layer_name(l, "self_attn.o_proj.weight");
+    const std::string down = layer_name(l, "mlp.down_proj.weight");
+    quantise_layer(w, read_largest(from, o, c.hidden, c.heads * c.head_dim),
+                   read_largest(from, down, c.hidden, c.intermediate));
+  }
   return w;
 }
 
@@ -297,6 +309,11 @@ WeightFormat weight_format(const std::string& quantization) {
   CERTKV_EXPECT(quantization == "none", InvalidArgument,
                 "model.quantization is '{}': use none or int8", quantization);
   return WeightFormat::AsStored;
+}
+
+void quantise_weights(Weights& whole) {
+  whole.format = WeightFormat::Int8;
+  for (LayerWeights& layer : whole.layers) quantise_whole_layer(layer);
 }
 
 uint64_t weights_bytes(const ModelConfig& config, int64_t tensor, WeightFormat format) {

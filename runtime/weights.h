@@ -88,9 +88,12 @@ void check_weights_fit(const ModelConfig& config, int64_t tensor, int64_t ranks_
 // Loads the shard of `rank`. Before allocating: every tensor is present, float-like, of the shape
 // the configuration implies, no tensor of the folder would go unused, and this rank alone fits the
 // memory available now. Values that are NaN or infinite are an error. Int8 takes no less memory
-// here than float, and reads o_proj and down_proj once more, whole. ERRORS: BadFile,
-// InvalidArgument, OutOfMemory.
+// here than float; several ranks each read o_proj and down_proj whole.
+// ERRORS: BadFile, InvalidArgument, OutOfMemory.
 Weights load_weights(const std::filesystem::path& folder, const ModelConfig& config, int64_t tensor,
                      int64_t rank, WeightFormat format = WeightFormat::AsStored);
+
+// Makes weights that hold all groups, as stored, INT8 as load_weights does.
+void quantise_weights(Weights& whole);
 
 }  // namespace certkv

@@ -174,7 +174,9 @@ struct Bench {
 
   DeviceWeights weights() {
     say("making weights");
-    DeviceWeights w(config, one_layer_of_weights(config, o.seed), device(), o.dtype);
+    Weights layer = one_layer_of_weights(config, o.seed);
+    if (o.int8) quantise_weights(layer);
+    DeviceWeights w(config, layer, device(), o.dtype);
     w.repeat_last_layer(device(), size_t(o.layers));
     wait();
     return w;
@@ -265,6 +267,7 @@ struct Bench {
         rows, nullptr,
         DeviceTransformerOptions{.originals = o.dtype,
                                  .weights = o.dtype,
+                                 .int8 = o.int8,
                                  .max_batch = size_t(o.batch),
                                  .max_tokens = config.max_tokens});
   }

@@ -28,6 +28,7 @@ struct DeviceBenchOptions {
   bool whole_steps = true;  // false: attention alone
   HeadKind heads = HeadKind::Mixed;
   DType dtype = DType::BF16;  // of originals and weights
+  bool int8 = false;          // the layers' matrices in 8 bits (model.quantization)
   Tolerance tolerance;
   ScratchOptions scratch;
   LadderOptions ladder;

@@ -36,8 +36,8 @@ struct DeviceLayer {
 struct DeviceWeights {
   DeviceWeights() = default;  // none
   // Uploads what `weights` holds; they are not needed afterwards. Matrices are rounded to `dtype`
-  // (F32, F16 or BF16), which changes nothing where the model's files have that type, and nothing
-  // is rounded of those that are INT8; norms and biases stay float, the embedding stays what it is.
+  // (F32, F16 or BF16), which changes nothing where the model's files have that type; INT8 ones
+  // keep their codes and scales; norms and biases stay float, the embedding stays what it is.
   // ERRORS: InvalidArgument (another type; a value that dtype cannot hold), OutOfMemory naming the
   // matrix.
   DeviceWeights(const ModelConfig& config, const Weights& weights, cuda::Device& device,

@@ -229,7 +229,7 @@ TEST_F(DeviceTransformerTest, WeightsOf16BitsDifferByTheirRoundingAlone) {
 TEST_F(DeviceTransformerTest, WeightsOf8BitsAreTheCpusBesideTheOrderOfSums) {
   Case c{.lengths = {1, 1, 1}};
   const Logits plain = on_cpu(c);
-  c.change = make_int8;
+  c.change = quantise_weights;
   const Logits cpu = on_cpu(c);
   EXPECT_GT(largest_difference(plain, cpu), 10 * kReordering * largest(cpu));
   EXPECT_LT(largest_difference(on_device(c), cpu), kReordering * largest(cpu));
@@ -241,7 +241,7 @@ TEST_F(DeviceTransformerTest, WeightsOf8BitsAreTheCpusBesideTheOrderOfSums) {
 // Chunks of 32 rows go through the library, the 6 rows after them and decode through the kernel.
 TEST_F(DeviceTransformerTest, PromptsWithWeightsOf8BitsAreTheCpusBesideRounding) {
   Case c, coarse;
-  c.change = coarse.change = make_int8;
+  c.change = coarse.change = quantise_weights;
   coarse.originals = DType::BF16;
   const Logits cpu = on_cpu(c);
   const double measured = largest_difference(on_cpu(coarse), cpu);  // as without INT8, above
@@ -266,7 +266,7 @@ TEST_F(DeviceTransformerTest, WeightsOfAnotherFormatThanWasToldAreRefused) {
 TEST_F(DeviceTransformerTest, PartsOfAnOutputWithTwoScalesAreRefused) {
   Case c;
   c.change = [](Weights& w) {
-    make_int8(w);
+    quantise_weights(w);
     w.layers[0].groups[1].o.scales[3] *= 2;
   };
   const std::string why = thrown_by([&] { make(c); });
@@ -417,7 +417,7 @@ TEST_F(DeviceTransformerTest, MemoryIsWhatWasForetoldAndAPromptThatDoesNotFitIsN
       c.config.tie_word_embeddings = tied;
       Weights weights = random_weights(c.config, 1, 0, kSeed);
       for (bool int8 : {false, true}) {
-        if (int8) make_int8(weights);
+        if (int8) quantise_weights(weights);
         const auto device = cuda::make_emulated_device();
         const uint64_t before = device->free_bytes();
         const DeviceWeights uploaded(c.config, weights, *device, type);
@@ -430,7 +430,7 @@ TEST_F(DeviceTransformerTest, MemoryIsWhatWasForetoldAndAPromptThatDoesNotFitIsN
   uint64_t used = 0;
   for (bool int8 : {true, false}) {
     c.change = [int8](Weights& w) {
-      if (int8) make_int8(w);
+      if (int8) quantise_weights(w);
     };
     Model m = make(c);
     const uint64_t before = device_->free_bytes();

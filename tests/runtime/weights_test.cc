@@ -405,6 +405,26 @@ TEST(Weights, InEightBitsEveryNumberOfRanksHasTheNumbersOfTheWholeRows) {
     }
 }
 
+TEST(Weights, InEightBitsAreTheSameWhereTheyWereLoadedAsStored) {
+  const ModelConfig c = small_config(Architecture::Llama);
+  const TempFolder folder;
+  save(small_model(c), folder.path());
+  const Weights loaded = load_weights(folder.path(), c, 1, 0, WeightFormat::Int8);
+  Weights later = load_weights(folder.path(), c, 1, 0);
+  quantise_weights(later);
+  EXPECT_EQ(later.format, WeightFormat::Int8);
+  const auto same = [](const Matrix& a, const Matrix& b) {
+    return !a.scales.empty() && a.scales == b.scales &&
+           std::equal(a.data(), a.data() + a.rows * a.cols, b.data());
+  };
+  for (size_t l = 0; l < 2; ++l)
+    for (size_t g = 0; g < 4; ++g) {
+      const GroupWeights &a = loaded.layers[l].groups[g], &b = later.layers[l].groups[g];
+      EXPECT_TRUE(same(a.qkv, b.qkv) && same(a.o, b.o) && same(a.gate_up, b.gate_up) &&
+                  same(a.down, b.down));
+    }
+}
+
 TEST(Weights, TheirFormatIsOneOfTheWordsOfTheOption) {
   EXPECT_EQ(weight_format("none"), WeightFormat::AsStored);
   EXPECT_EQ(weight_format("int8"), WeightFormat::Int8);

@@ -1,11 +1,8 @@
 #include "tests/support/random_model.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
-
-#include "kernels/arith/int8_weight.h"
 
 namespace certkv::test {
 
@@ -90,38 +87,6 @@ Weights random_weights(const ModelConfig& c, int64_t tensor, int64_t rank, uint6
     w.lm_head.push_back(Draw(seed, -1, g, 9).matrix(w.lm_head_rows.back().count(), c.hidden));
   }
   return w;
-}
-
-void make_int8(Weights& w) {
-  w.format = WeightFormat::Int8;
-  const auto widen = [](std::vector<float>& largest, const Matrix& m) {
-    largest.resize(size_t(m.rows));
-    for (int64_t i = 0; i < m.rows * m.cols; ++i)
-      largest[size_t(i / m.cols)] = std::max(largest[size_t(i / m.cols)], std::abs(m.data()[i]));
-  };
-  const auto round = [](Matrix& m, const std::vector<float>& largest) {
-    for (float most : largest) m.scales.push_back(int8_scale(most));
-    for (int64_t i = 0; i < m.rows * m.cols; ++i) {
-      const float scale = m.scales[size_t(i / m.cols)];
-      m.values[size_t(i)] = float(int8_code(m.data()[i], scale)) * scale;
-    }
-  };
-  for (LayerWeights& layer : w.layers) {
-    std::vector<float> o, down;  // their rows lie in all groups
-    for (const GroupWeights& g : layer.groups) {
-      widen(o, g.o);
-      widen(down, g.down);
-    }
-    for (GroupWeights& g : layer.groups) {
-      for (Matrix* m : {&g.qkv, &g.gate_up}) {
-        std::vector<float> own;
-        widen(own, *m);
-        round(*m, own);
-      }
-      round(g.o, o);
-      round(g.down, down);
-    }
-  }
 }
 
 }  // namespace certkv::test

@@ -11,7 +11,5 @@ namespace certkv::test {
 
 ModelConfig random_model_config();  // 4 KV heads of 2 heads each, everything else awkwardly sized
 Weights random_weights(const ModelConfig& config, int64_t tensor, int64_t rank, uint64_t seed);
-// The layers' matrices as load_weights makes them INT8; of all ranks' weights.
-void make_int8(Weights& whole);
 
 }  // namespace certkv::test
