@@ -22,7 +22,10 @@ class NoAttention final : public DeviceAttention {
     rows_ = sequences.size();
     out_ = out;
   }
-  void decode(int, const float*) override { device_.fill(out_, 0, rows_ * width_ * sizeof(float)); }
+  void decode(int, const float*, const Following& following) override {
+    device_.fill(out_, 0, rows_ * width_ * sizeof(float));
+    if (following.enqueue) following.enqueue(false);
+  }
   uint64_t shape() const override { return 1; }
 
  private:
