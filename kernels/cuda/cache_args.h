@@ -61,10 +61,15 @@ struct LadderCounts {
   uint32_t promoted_keys = 0, promoted_values = 0;  // blocks
   uint32_t paged = 0;                               // blocks of one tensor read from the arena
   uint32_t digest = 0;                              // of them, not what was asked for
+  uint32_t canary = 0;                              // of them, codes farther off than promised
+  uint32_t canary_last = 0;  // the last such block: 4 block + what was broken
+  uint32_t rung4 = 0;        // 1: all heads, with the row's other KV heads
   uint32_t resident_keys = 0, resident_values = 0;  // blocks, when the step's last pass began
 };
 
 inline constexpr int kKeys = 0, kValues = 1;  // parts
+// What a canary may find broken: |s - s^| <= D_b + g_b, ||v^ - v|| <= eta_b, ||v|| <= nu_b.
+inline constexpr uint32_t kCanaryScore = 1, kCanaryError = 2, kCanaryNorm = 3;
 
 struct LadderItem {
   // Scratch of the KV head, by part: slots are numbers within PassItem::slots.
@@ -74,13 +79,15 @@ struct LadderItem {
   int32_t* free_count = nullptr;  // [2]
   int32_t first_slot[2] = {};
   int32_t quota[2] = {};
-  std::byte* slots = nullptr;        // as PassItem::slots, to write
-  PageEntry* pages = nullptr;        // as PassItem::pages, to write
-  int32_t* slot_of[2] = {};          // as PassItem::key_slot, value_slot
-  int32_t coded_pages = 0;           // entries with codes; the open ones follow
-  OriginalsRun run[2];               // blocks from 0 on, and those that follow
-  uint32_t* again = nullptr;         // as PassItem::again
-  Certificate* candidate = nullptr;  // out [heads]: as judged before the ladder; else untouched
+  std::byte* slots = nullptr;  // as PassItem::slots, to write
+  PageEntry* pages = nullptr;  // as PassItem::pages, to write
+  int32_t* slot_of[2] = {};    // as PassItem::key_slot, value_slot
+  int32_t coded_pages = 0;     // entries with codes; the open ones follow
+  OriginalsRun run[2];         // blocks from 0 on, and those that follow
+  uint32_t* again = nullptr;   // as PassItem::again
+  // Out [heads]: as judged before the ladder; of an item on rung 4 that no head of its own brought
+  // there, what rung 4 has returned, for learn() may be reading `judged`; else untouched.
+  Certificate* candidate = nullptr;
   LadderCounts* counts = nullptr;
 };
 
@@ -91,8 +98,10 @@ struct PageInRequest {
 struct LadderArgs {
   PassItem* passes = nullptr;
   const LadderItem* items = nullptr;
-  int32_t count = 0;  // items
+  int32_t count = 0;     // items
+  int32_t kv_heads = 0;  // items of a row: they enter rung 4 together
   int32_t head_dim = 0, groups = 1;
+  DType dtype = DType::BF16;  // of originals
   SlotShape shape;
   double value_share = 0.5, max_share = 0.25;  // as LadderOptions
   bool climbed = false;  // learn(): of the items that climbed in this step, or of the others

@@ -3,6 +3,7 @@
 // and DESIGN.md. SOURCE: method sections 5 and 7.
 #pragma once
 
+#include "kernels/cuda/canary_body.h"
 #include "kernels/cuda/climb_body.h"
 #include "kernels/digest.h"
 
@@ -35,10 +36,6 @@ CERTKV_FN U brain_of(F x) {
 }
 CERTKV_FN U pack_originals(DType dtype, F a, F b) {
   return dtype == DType::BF16 ? brain_of(a) | brain_of(b) << 16 : pack_halves(a, b);
-}
-CERTKV_FN F unpack_original(DType dtype, U pair, bool second) {
-  if (dtype == DType::BF16) return float_of_bits(second ? pair & 0xffff0000u : pair << 16);
-  return second ? high_half(pair) : low_half(pair);
 }
 
 // Rounds one row of keys or values into the open blocks; returns its norm, and NaN where an element
@@ -272,15 +269,24 @@ CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
   for (int n = at; n < count; n += warps) {
     const PageInRequest r = list[n];
     const int slot = item.first_slot[r.part] + r.slot;
-    const bool sound = fetch_block(args, item, r.block, r.part,
-                                   item.slots + size_t(slot) * size_t(16 * args.head_dim * 2));
+    std::byte* rows = item.slots + size_t(slot) * size_t(16 * args.head_dim * 2);
+    const bool sound = fetch_block(args, item, r.block, r.part, rows);
     add_count(&item.counts->paged, 1);
-    if (sound) {
+    sync_lanes();  // all lanes' rows are there
+    // A query that is no number fails its request by name, and says nothing of a block.
+    const bool heard = sound && (*args.passes[index].flags & kFlagNonFinite) == 0;
+    const uint32_t broken = heard ? Canary{args, index, r.block, rows}.look(r.part) : 0;
+    if (sound && broken == 0) {
       want(item, r.block, r.part, slot);
       continue;
     }
     // The codes stand in for it, and are charged as they are; learn() frees the slot.
     store_where(lane_index() < 1, item.block_of[r.part], splat_i(r.slot), splat_i(-1));
+    if (broken != 0) {  // what they are charged is not to be trusted: rung 4 follows
+      add_count(&item.counts->canary, 1);
+      keep_largest(&item.counts->canary_last, uint32_t(r.block) * 4 + broken);
+      continue;
+    }
     add_count(&item.counts->digest, 1);
     raise_flag(args.passes[index].flags, kFlagDigest);
   }
@@ -288,16 +294,26 @@ CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
 
 // ---- rung 3 -------------------------------------------------------------------------------------
 
-// One warp: the items with failing heads, in order.
+// One warp: the items with failing heads, in order; and of rows that a canary has broken, every
+// item with all its heads (rung 4).
 CERTKV_FN void list_dense(const LadderArgs& args) {
   uint32_t count = 0;
   for (int i = 0; i < args.count; ++i) {
-    if (args.passes[i].failing[0] == 0) continue;
+    const PassItem& pass = args.passes[i];
+    const LadderItem& item = args.items[i];
+    const int row = i / args.kv_heads * args.kv_heads;
+    bool broken = false;
+    for (int n = row; n < row + args.kv_heads; ++n)
+      broken = broken || args.items[n].counts->canary != 0;
+    if (pass.failing[0] == 0 && !broken) continue;
     args.dense[count++] = i;
-    if (args.items[i].counts->rounds == 0)
-      for (int h = 0; h < args.passes[i].heads; ++h)
-        args.items[i].candidate[h] = args.passes[i].judged[h];
-    args.items[i].counts->dense = 1;
+    if (item.counts->rounds == 0 && *pass.climbed != 0)
+      for (int h = 0; h < pass.heads; ++h) item.candidate[h] = pass.judged[h];
+    item.counts->dense = 1;
+    sync_lanes();  // all have read before any writes
+    if (!broken) continue;
+    item.counts->rung4 = 1;
+    pass.failing[0] = (1u << pass.heads) - 1;
   }
   *args.dense_count = count;
   for (uint32_t n = 0; n < uint32_t(args.count); ++n) args.dense_listed[n] = n < count ? 1 : 0;
@@ -324,15 +340,9 @@ CERTKV_FN void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n
       float k_norm = 0, nu = 0;
       int slot[2] = {-1, -1};
       if (t < tiles) {
-        if (coded) {
-          const auto* notes = reinterpret_cast<const PageNotesDevice*>(
-              entry.page + page_layout(args.head_dim).notes);
-          k_norm = notes->block[t].k_norm;
-          nu = notes->block[t].nu;
-        } else {
-          k_norm = pass.k_norm[block];
-          nu = pass.open_nu[block];
-        }
+        // The tables', of pages with codes too: a page whose canary failed is not asked.
+        k_norm = pass.k_norm[block];
+        nu = pass.open_nu[block];
         for (int part = 0; part < 2; ++part) {
           const int place = (nth * kPageTiles + t) * 2 + part;
           std::byte* to = dense.slots + size_t(place) * size_t(block_bytes);
@@ -384,6 +394,7 @@ CERTKV_FN void take_dense(const LadderArgs& args, const DenseArgs& dense, int n)
   const int index = args.dense[n];
   const PassItem& pass = args.passes[index];
   const uint32_t failing = pass.failing[0];
+  Certificate* judged = *pass.climbed != 0 ? pass.judged : args.items[index].candidate;
   const I lane = lane_index();
   for (int h = 0; h < pass.heads; ++h) {
     if ((failing >> h & 1u) == 0) continue;
@@ -392,7 +403,7 @@ CERTKV_FN void take_dense(const LadderArgs& args, const DenseArgs& dense, int n)
       const I at = lane + (h * args.head_dim + first);
       store(pass.out, at, lost ? splat(0) : load_float(dense.out, at));
     }
-    pass.judged[h] = dense.judged[h];
+    judged[h] = dense.judged[h];
   }
 }
 

@@ -102,6 +102,9 @@ CERTKV_LANE D to_double(F x) {
 CERTKV_LANE F to_float(D x) {
   return __double2float_rn(x);
 }
+CERTKV_LANE B beyond(D x, double limit) {  // not within [-limit, limit]; NaN is beyond
+  return !(fabs(x) <= limit);
+}
 
 CERTKV_LANE I index_of(U x) {
   return I(x);
@@ -286,6 +289,9 @@ CERTKV_LANE void add_where(B which, uint64_t* base, I index, D amount) {
 }
 CERTKV_LANE void add_count(uint32_t* to, uint32_t count) {
   if (threadIdx.x == 0) atomicAdd(to, count);
+}
+CERTKV_LANE void keep_largest(uint32_t* to, uint32_t x) {
+  if (threadIdx.x == 0) atomicMax(to, x);
 }
 
 // A kernel that was launched to begin early has done what needs nothing of its predecessor: waits

@@ -98,6 +98,9 @@ inline D to_double(F x) {
 inline F to_float(D x) {
   return __builtin_convertvector(x, F);
 }
+inline B beyond(D x, double limit) {  // not within [-limit, limit]; NaN is beyond
+  return each_lane<B>([&](int i) { return std::fabs(x[i]) <= limit ? 0 : -1; });
+}
 
 inline I index_of(U x) {
   return __builtin_convertvector(x, I);
@@ -355,6 +358,9 @@ inline void add_where(B which, uint64_t* base, I index, D amount) {
 }
 inline void add_count(uint32_t* to, uint32_t count) {
   *to += count;
+}
+inline void keep_largest(uint32_t* to, uint32_t x) {
+  *to = *to > x ? *to : x;
 }
 
 // Kernels of the emulation run one after the other, and no graph has conditions of its own.

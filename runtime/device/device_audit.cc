@@ -105,7 +105,7 @@ PassState DeviceCache::read_pass(const cuda::PassItem& pass, bool staged) const 
     for (size_t t = 0; t < size_t(entry.tokens + 15) / 16; ++t) {
       const bool coded = entry.page != nullptr;
       place.push_back(uint32_t(page * kPageTiles + t));
-      nu.push_back(coded ? notes.block[t].nu : open_nu[page * kPageTiles + t]);
+      nu.push_back(coded && !staged ? notes.block[t].nu : open_nu[page * kPageTiles + t]);
       eta.push_back(coded && !staged ? notes.block[t].eta : 0);
       vbar.push_back(coded && !staged ? notes.block[t].vbar : nu.back());
     }

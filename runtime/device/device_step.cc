@@ -48,6 +48,13 @@ cuda::OriginalsRun run_of(const OriginalsSpan& span, const std::byte* first, uin
   return run;
 }
 
+// Of cuda::kCanaryScore and its like.
+const char* broken_promise(uint32_t what) {
+  return what == cuda::kCanaryScore   ? "a score of its codes is off by more than promised"
+         : what == cuda::kCanaryError ? "a value of its codes is off by more than promised"
+                                      : "a value's norm is above what was promised";
+}
+
 }  // namespace
 
 // Rung 3's staging area, for one KV head: the others wait. Reserved when a sequence comes, so that
@@ -315,8 +322,10 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
     ladder.passes = b.pass.data() + first;
     ladder.items = b.ladder.data() + first;
     ladder.count = int32_t(items);
+    ladder.kv_heads = int32_t(heads);
     ladder.head_dim = int32_t(d);
     ladder.groups = shape.groups();
+    ladder.dtype = options_.dtype;
     ladder.shape = slot_shape();
     ladder.value_share = rules.value_share;
     ladder.max_share = rules.max_share;
@@ -480,6 +489,7 @@ void DeviceCache::read_reports(Sequence* s) {
     g.scratch_misses = counts.paged;
     g.paged_bytes = uint64_t(counts.paged) * block_bytes_;
     g.digest = counts.digest;
+    g.canary = counts.canary;
     g.attended_tokens = s->tokens;
     const uint64_t coded = s->dense() ? 0 : s->pages;
     const uint64_t pass_bytes = coded * page_bytes_ +
@@ -494,9 +504,10 @@ void DeviceCache::read_reports(Sequence* s) {
       r.returned = s->judged_host[cell * n + h];
       const bool climbed = counts.rounds > 0 || counts.dense > 0;
       r.candidate = climbed ? s->candidate_host[cell * n + h] : r.returned;
+      if (counts.rung4 > 0 && marks[kClimbed] == 0) std::swap(r.candidate, r.returned);
       const bool dense = s->dense() || (counts.dense > 0 && (marks[kFailing] >> h & 1) != 0);
       if (dense) {
-        r.rung = 3;
+        r.rung = counts.rung4 > 0 ? 4 : 3;
         r.outcome = std::isfinite(r.returned.bound) ? Outcome::Exact : Outcome::Failed;
       } else {
         r.outcome = fits(r.returned) ? Outcome::Certified : Outcome::Over;
@@ -521,6 +532,10 @@ void DeviceCache::read_reports(Sequence* s) {
       fail(ErrorKind::NonFinite, where + ": a query, key or value is NaN or infinite");
     if ((marks[kFlags] & cuda::kFlagMissing) != 0)
       fail(ErrorKind::DeviceError, where + ": the page table names originals that no slot holds");
+    if (counts.canary > 0)
+      log_error("canary: sequence {} {} block {}: {}{}; the layer goes dense", s->id, where,
+                counts.canary_last / 4, broken_promise(counts.canary_last % 4),
+                counts.canary > 1 ? fmt::format(", and {} more looks", counts.canary - 1) : "");
     if (counts.digest > 0)
       log_warning("sequence {} {}: {} blocks of originals did not match what was asked for", s->id,
                   where, counts.digest);

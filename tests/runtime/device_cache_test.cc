@@ -150,6 +150,7 @@ class DeviceCacheTest : public ::testing::Test {
       for (size_t h = 0; h < kv; ++h) {
         const GroupReport& g = report.layers[h];
         counts->hits += g.scratch_hits;
+        EXPECT_EQ(g.canary, 0u) << c.describe() << " step " << step;
         for (size_t i = 0; i < n; ++i) {
           const HeadReport& r = g.heads[i];
           const oracle::Exact exact =

@@ -46,6 +46,7 @@ class CountingOps : public cuda::CacheOps {
   void seal(const cuda::SealArgs& a) override { ops_.seal(a); }
   void digest_pages(const cuda::DigestArgs& a) override {
     if (a.list != nullptr) looks += size_t(a.count);
+    if (a.list == nullptr && before_sealed_digests) before_sealed_digests(a);
     if (before_digests) before_digests();
     ops_.digest_pages(a);
     if (after_digests) after_digests(a);
@@ -57,6 +58,7 @@ class CountingOps : public cuda::CacheOps {
   size_t looks = 0;
   std::function<void(const cuda::TableArgs&)> before_tables;
   std::function<void()> before_digests;
+  std::function<void(const cuda::DigestArgs&)> before_sealed_digests;  // of pages just sealed
   std::function<void(const cuda::DigestArgs&)> after_digests;
 
  private:
