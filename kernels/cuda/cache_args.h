@@ -64,6 +64,7 @@ struct LadderCounts {
   uint32_t canary = 0;                              // of them, codes farther off than promised
   uint32_t canary_last = 0;  // the last such block: 4 block + what was broken
   uint32_t rung4 = 0;        // 1: all heads, with the row's other KV heads
+  uint32_t hits = 0;         // policy paper: blocks that the scratch held already
   uint32_t resident_keys = 0, resident_values = 0;  // blocks, when the step's last pass began
 };
 
@@ -73,10 +74,11 @@ inline constexpr uint32_t kCanaryScore = 1, kCanaryError = 2, kCanaryNorm = 3;
 
 struct LadderItem {
   // Scratch of the KV head, by part: slots are numbers within PassItem::slots.
-  int32_t* block_of[2] = {};      // [quota] block a slot holds, -1: none
-  float* score[2] = {};           // [quota]
-  int32_t* free_slots[2] = {};    // [quota], the first free_count[part] of them
-  int32_t* free_count = nullptr;  // [2]
+  int32_t* block_of[2] = {};    // [quota] block a slot holds, -1: none
+  float* score[2] = {};         // [quota]
+  int32_t* free_slots[2] = {};  // [quota], the first free_count[part] of them
+  // [2]; under policy paper: the slot from which on slots are reused, the oldest one.
+  int32_t* free_count = nullptr;
   int32_t first_slot[2] = {};
   int32_t quota[2] = {};
   std::byte* slots = nullptr;  // as PassItem::slots, to write
@@ -92,7 +94,8 @@ struct LadderItem {
 };
 
 struct PageInRequest {
-  int32_t item = 0, block = 0, part = 0, slot = 0;
+  int32_t resident = 0;  // 1: the slot held it before this step
+  int32_t block = 0, part = 0, slot = 0;
 };
 
 struct LadderArgs {
@@ -110,6 +113,18 @@ struct LadderArgs {
   int32_t* dense = nullptr;  // [count] items that go to rung 3
   uint32_t* dense_count = nullptr;
   uint32_t* dense_listed = nullptr;  // [count] 1: the list has an n-th item
+};
+
+// Policy `paper`, and ranking. SOURCE: method section 5, "Policies", and section 6.
+struct PaperArgs {
+  double tau_cov = 0.995, expand_tail = 0.02, v_tol = 0.05;  // as PaperOptions
+  int32_t k_min = 2, k_max = 128;
+  bool greedy_values = false;
+  int32_t ranking = 1;
+  // [count, scored_of_item]: log-masses of codes, which an item has as its records: of four heads
+  // of a page [tile 4][head 4].
+  double* scored = nullptr;
+  uint64_t scored_of_item = 0;
 };
 
 // Rung 3 for one item: its originals, verified, into a staging area: those of some splits, of its

@@ -208,16 +208,23 @@ CERTKV_FN void digest_stretch(const DigestArgs& args, int n) {
   args.digests[n] = digest_of(from, int(args.bytes));
 }
 
+// Whether rows are what the arena has of a block.
+template <typename Args>
+CERTKV_FN bool holds_block(const Args& args, const LadderItem& item, int block, int part,
+                           const std::byte* rows) {
+  const std::byte* from = nullptr;
+  uint64_t written = 0;
+  if (!find_block(args.shape, item, block, part, &from, &written)) return false;
+  return digest_of(rows, 16 * args.head_dim * 2) == written;
+}
+
 // Whether a slot of the scratch holds what the arena has of a block, and says so.
 CERTKV_FN bool resident_is_sound(const TableArgs& args, const LadderItem& item, int block, int part,
                                  int slot) {
   const int at = slot - item.first_slot[part];
   if (at < 0 || at >= item.quota[part] || item.block_of[part][at] != block) return false;
-  const std::byte* from = nullptr;
-  uint64_t written = 0;
-  if (!find_block(args.shape, item, block, part, &from, &written)) return false;
-  const int bytes = 16 * args.head_dim * 2;
-  return digest_of(item.slots + size_t(slot) * size_t(bytes), bytes) == written;
+  return holds_block(args, item, block, part,
+                     item.slots + size_t(slot) * size_t(16 * args.head_dim * 2));
 }
 
 // One warp: the n-th look.
@@ -261,6 +268,14 @@ CERTKV_FN void want(const LadderItem& item, int block, int part, int slot) {
   or_where(one, wants, splat_i(page * 4 + 2), splat_u(1u << bit));
 }
 
+CERTKV_FN void unwant(const LadderItem& item, int block, int part) {
+  const B one = lane_index() < 1;
+  auto* wants = reinterpret_cast<uint32_t*>(item.pages);
+  const int page = block / kPageTiles, bit = block % kPageTiles + 4 * part;
+  store_where(one, item.slot_of[part], splat_i(block), splat_i(-1));
+  and_where(one, wants, splat_i(page * 4 + 2), splat_u(~(1u << bit)));
+}
+
 // Warp `at` of `warps` that work for one item.
 CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
   const LadderItem& item = args.items[index];
@@ -270,8 +285,11 @@ CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
     const PageInRequest r = list[n];
     const int slot = item.first_slot[r.part] + r.slot;
     std::byte* rows = item.slots + size_t(slot) * size_t(16 * args.head_dim * 2);
-    const bool sound = fetch_block(args, item, r.block, r.part, rows);
-    add_count(&item.counts->paged, 1);
+    bool sound = r.resident != 0 && holds_block(args, item, r.block, r.part, rows);
+    if (!sound) {
+      sound = fetch_block(args, item, r.block, r.part, rows);
+      add_count(&item.counts->paged, 1);
+    }
     sync_lanes();  // all lanes' rows are there
     // A query that is no number fails its request by name, and says nothing of a block.
     const bool heard = sound && (*args.passes[index].flags & kFlagNonFinite) == 0;
@@ -282,6 +300,7 @@ CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
     }
     // The codes stand in for it, and are charged as they are; learn() frees the slot.
     store_where(lane_index() < 1, item.block_of[r.part], splat_i(r.slot), splat_i(-1));
+    unwant(item, r.block, r.part);
     if (broken != 0) {  // what they are charged is not to be trusted: rung 4 follows
       add_count(&item.counts->canary, 1);
       keep_largest(&item.counts->canary_last, uint32_t(r.block) * 4 + broken);

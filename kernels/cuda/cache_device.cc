@@ -28,6 +28,15 @@ class CudaCacheOps final : public CacheOps {
   void page_in(const LadderArgs& args) override {
     check_cuda(launch_page_in(args, stream()), "paging in cannot be launched");
   }
+  void select_paper(const LadderArgs& args, const PaperArgs& paper) override {
+    check_cuda(launch_select_paper(args, paper, stream()), "policy paper cannot be launched");
+  }
+  void rank(const LadderArgs& args, const PaperArgs& paper) override {
+    check_cuda(launch_rank(args, paper, stream()), "ranking cannot be launched");
+  }
+  void forget(const LadderArgs& args) override {
+    check_cuda(launch_forget(args, stream()), "the end of policy paper cannot be launched");
+  }
   void list_dense(const LadderArgs& args) override {
     check_cuda(launch_list_dense(args, stream()), "rung 3 cannot be launched");
   }

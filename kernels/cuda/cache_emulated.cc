@@ -3,6 +3,8 @@
 #include "kernels/cuda/cache_body.h"
 #include "kernels/cuda/cache_ops.h"
 #include "kernels/cuda/library_body.h"
+#include "kernels/cuda/paper_body.h"
+#include "kernels/cuda/rank_body.h"
 #include "kernels/cuda/seal_ops.h"
 
 namespace certkv::cuda {
@@ -42,6 +44,35 @@ class EmulatedCacheOps final : public CacheOps {
       all(&emulated::Climb::place);
       all(&emulated::Climb::close);
     }
+  }
+  void select_paper(const LadderArgs& args, const PaperArgs& paper) override {
+    emulated::PaperShared shared;
+    for (int i = 0; i < args.count; ++i) {
+      std::memset(&shared, 0xff, sizeof shared);
+      emulated::select_phases(
+          [&](auto phase) {
+            for (int warp = 0; warp < emulated::kClimbWarps; ++warp)
+              phase(emulated::SelectPaper{args, paper, i, warp, &shared});
+          },
+          [&] {
+            return emulated::SelectPaper{args, paper, i, 0, &shared}.searches();
+          });
+    }
+  }
+  void rank(const LadderArgs& args, const PaperArgs& paper) override {
+    emulated::RankShared shared;
+    for (int i = 0; i < args.count; ++i) {
+      std::memset(&shared, 0xff, sizeof shared);
+      const emulated::Rank one{args, paper, i, 0, &shared};
+      emulated::rank_phases(one.due(), one.places(), [&](auto phase) {
+        for (int warp = 0; warp < emulated::kRankWarps; ++warp)
+          phase(emulated::Rank{args, paper, i, warp, &shared});
+      });
+    }
+  }
+  void forget(const LadderArgs& args) override {
+    for (int i = 0; i < args.count; ++i)
+      for (int warp = 0; warp < kWarpsEach; ++warp) emulated::forget(args, i, warp, kWarpsEach);
   }
   void page_in(const LadderArgs& args) override {
     for (int i = 0; i < args.count; ++i)

@@ -1,6 +1,8 @@
 #include "kernels/cuda/cache_body.h"
 #include "kernels/cuda/cache_kernels.h"
 #include "kernels/cuda/library_body.h"
+#include "kernels/cuda/paper_body.h"
+#include "kernels/cuda/rank_body.h"
 
 namespace certkv::cuda {
 
@@ -45,6 +47,36 @@ __global__ void __launch_bounds__(32 * kClimbWarps) climb_kernel(const LadderArg
   climb.place();
   __syncthreads();
   climb.close();
+}
+
+__global__ void __launch_bounds__(32 * kClimbWarps)
+    select_paper_kernel(const LadderArgs args, const PaperArgs paper) {
+  __shared__ PaperShared shared;
+  const SelectPaper select{args, paper, int(blockIdx.x), int(threadIdx.y), &shared};
+  select_phases(
+      [&](auto phase) {
+        phase(select);
+        __syncthreads();
+      },
+      [&] {
+        const bool searches = select.searches();
+        __syncthreads();  // all have read it before anyone changes it
+        return searches;
+      });
+}
+
+__global__ void __launch_bounds__(32 * kRankWarps)
+    rank_kernel(const LadderArgs args, const PaperArgs paper) {
+  __shared__ RankShared shared;
+  const Rank rank{args, paper, int(blockIdx.x), int(threadIdx.y), &shared};
+  rank_phases(rank.due(), rank.places(), [&](auto phase) {
+    phase(rank);
+    __syncthreads();
+  });
+}
+
+__global__ void forget_kernel(const LadderArgs args) {
+  forget(args, int(blockIdx.x), int(threadIdx.y), kBlockWarps);
 }
 
 __global__ void page_in_kernel(const LadderArgs args) {
@@ -113,6 +145,22 @@ cudaError_t launch_append(const AppendArgs& args, cudaStream_t stream) {
 
 cudaError_t launch_climb(const LadderArgs& args, cudaStream_t stream) {
   climb_kernel<<<unsigned(args.count), dim3(32, kClimbWarps), 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_select_paper(const LadderArgs& args, const PaperArgs& paper,
+                                cudaStream_t stream) {
+  select_paper_kernel<<<unsigned(args.count), dim3(32, kClimbWarps), 0, stream>>>(args, paper);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_rank(const LadderArgs& args, const PaperArgs& paper, cudaStream_t stream) {
+  rank_kernel<<<unsigned(args.count), dim3(32, kRankWarps), 0, stream>>>(args, paper);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_forget(const LadderArgs& args, cudaStream_t stream) {
+  forget_kernel<<<unsigned(args.count), dim3(32, kBlockWarps), 0, stream>>>(args);
   return cudaGetLastError();
 }
 

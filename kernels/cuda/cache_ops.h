@@ -33,6 +33,14 @@ class CacheOps {
   virtual void stage_dense(const LadderArgs& args, const DenseArgs& dense, int n) = 0;
   virtual void take_dense(const LadderArgs& args, const DenseArgs& dense, int n) = 0;
   virtual void learn(const LadderArgs& args) = 0;
+  // Policy `paper`, whose first pass has read codes alone: chooses what all items promote, as
+  // climb() does for some; their `again`, `wants`, and lists for page_in(). What the scratch cannot
+  // hold leaves all heads of the item failing.
+  virtual void select_paper(const LadderArgs& args, const PaperArgs& paper) = 0;
+  // After the second pass: marks heads whose ranking is unresolved as failing.
+  virtual void rank(const LadderArgs& args, const PaperArgs& paper) = 0;
+  // The next step's first pass reads codes alone; the scratch keeps what it holds.
+  virtual void forget(const LadderArgs& args) = 0;
   // Policy `dense` by a library: largest_notes() once a step for items of all layers; append, the
   // library and judge_library() for each layer.
   virtual void largest_notes(const LibraryArgs& args) = 0;

@@ -66,7 +66,7 @@ struct Climb {
   // Contributions of the blocks of one page (or two), over what each head may spend; -1 where there
   // is nothing to promote. A lane is a head and a tile of one of the pages.
   struct Cell {
-    F key, value;
+    F key, value, rho;
     I head, block;
     B failing;
   };
@@ -109,6 +109,7 @@ struct Climb {
     const D l = load_double(p.merged, sums + int(kSumL));
     const D may = load_double(shared->may, head), norm = load_double(shared->norm, head);
     const D rho = to_double(sum) * exponential(to_double(ref) - m_ref) / l;
+    x.rho = to_float(rho);
     const F key = to_float(to_double(c) * rho * (to_double(nu) + norm) / may);
     const F value = to_float(rho * to_double(eta) / may);
     x.failing = there & ((splat_u(p.failing[0]) >> word_of(head) & 1u) != 0u);

@@ -42,6 +42,9 @@ CERTKV_LANE U select(B which, U yes, U no) {
 CERTKV_LANE I select(B which, I yes, I no) {
   return which ? yes : no;
 }
+CERTKV_LANE D select(B which, D yes, D no) {
+  return which ? yes : no;
+}
 CERTKV_LANE bool any(B x) {
   return __any_sync(kAllLanes, x) != 0;
 }
@@ -101,6 +104,15 @@ CERTKV_LANE D to_double(F x) {
 }
 CERTKV_LANE F to_float(D x) {
   return __double2float_rn(x);
+}
+CERTKV_LANE D logarithm(D x) {
+  return log(x);
+}
+CERTKV_LANE D magnitude(D x) {
+  return fabs(x);
+}
+CERTKV_LANE B at_most(D a, D b) {
+  return a <= b;
 }
 CERTKV_LANE B beyond(D x, double limit) {  // not within [-limit, limit]; NaN is beyond
   return !(fabs(x) <= limit);

@@ -51,6 +51,9 @@ inline U select(B which, U yes, U no) {
 inline I select(B which, I yes, I no) {
   return which ? yes : no;
 }
+inline D select(B which, D yes, D no) {
+  return each_lane<D>([&](int i) { return which[i] != 0 ? yes[i] : no[i]; });
+}
 inline bool any(B x) {
   int32_t all = 0;
   for (int lane = 0; lane < kLaneCount; ++lane) all |= x[lane];
@@ -97,6 +100,15 @@ inline D to_double(F x) {
 }
 inline F to_float(D x) {
   return __builtin_convertvector(x, F);
+}
+inline D logarithm(D x) {
+  return each_lane<D>([&](int i) { return std::log(x[i]); });
+}
+inline D magnitude(D x) {
+  return each_lane<D>([&](int i) { return std::fabs(x[i]); });
+}
+inline B at_most(D a, D b) {
+  return each_lane<B>([&](int i) { return a[i] <= b[i] ? -1 : 0; });
 }
 inline B beyond(D x, double limit) {  // not within [-limit, limit]; NaN is beyond
   return each_lane<B>([&](int i) { return std::fabs(x[i]) <= limit ? 0 : -1; });

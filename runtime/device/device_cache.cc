@@ -126,7 +126,7 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
   for (const Policy policy : policies) {
     n.answers += cells * (tables + marks + heads * 2 * sizeof(Certificate));
     n.answers += cells * (2 * kPageTiles * block + 1 + 4);  // reserve_filled()
-    staged |= policy == Policy::Budget;
+    staged |= climbs(policy);
     if (policy == Policy::Dense) {
       n.answers += cells * 2 * dense_capacity(entries) * kPageTiles * block;
       continue;
@@ -174,8 +174,8 @@ int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t 
 int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
   background_.finish();  // the prompt's originals are in the arena
   Sequence& from = at(sequence);
-  require(rules.policy != Policy::Paper, "policy paper");
-  require(rules.ranking() == 0, "ladder.ranking");
+  require(rules.policy == Policy::Paper || rules.ranking() == 0,
+          "ladder.ranking under policies other than paper");
   require(!(rules.skip.share > 0), "skip.share");
   require(!(rules.ladder.exploration > 0), "ladder.exploration");
   auto s = std::make_unique<Sequence>();
@@ -191,7 +191,7 @@ int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules&
   s->own = reserve(uint32_t(s->pages) * kBlocksPerPage, uint32_t(s->own_capacity) * kBlocksPerPage);
   lay_out(s.get());
   reserve_looks(s.get());
-  if (rules.policy == Policy::Budget) reserve_staging(s->capacity);
+  if (climbs(rules.policy)) reserve_staging(s->capacity);
   if (!from.prompt->verified && s->look_at.count() > 0) {
     scrub_all(from, *s);
     from.prompt->verified = true;

@@ -6,9 +6,9 @@
 // was promoted, rung 3 over originals alone. The host learns at the end of the step what became of
 // every head.
 //
-// What it does not do yet is refused by the constructor or by fork(), by name: policy `paper`,
-// layouts but `compact`, blocks but of 16 tokens, ranking, skipping, exploration. THREADS: calls
-// come from one thread.
+// What it does not do yet is refused by the constructor or by fork(), by name: layouts but
+// `compact`, blocks but of 16 tokens, ranking under policy `budget`, skipping, exploration.
+// THREADS: calls come from one thread.
 #pragma once
 
 #include <cstdint>
@@ -127,6 +127,10 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   std::string steps_in_doubt(const Sequence& s, const Look& look, bool in_step) const;
   void reserve_staging(size_t entries);
   void climb(const cuda::PassArgs& pass, const cuda::PassShape& shape,
+             const cuda::LadderArgs& ladder);
+  void paper(const cuda::PassArgs& pass, const cuda::PassShape& shape,
+             const cuda::LadderArgs& ladder);
+  void rung3(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
   void read_reports(Sequence* s);
   bool by_library() const;  // the rows under way

@@ -12,12 +12,19 @@
 
 namespace certkv {
 
+// Whether heads of a policy may come to rung 3 on the device.
+inline bool climbs(Policy policy) {
+  return policy == Policy::Budget || policy == Policy::Paper;
+}
+
 // Pages of a KV head that a scrub looks at once. REQUIRES scrub_steps > 0
 uint64_t most_looks(uint64_t pages, int64_t scrub_steps);
 
 using cuda::DeviceArray;
 using cuda::HostArray;
 
+// Words of a layer.
+inline constexpr size_t kAnyFailing = 0, kDenseCount = 1, kStageFailing = 2, kWords = 4;
 // Words of a KV head at a layer that its kernels raise, from 0 at a step's beginning.
 inline constexpr size_t kFailing = 0, kAgain = 1, kFlags = 2, kClimbed = 3, kMarks = 4;
 
@@ -120,6 +127,7 @@ struct DeviceCache::StepBuffers {
     int64_t rounds = 0;
     double shares[2] = {};
     int staged_splits = 0;
+    std::vector<double> paper;        // options of policy paper
     uint64_t grown = 0;               // buffers that have moved
     std::vector<int64_t> by_library;  // sequences whose keys and values a library reads
     friend bool operator==(const Shape&, const Shape&) = default;
@@ -138,7 +146,7 @@ struct DeviceCache::StepBuffers {
   DeviceArray<cuda::AppendItem> append;
   DeviceArray<cuda::LadderItem> ladder;
   DeviceArray<float> scaled, norm, records, split_sums;
-  DeviceArray<double> merged, tally;
+  DeviceArray<double> merged, tally, scored;
   DeviceArray<uint8_t> used;
   DeviceArray<cuda::PageInRequest> list;
   DeviceArray<uint32_t> listed, words;  // words: any failing, count of dense items, and two

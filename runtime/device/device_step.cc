@@ -22,7 +22,6 @@ namespace {
 constexpr size_t kLearning = 2;
 constexpr int kLadderBranch = 2;
 static_assert(kLadderBranch < cuda::Device::kBranches);
-constexpr size_t kAnyFailing = 0, kDenseCount = 1, kStageFailing = 2, kWords = 4;
 constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 
 // True where the memory has moved.
@@ -46,6 +45,18 @@ cuda::OriginalsRun run_of(const OriginalsSpan& span, const std::byte* first, uin
   static_assert(sizeof id == sizeof run.id);
   std::memcpy(run.id, &id, sizeof id);
   return run;
+}
+
+// Of policy paper, what its kernels are given.
+std::vector<double> figures_of(const StepRules& rules) {
+  const PaperOptions& o = rules.paper;
+  return {o.tau_cov,
+          o.expand_tail,
+          o.v_tol,
+          double(o.k_min),
+          double(o.k_max),
+          o.value_rule == "greedy" ? 1.0 : 0.0,
+          double(rules.ranking())};
 }
 
 // Of cuda::kCanaryScore and its like.
@@ -152,7 +163,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
     const int entries = int(s.pages + (open + 16) / 16);
     pages = std::max(pages, s.capacity);
     quotas += heads * size_t(s.quota[0] + s.quota[1]);
-    if (s.rules.policy == Policy::Budget) staged = std::max(staged, s.capacity);
+    if (climbs(s.rules.policy)) staged = std::max(staged, s.capacity);
     // By the sequence's own length alone, so that its bits do not depend on its neighbours; a pass
     // that is repeated for a few KV heads spreads each over the whole device.
     plans.push_back({cuda::plan_splits(device_.shape(), int(d), int(groups), entries, int(heads)),
@@ -178,6 +189,8 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   grow(&b.split_sums, device_, items * splits * n * sums, "sums of a pass");
   grow(&b.tally, device_, items * splits * n * cuda::kTallyCount, "sums of a pass");
   grow(&b.merged, device_, kLearning * merged, "sums of a pass");
+  const bool paper = at(rows_[0]).rules.policy == Policy::Paper;
+  if (paper) grow(&b.scored, device_, items * pages * groups * 16, "masses of a first pass");
   grow(&b.list, device_, quotas, "list of blocks to page in");
   grow(&b.listed, device_, items, "list of blocks to page in");
   grow(&b.words, device_, kWords + items, "marks of a step");
@@ -201,6 +214,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
                                  rules.ladder.max_rounds,
                                  {rules.ladder.value_share, rules.ladder.max_share},
                                  b.staged_splits,
+                                 paper ? figures_of(rules) : std::vector<double>{},
                                  b.grown,
                                  by_library() ? rows_ : std::vector<int64_t>{}};
   // An audit waits within the step: none is like another.
@@ -209,7 +223,8 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   for (size_t row = 0; row < rows_.size(); ++row) {
     Sequence& s = at(rows_[row]);
     const size_t open = s.tokens - s.pages * kPageTokens;
-    const bool dense = s.dense();
+    // Policies that hold no head to its tolerance while the step is under way: every number fits.
+    const bool any_fits = s.dense() || paper;
     device_.fill(s.marks.data(), 0, s.marks.bytes());
     device_.fill(s.counts.data(), 0, s.counts.bytes());
     for (size_t layer = 0; layer < layers; ++layer)
@@ -242,8 +257,8 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         p.flags = marks + kFlags;
         p.slots = slots;
         p.slot_count = int32_t(s.slots.bytes() / block_bytes_ - cell * s.slots_each);
-        p.relative = s.rules.tolerance.is_relative && !dense;
-        p.tolerance = dense ? std::numeric_limits<double>::infinity() : s.rules.tolerance.value;
+        p.relative = s.rules.tolerance.is_relative && !any_fits;
+        p.tolerance = any_fits ? std::numeric_limits<double>::infinity() : s.rules.tolerance.value;
         p.tokens = int64_t(s.tokens) + 1;
         p.judged = s.judged.data() + cell * n;
         p.failing = marks + kFailing;
@@ -316,7 +331,7 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
   pass.condition = failing.setter.handle;
   ops_.attend(pass, shape);
   pass.after_append = pass.sets_condition = false;
-  if (policy == Policy::Budget) {
+  if (climbs(policy)) {
     const LadderOptions& rules = at(rows_[0]).rules.ladder;
     cuda::LadderArgs ladder;
     ladder.passes = b.pass.data() + first;
@@ -348,6 +363,9 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
       learn();
       follow(false);
       device_.join(kLadderBranch);
+    } else if (policy == Policy::Paper) {
+      paper(pass, shape, ladder);
+      follow(false);
     } else {
       // An audit reads the tables that learning changes.
       if (audit_ == nullptr) learn();
@@ -367,11 +385,28 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
 void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape& first_shape,
                         const cuda::LadderArgs& ladder) {
   StepBuffers& b = *step_;
-  const uint32_t* any_failing = b.words.data() + kAnyFailing;
   cuda::PassArgs pass = first_pass;
   cuda::PassShape shape = first_shape;
   pass.repeated = true;
   shape.splits = b.most_splits[1];
+  const int rounds = int(at(rows_[0]).rules.ladder.max_rounds);
+  for (int round = 0; round < rounds; ++round)
+    device_.when(b.words.data() + kAnyFailing, [&] {
+      ops_.climb(ladder);
+      ops_.page_in(ladder);
+      device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
+      ops_.attend(pass, shape);
+    });
+  rung3(first_pass, shape, ladder);
+  cuda::LadderArgs of_climbed = ladder;
+  of_climbed.climbed = true;
+  ops_.learn(of_climbed);
+}
+
+// And rung 4: originals alone, for the heads that fail still. shape: of a repeated pass.
+void DeviceCache::rung3(const cuda::PassArgs& pass, const cuda::PassShape& shape,
+                        const cuda::LadderArgs& ladder) {
+  StepBuffers& b = *step_;
   cuda::DenseArgs dense;
   dense.pass = b.stage_pass.data();
   dense.slots = b.stage.data();
@@ -382,18 +417,10 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
   dense.out = b.stage_out.data();
   dense.judged = b.stage_judged.data();
   dense.failing = b.words.data() + kStageFailing;
-  cuda::PassArgs staged = first_pass;
+  cuda::PassArgs staged = pass;
   staged.items = b.stage_pass.data();
   cuda::PassShape one = shape;
   one.items = 1;
-  const int rounds = int(at(rows_[0]).rules.ladder.max_rounds);
-  for (int round = 0; round < rounds; ++round)
-    device_.when(any_failing, [&] {
-      ops_.climb(ladder);
-      ops_.page_in(ladder);
-      device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
-      ops_.attend(pass, shape);
-    });
   if (audit_ != nullptr) read_audit(false);
   // Heads that found nothing to promote, or no room, are failing still, though no pass said so.
   ops_.list_dense(ladder);
@@ -409,9 +436,6 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
       }
       ops_.take_dense(ladder, dense, i);
     });
-  cuda::LadderArgs of_climbed = ladder;
-  of_climbed.climbed = true;
-  ops_.learn(of_climbed);
 }
 
 uint64_t DeviceCache::StepBuffers::name_of(const Shape& shape) {
@@ -461,11 +485,12 @@ void DeviceCache::end_step() {
 }
 
 // What the device left of the step, as reports of the CPU's cache. Promotions are the KV head's:
-// they count for its first head that needed them.
+// they count for its first head that needed them, under policy paper for all of them.
 void DeviceCache::read_reports(Sequence* s) {
   const size_t heads = size_t(heads_.count()), n = size_t(config_.heads_per_group());
   const Tolerance& tolerance = s->rules.tolerance;
   const uint64_t originals = 4 * uint64_t(config_.head_dim);  // of a token
+  const bool paper = s->rules.policy == Policy::Paper;
   const auto fits = [&](const Certificate& c) {
     return within_tolerance(c, tolerance.is_relative, tolerance.value);
   };
@@ -485,7 +510,7 @@ void DeviceCache::read_reports(Sequence* s) {
     };
     g.f_blocks = before(counts.resident_keys, counts.promoted_keys);
     g.x_blocks = before(counts.resident_values, counts.promoted_values);
-    g.scratch_hits = g.f_blocks + g.x_blocks;
+    g.scratch_hits = paper ? counts.hits : g.f_blocks + g.x_blocks;
     g.scratch_misses = counts.paged;
     g.paged_bytes = uint64_t(counts.paged) * block_bytes_;
     g.digest = counts.digest;
@@ -495,7 +520,12 @@ void DeviceCache::read_reports(Sequence* s) {
     const uint64_t pass_bytes = coded * page_bytes_ +
                                 (s->tokens - coded * kPageTokens) * originals +
                                 (g.f_blocks + g.x_blocks) * block_bytes_;
-    g.read_bytes = pass_bytes * (1 + counts.rounds) + counts.dense * s->tokens * originals;
+    const uint64_t promoted_bytes =
+        paper && marks[kAgain] != 0
+            ? (counts.promoted_keys + counts.promoted_values) * uint64_t(block_bytes_)
+            : 0;
+    const uint64_t passes = 1 + (paper ? marks[kAgain] : counts.rounds);
+    g.read_bytes = pass_bytes * passes + promoted_bytes + counts.dense * s->tokens * originals;
     const std::string where =
         fmt::format("layer {} KV head {}", cell / heads, size_t(heads_.begin) + cell % heads);
     bool first = true;
@@ -511,10 +541,10 @@ void DeviceCache::read_reports(Sequence* s) {
         r.outcome = std::isfinite(r.returned.bound) ? Outcome::Exact : Outcome::Failed;
       } else {
         r.outcome = fits(r.returned) ? Outcome::Certified : Outcome::Over;
-        if (climbed && !fits(r.candidate))
+        if (climbed && (paper || !fits(r.candidate)))
           r.rung = counts.promoted_values > 0 ? 2 : counts.promoted_keys > 0 ? 1 : 0;
       }
-      if (climbed && first && !fits(r.candidate)) {
+      if (climbed && (paper || (first && !fits(r.candidate)))) {
         first = false;
         r.promoted_keys = counts.promoted_keys;
         r.promoted_values = counts.promoted_values;

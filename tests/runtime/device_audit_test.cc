@@ -125,13 +125,14 @@ TEST_F(DeviceAuditTest, ChangesNothingOfWhatItLooksAt) {
 
 TEST_F(DeviceAuditTest, EveryHeadStepVerifiesUnderEveryPolicyItKnows) {
   const test::TempFolder folder;
-  answer(folder.path().string(), 0.05, 1, {Policy::Budget, Policy::Naive, Policy::Dense});
+  answer(folder.path().string(), 0.05, 1,
+         {Policy::Budget, Policy::Paper, Policy::Naive, Policy::Dense});
   const audit::VerifyResult r = verified(folder.path().string());
-  EXPECT_EQ(r.sequences, 3u);
+  EXPECT_EQ(r.sequences, 4u);
   std::map<std::string, uint64_t> head_steps;
   for (const auto& [key, t] : r.tightness) head_steps[key.first] += t.head_steps;
   // 5 layers, 8 query heads; 7 tokens, the first of which comes from the prefill.
-  for (const char* policy : {"budget", "naive", "dense"})
+  for (const char* policy : {"budget", "paper", "naive", "dense"})
     EXPECT_EQ(head_steps[policy], 5u * 8u * 6u) << policy;
   EXPECT_EQ(r.tightness.count({"budget", "over"}), 0u);
   EXPECT_GT(r.tightness.at({"budget", "certified"}).worst, 0);

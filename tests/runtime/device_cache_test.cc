@@ -236,6 +236,25 @@ TEST_F(DeviceCacheTest, WhateverRungAnsweredThePromiseHolds) {
   EXPECT_GE(naive.over, 20u);
 }
 
+// Two phases for every head, whatever its bound; what codes leave open goes to rung 3.
+TEST_F(DeviceCacheTest, PaperKeepsWhatItsCertificatesSay) {
+  Counts paper;
+  for (int shape = 0; shape < kShapes; ++shape)
+    for (uint64_t seed = 0; seed < 2; ++seed)
+      run(Shape(shape), seed, Policy::Paper, seed % 2 == 0 ? 0.05 : 0.15, &paper);
+  fmt::print(
+      "paper: {} head-steps, {} certified, {} exact, {} over, {} failed; rungs {} {} {} {}; {} "
+      "promoted, {} hits\n",
+      paper.head_steps, paper.certified, paper.exact, paper.over, paper.failed, paper.rung[0],
+      paper.rung[1], paper.rung[2], paper.rung[3], paper.promoted, paper.hits);
+  EXPECT_GE(paper.head_steps, 500u);
+  EXPECT_GE(paper.certified, 20u);
+  EXPECT_GE(paper.over, 20u);
+  EXPECT_GE(paper.rung[3], 50u);
+  EXPECT_GE(paper.hits, 20u);
+  EXPECT_LE(paper.failed, paper.head_steps / 10);
+}
+
 // So little that a tool which watches every access of the device ends soon (tests/gpu/sanitize.sh),
 // and yet an append, a pass, a climb, rung 3 and a page that a step fills.
 TEST_F(DeviceCacheTest, AFewTokensKeepThePromise) {

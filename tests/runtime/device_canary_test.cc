@@ -176,6 +176,28 @@ TEST_F(DeviceCanary, TheDamagedBlockIsNamed) {
       << log;
 }
 
+// Under policy paper every head-step reads blocks beside their originals, kept ones too.
+TEST_F(DeviceCanary, PaperAsksItOfEveryBlockThatItPromotes) {
+  OneRank hit(backend_, 1, Policy::Paper);
+  hit.sharpness = kSharpness;
+  damage(&hit, kAll, [](std::byte* page) {
+    for (int b = 0; b < 4; ++b) notes_of(page)[b].nu *= 0.25f;
+  });
+  hit.rules.paper.v_tol = 0;  // values of every block
+  const int64_t a = hit.start(1, 1)[0];
+  for (int n = 0; n < 3; ++n) {
+    const VerdictRecord v = hit.step({a})[0];
+    EXPECT_EQ(v.sum.canary, 4 * kAll.size());
+    EXPECT_EQ(v.sum.rungs[4], uint64_t(kKvHeads) * kPerGroup);
+    EXPECT_EQ(v.sum.digest, 0u);
+    for (size_t cell = 0; cell < kKvHeads; ++cell)
+      for (const HeadReport& r : hit.cache.report(a).layers[cell].heads) {
+        EXPECT_EQ(r.outcome, Outcome::Exact);
+        EXPECT_LT(r.returned.bound, r.candidate.bound);
+      }
+  }
+}
+
 // The same rows without damage: blocks are promoted, and the canary is silent.
 TEST_F(DeviceCanary, IsSilentWhereNothingIsDamaged) {
   OneRank clean(backend_, 1, Policy::Budget);

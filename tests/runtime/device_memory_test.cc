@@ -103,7 +103,7 @@ constexpr uint64_t kRoomy = uint64_t(1) << 30;
 TEST(DeviceMemory, OfASequenceIsWhatWasForetold) {
   for (const size_t tokens : {40u, 64u, 700u, 3000u})
     for (const std::vector<Policy>& policies :
-         {std::vector{Policy::Budget}, std::vector{Policy::Naive},
+         {std::vector{Policy::Budget}, std::vector{Policy::Naive}, std::vector{Policy::Paper},
           std::vector{Policy::Dense, Policy::Budget, Policy::Naive}}) {
       OwnCache c(kRoomy);
       const DeviceCache::Need need = c.need(tokens, policies);

@@ -33,6 +33,17 @@ class CountingOps : public cuda::CacheOps {
   void attend(const cuda::PassArgs& a, const cuda::PassShape& s) override { ops_.attend(a, s); }
   void climb(const cuda::LadderArgs& a) override { ops_.climb(a); }
   void page_in(const cuda::LadderArgs& a) override { ops_.page_in(a); }
+  void select_paper(const cuda::LadderArgs& a, const cuda::PaperArgs& p) override {
+    if (before_select) before_select(a, p);
+    ops_.select_paper(a, p);
+    if (after_select) after_select(a, p);
+  }
+  void rank(const cuda::LadderArgs& a, const cuda::PaperArgs& p) override {
+    if (before_rank) before_rank(a, p);
+    ops_.rank(a, p);
+    if (after_rank) after_rank(a, p);
+  }
+  void forget(const cuda::LadderArgs& a) override { ops_.forget(a); }
   void list_dense(const cuda::LadderArgs& a) override { ops_.list_dense(a); }
   void stage_dense(const cuda::LadderArgs& a, const cuda::DenseArgs& d, int n) override {
     ops_.stage_dense(a, d, n);
@@ -56,6 +67,8 @@ class CountingOps : public cuda::CacheOps {
     ops_.check_tables(a);
   }
   size_t looks = 0;
+  std::function<void(const cuda::LadderArgs&, const cuda::PaperArgs&)> before_select, after_select,
+      before_rank, after_rank;
   std::function<void(const cuda::TableArgs&)> before_tables;
   std::function<void()> before_digests;
   std::function<void(const cuda::DigestArgs&)> before_sealed_digests;  // of pages just sealed
@@ -69,23 +82,26 @@ class CountingOps : public cuda::CacheOps {
 // two runs that do the same are twins.
 class OneRank {
  public:
-  OneRank(DeviceBackend& backend, int64_t scrub_steps, Policy policy = Policy::Naive)
+  // scratch: blocks of a layer, keys and values each; 0: as by default.
+  OneRank(DeviceBackend& backend, int64_t scrub_steps, Policy policy = Policy::Naive,
+          int64_t scratch = 0)
       : backend_(backend),
         policy_(policy),
         ops(*backend.cache),
-        cache(config_, {0, kKvHeads}, options_with(scrub_steps), *backend.device, ops, pool_,
-              store_, *group_) {}
+        cache(config_, {0, kKvHeads}, options_with(scrub_steps, scratch), *backend.device, ops,
+              pool_, store_, *group_) {}
 
   std::vector<int64_t> start(int64_t id, int forks,
                              const std::function<void(int64_t)>& before_fork = {}) {
     const int64_t prompt = cache.create(int64_t(kPrompt), id, kAnswer);
     for (int layer = 0; layer < kLayers; ++layer) {
-      const auto k = put(draw(id, layer, 0, kKvHeads * kPrompt * kDim));
+      auto keys = draw(id, layer, 0, kKvHeads * kPrompt * kDim);
+      for (size_t i = kDim; equal_keys && i < keys.size(); ++i) keys[i] = keys[i - kDim];
+      const auto k = put(keys);
       const auto v = put(draw(id, layer, 1, kKvHeads * kPrompt * kDim));
       cache.store_prefill(prompt, layer, kPrompt, k.data(), v.data(), kPrompt * kDim, {});
     }
     if (before_fork) before_fork(prompt);
-    StepRules rules;
     rules.policy = policy_;
     rules.tolerance.value = tolerance;
     std::vector<int64_t> out;
@@ -167,10 +183,11 @@ class OneRank {
     c.head_dim = kDim;
     return c;
   }
-  static CertifiedCacheOptions options_with(int64_t scrub_steps) {
+  static CertifiedCacheOptions options_with(int64_t scrub_steps, int64_t scratch) {
     CertifiedCacheOptions o;
     o.cache.scrub_steps = scrub_steps;
     o.dtype = DType::BF16;
+    if (scratch > 0) o.scratch.key_blocks = o.scratch.value_blocks = scratch;
     return o;
   }
   static std::vector<uint16_t> draw(int64_t id, int layer, int part, size_t count) {
@@ -202,7 +219,9 @@ class OneRank {
   DeviceCache cache;
   std::vector<float> outputs;
   double tolerance = 0.2;
-  float sharpness = 1;  // of queries
+  StepRules rules;
+  float sharpness = 1;      // of queries
+  bool equal_keys = false;  // all of a prompt
 };
 
 }  // namespace certkv::scrub_test

@@ -1,0 +1,35 @@
+// The device's cache, seventh part: policies beside `budget`.
+#include "runtime/device/device_sequence.h"
+
+namespace certkv {
+
+// Policy `paper`, in two phases as published; all of it is enqueued, and nothing but rung 3 depends
+// on what comes of it. SOURCE: method section 5, "Policies".
+void DeviceCache::paper(const cuda::PassArgs& first_pass, const cuda::PassShape& first_shape,
+                        const cuda::LadderArgs& ladder) {
+  StepBuffers& b = *step_;
+  const StepRules& rules = at(rows_[0]).rules;
+  const PaperOptions& o = rules.paper;
+  const cuda::PaperArgs paper{.tau_cov = o.tau_cov,
+                              .expand_tail = o.expand_tail,
+                              .v_tol = o.v_tol,
+                              .k_min = int32_t(o.k_min),
+                              .k_max = int32_t(o.k_max),
+                              .greedy_values = o.value_rule == "greedy",
+                              .ranking = int32_t(rules.ranking()),
+                              .scored = b.scored.data(),
+                              .scored_of_item = b.scored.count() / uint64_t(ladder.count)};
+  cuda::PassArgs pass = first_pass;
+  cuda::PassShape shape = first_shape;
+  pass.repeated = true;
+  shape.splits = b.most_splits[1];
+  ops_.select_paper(ladder, paper);
+  ops_.page_in(ladder);
+  device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
+  ops_.attend(pass, shape);
+  ops_.rank(ladder, paper);
+  device_.when(b.words.data() + kAnyFailing, [&] { rung3(first_pass, shape, ladder); });
+  ops_.forget(ladder);
+}
+
+}  // namespace certkv
