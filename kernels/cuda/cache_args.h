@@ -65,6 +65,7 @@ struct LadderCounts {
   uint32_t canary_last = 0;  // the last such block: 4 block + what was broken
   uint32_t rung4 = 0;        // 1: all heads, with the row's other KV heads
   uint32_t hits = 0;         // policy paper: blocks that the scratch held already
+  uint32_t ranked = 0;       // policy budget: bit h: head h's ranking was unresolved
   uint32_t resident_keys = 0, resident_values = 0;  // blocks, when the step's last pass began
 };
 
@@ -108,6 +109,10 @@ struct LadderArgs {
   SlotShape shape;
   double value_share = 0.5, max_share = 0.25;  // as LadderOptions
   bool climbed = false;  // learn(): of the items that climbed in this step, or of the others
+  // Policy budget, where ranking is asked for: [count, undecided_of_item] of a page, bit 8 t + h:
+  // its block t leaves head h's ranking unresolved. nullptr: it is not.
+  uint32_t* undecided = nullptr;
+  uint64_t undecided_of_item = 0;
   PageInRequest* list = nullptr;  // [sum of the items' quotas]
   uint32_t* listed = nullptr;
   int32_t* dense = nullptr;  // [count] items that go to rung 3
@@ -121,6 +126,7 @@ struct PaperArgs {
   int32_t k_min = 2, k_max = 128;
   bool greedy_values = false;
   int32_t ranking = 1;
+  bool all_items = false;  // rank(): of those that a repeated pass has left alone, too
   // [count, scored_of_item]: log-masses of codes, which an item has as its records: of four heads
   // of a page [tile 4][head 4].
   double* scored = nullptr;

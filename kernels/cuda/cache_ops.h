@@ -37,7 +37,8 @@ class CacheOps {
   // climb() does for some; their `again`, `wants`, and lists for page_in(). What the scratch cannot
   // hold leaves all heads of the item failing.
   virtual void select_paper(const LadderArgs& args, const PaperArgs& paper) = 0;
-  // After the second pass: marks heads whose ranking is unresolved as failing.
+  // After a pass: marks heads whose ranking is unresolved as failing. Under policy `budget`, before
+  // climb(), with the blocks that leave it so.
   virtual void rank(const LadderArgs& args, const PaperArgs& paper) = 0;
   // The next step's first pass reads codes alone; the scratch keeps what it holds.
   virtual void forget(const LadderArgs& args) = 0;

@@ -35,10 +35,14 @@ CERTKV_FN double aim_of(int n) {
   return n == 0 ? 0.9 : 0.985;
 }
 
+inline constexpr uint32_t kOpen = 1, kByShare = 2;
 struct ClimbShared {
   uint64_t bins[2][kMaxHeads][kBins];
   double may[kMaxHeads], norm[kMaxHeads];  // what a head may spend; ||O||
   float least[kAims][2][kMaxHeads];        // contributions from here on are promoted
+  // Where ranking is asked for, what a head promotes. kByShare: what `least` says, which is nothing
+  // where promotions are not predicted to do; kOpen: blocks that leave its ranking unresolved.
+  uint32_t takes[kAims][kMaxHeads];
   int32_t chosen[kAims][2][kClimbWarps];
 };
 
@@ -159,7 +163,10 @@ struct Climb {
     const double aim = aim_of(n);
     float least[2] = {__builtin_inff(), __builtin_inff()};
     bool feasible = true;
-    if ((p.failing[0] >> h & 1u) != 0) {
+    // A head may be here for its ranking alone.
+    const bool fits_already =
+        args.undecided != nullptr && within_tolerance(p.judged[h], p.relative != 0, p.tolerance);
+    if ((p.failing[0] >> h & 1u) != 0 && !fits_already) {
       const Certificate& j = p.judged[h];
       const double may = shared->may[h];
       double left[2] = {0, 0};
@@ -186,6 +193,7 @@ struct Climb {
       const double limit = aim - (left[kValues] > 0 ? left[kValues] : 0) - j.e_acc / may;
       feasible = take(kKeys, [&](double x) { return key_now * (x / all) <= limit; }) && may > 0;
     }
+    shared->takes[n][h] = fits_already ? kOpen : (feasible ? kOpen | kByShare : kByShare);
     for (int part = 0; part < 2; ++part)
       store(&shared->least[n][part][0], splat_i(h),
             splat(feasible ? least[part] : __builtin_inff()));
@@ -196,12 +204,28 @@ struct Climb {
     const F share = part == kKeys ? x.key : x.value;
     const F least =
         load_float(&shared->least[n][part][0], select(x.head < kMaxHeads, x.head, splat_i(0)));
-    U wanted = select(x.failing & !(share < 0) & !(share < least), splat_u(1), splat_u(0));
+    B taken = !(share < least);
+    if (args.undecided != nullptr) taken = with_open(x, n, part, taken);
+    U wanted = select(x.failing & !(share < 0) & taken, splat_u(1), splat_u(0));
     wanted = wanted | shuffle_xor(wanted, 1);
     wanted = wanted | shuffle_xor(wanted, 2);
     if (together() == 1) wanted = wanted | shuffle_xor(wanted, 16);
     const B first = (lane_index() & 3) == 0;
     return first & (wanted != 0u) & (together() == 2 ? lane_index() >= 0 : lane_index() < 16);
+  }
+
+  // With the blocks that a head's ranking waits for; and of a head that waits for nothing else,
+  // these alone.
+  CERTKV_FN B with_open(const Cell& x, int n, int part, B by_share) const {
+    const auto* words =
+        reinterpret_cast<const std::byte*>(args.undecided + size_t(index) * args.undecided_of_item);
+    U takes = splat_u(0);
+    for (int h = 0; h < pass().heads; ++h)
+      takes = select(x.head == h, splat_u(shared->takes[n][h]), takes);
+    const B counted = by_share & ((takes & kByShare) != 0u);
+    if (part == kValues) return counted;
+    const U open = load1(words, (x.block >> 2) * 4) >> word_of((x.block & 3) * 8 + x.head);
+    return counted | ((open & takes & kOpen) != 0u);
   }
 
   CERTKV_FN void count() const {

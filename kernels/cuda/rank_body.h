@@ -1,6 +1,6 @@
-// Ranking consistency: whether codes leave open which blocks are the r heaviest. After the pass
-// that promoted. SOURCE: method section 6; the host's ranking_unresolved() and
-// same_order_under_codes().
+// Ranking consistency: whether codes leave open which blocks are the r heaviest. After a pass.
+// Under policy `budget` the blocks that leave it open are noted, for climb() to promote. SOURCE:
+// method section 6; the host's ranking_unresolved() and same_order_under_codes().
 #pragma once
 
 #include "kernels/cuda/cache_args.h"
@@ -23,7 +23,7 @@ struct RankShared {
   double last[kOrders][kMaxHeads];  // the places given so far end with this one
   int32_t last_block[kOrders][kMaxHeads];
   bool bad[kMaxHeads];          // unresolved, whatever else
-  bool beyond_last[kMaxHeads];  // F has fewer blocks
+  bool beyond_last[kMaxHeads];  // F has fewer blocks; places go on outside of it
   int32_t outside[kRankWarps];  // blocks without original keys
   uint32_t open[kRankWarps];    // heads that a block outside leaves unresolved
 };
@@ -39,13 +39,20 @@ struct Rank {
   CERTKV_FN const LadderItem& item() const { return args.items[index]; }
 
   // Whether there is something to decide: else its heads stay as they are.
-  CERTKV_FN bool due() const { return *item().again != 0 && paper.ranking > 0; }
-  CERTKV_FN int places() const {  // no more than there are blocks
+  CERTKV_FN bool due() const {
+    return (paper.all_items || *item().again != 0) && paper.ranking > 0;
+  }
+  CERTKV_FN bool lists() const { return args.undecided != nullptr; }
+  CERTKV_FN uint32_t* undecided() const {
+    return args.undecided + size_t(index) * args.undecided_of_item;
+  }
+  CERTKV_FN int places() const {  // no more than there are blocks; one shows that F has no more
     const int blocks = pass().page_count * kPageTiles;
-    return paper.ranking < blocks ? paper.ranking : blocks;
+    return (paper.ranking < blocks ? paper.ranking : blocks) + (lists() ? 1 : 0);
   }
 
   CERTKV_FN void prepare() const {
+    if (lists()) own_pages([&](int page) { store_word(&undecided()[page], 0); });
     if (warp >= pass().heads) return;
     for (int order = 0; order < kOrders; ++order) {
       shared->last[order][warp] = double(__builtin_inff());
@@ -79,7 +86,10 @@ struct Rank {
     x.by_keys = ref + logarithm(sum);
     // A weight below the exponential's flush lies between 0 and it.
     x.flushed = ref + logarithm(sum + 16 * double(kExpAbsolute));
-    x.by_codes = load_double(paper.scored + size_t(index) * paper.scored_of_item + record * 16, at);
+    x.by_codes =
+        lists()
+            ? x.by_keys
+            : load_double(paper.scored + size_t(index) * paper.scored_of_item + record * 16, at);
     return x;
   }
   template <typename Body>
@@ -91,6 +101,13 @@ struct Rank {
     return load_double(&x[0], (lane_index() & 3) + 4 * group);
   }
 
+  CERTKV_FN I beyond_of(I head) const {
+    I out = splat_i(0);
+    for (int h = 0; h < pass().heads; ++h)
+      out = select(head == h, splat_i(shared->beyond_last[h] ? 1 : 0), out);
+    return out;
+  }
+
   // The heaviest of F after those that have their places, ties by number.
   CERTKV_FN void find() const {
     for (int group = 0; group < args.groups; ++group)
@@ -98,17 +115,19 @@ struct Rank {
         const I head = (lane_index() & 3) + 4 * group;
         const D last = of_heads(shared->last[order], group);
         const I last_block = load_int(&shared->last_block[order][0], head);
+        const I beyond = beyond_of(head);
         D most = to_double(splat(0));
         I block = splat_i(-1);
         B bad = lane_index() < 0;
         own_pages([&](int page) {
           const Cell x = cell(page, group);
-          const D mass = order == 0 ? x.by_keys : x.by_codes;
+          const B among = ((beyond > 0) & x.there & !x.inside) | ((beyond == 0) & x.inside);
+          const D mass = select(beyond > 0, x.flushed, order == 0 ? x.by_keys : x.by_codes);
           const B number = at_most(mass, mass);
           bad = bad | (x.inside & !number);
           const B left = (!at_most(last, mass)) | (at_most(mass, last) & (x.block > last_block));
           const B better = (block < 0) | !at_most(mass, most);
-          const B take = x.inside & number & left & better;
+          const B take = among & number & left & better;
           most = select(take, mass, most);
           block = select(take, x.block, block);
         });
@@ -131,9 +150,10 @@ struct Rank {
   }
 
   // A warp a head: the next place.
-  CERTKV_FN void settle() const {
+  CERTKV_FN void settle(int place) const {
     if (warp >= pass().heads) return;
     const int h = warp;
+    if (place >= paper.ranking && !shared->beyond_last[h]) return;  // F has them all
     int next[kOrders];
     double mass[kOrders];
     for (int order = 0; order < kOrders; ++order) {
@@ -149,12 +169,22 @@ struct Rank {
         }
       }
     }
-    sync_lanes();
-    if (next[0] < 0) {
+    const bool beyond = shared->beyond_last[h];
+    sync_lanes();  // all have read before any writes
+    if (beyond) {
+      if (next[0] < 0 || !lists()) return;
+      or_where(lane_index() < 1, undecided(), splat_i(next[0] / kPageTiles),
+               splat_u(1u << (next[0] % kPageTiles * 8 + h)));
+    } else if (next[0] < 0) {
       shared->beyond_last[h] = true;
+      for (int order = 0; order < kOrders; ++order) {
+        shared->last[order][h] = double(__builtin_inff());
+        shared->last_block[order][h] = -1;
+      }
       return;
+    } else if (next[0] != next[1]) {
+      shared->bad[h] = true;
     }
-    if (next[0] != next[1]) shared->bad[h] = true;
     for (int order = 0; order < kOrders; ++order) {
       shared->last[order][h] = mass[order];
       shared->last_block[order][h] = next[order];
@@ -186,6 +216,9 @@ struct Rank {
         const D own = magnitude(x.flushed), theirs = magnitude(last);
         const D eps = gamma_n(16 + 4) + 2 * kUnit * select(at_most(own, theirs), theirs, own);
         const B resolved = at_most(x.flushed + x.delta + eps, last - least - eps);
+        if (lists())
+          or_where(out & !resolved & (beyond_of(head) == 0), undecided(), splat_i(page),
+                   splat_u(1) << word_of((x.block & 3) * 8 + head));
         const uint32_t lanes = ballot(out & !resolved);
         for (int h = 0; h < 4; ++h)
           if ((lanes >> h & 0x1111u) != 0) open |= 1u << (4 * group + h);
@@ -205,12 +238,17 @@ struct Rank {
     }
     for (int h = 0; h < pass().heads; ++h) {
       const bool unresolved = outside > 0 && (shared->beyond_last[h] || (open >> h & 1u) != 0);
-      if (shared->bad[h] || unresolved) raise_flag(pass().failing, 1u << h);
+      if (!shared->bad[h] && !unresolved) continue;
+      raise_flag(pass().failing, 1u << h);
+      raise_flag(pass().climbed, 1u);
+      if (!lists()) continue;
+      raise_flag(pass().any_failing, 1u);
+      raise_flag(&item().counts->ranked, 1u << h);
     }
   }
-  // Whatever is left for rungs 3 and 4.
+  // Policy paper: whatever is left for rungs 3 and 4.
   CERTKV_FN void report() const {
-    if (warp != 0) return;
+    if (warp != 0 || lists()) return;
     if (pass().failing[0] != 0 || item().counts->canary != 0) raise_flag(pass().any_failing, 1u);
   }
 };
@@ -223,7 +261,7 @@ CERTKV_FN void rank_phases(bool due, int places, Run run) {
     CERTKV_NO_UNROLL
     for (int place = 0; place < places; ++place) {
       run([](const Rank& r) { r.find(); });
-      run([](const Rank& r) { r.settle(); });
+      run([=](const Rank& r) { r.settle(place); });
     }
     run([](const Rank& r) { r.compare(); });
     run([](const Rank& r) { r.close(); });

@@ -174,8 +174,6 @@ int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t 
 int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
   background_.finish();  // the prompt's originals are in the arena
   Sequence& from = at(sequence);
-  require(rules.policy == Policy::Paper || rules.ranking() == 0,
-          "ladder.ranking under policies other than paper");
   require(!(rules.skip.share > 0), "skip.share");
   require(!(rules.ladder.exploration > 0), "ladder.exploration");
   auto s = std::make_unique<Sequence>();

@@ -3,22 +3,31 @@
 
 namespace certkv {
 
+int DeviceCache::ranking() const {
+  const StepRules& rules = at(rows_[0]).rules;
+  return rules.policy == Policy::Budget ? rules.ranking() : 0;
+}
+
+cuda::PaperArgs DeviceCache::paper_args(const cuda::LadderArgs& ladder) const {
+  const StepRules& rules = at(rows_[0]).rules;
+  const PaperOptions& o = rules.paper;
+  return {.tau_cov = o.tau_cov,
+          .expand_tail = o.expand_tail,
+          .v_tol = o.v_tol,
+          .k_min = int32_t(o.k_min),
+          .k_max = int32_t(o.k_max),
+          .greedy_values = o.value_rule == "greedy",
+          .ranking = int32_t(rules.ranking()),
+          .scored = step_->scored.data(),
+          .scored_of_item = step_->scored.count() / uint64_t(ladder.count)};
+}
+
 // Policy `paper`, in two phases as published; all of it is enqueued, and nothing but rung 3 depends
 // on what comes of it. SOURCE: method section 5, "Policies".
 void DeviceCache::paper(const cuda::PassArgs& first_pass, const cuda::PassShape& first_shape,
                         const cuda::LadderArgs& ladder) {
   StepBuffers& b = *step_;
-  const StepRules& rules = at(rows_[0]).rules;
-  const PaperOptions& o = rules.paper;
-  const cuda::PaperArgs paper{.tau_cov = o.tau_cov,
-                              .expand_tail = o.expand_tail,
-                              .v_tol = o.v_tol,
-                              .k_min = int32_t(o.k_min),
-                              .k_max = int32_t(o.k_max),
-                              .greedy_values = o.value_rule == "greedy",
-                              .ranking = int32_t(rules.ranking()),
-                              .scored = b.scored.data(),
-                              .scored_of_item = b.scored.count() / uint64_t(ladder.count)};
+  const cuda::PaperArgs paper = paper_args(ladder);
   cuda::PassArgs pass = first_pass;
   cuda::PassShape shape = first_shape;
   pass.repeated = true;

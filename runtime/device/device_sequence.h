@@ -127,7 +127,7 @@ struct DeviceCache::StepBuffers {
     int64_t rounds = 0;
     double shares[2] = {};
     int staged_splits = 0;
-    std::vector<double> paper;        // options of policy paper
+    std::vector<double> paper;        // options of policy paper, and ranking
     uint64_t grown = 0;               // buffers that have moved
     std::vector<int64_t> by_library;  // sequences whose keys and values a library reads
     friend bool operator==(const Shape&, const Shape&) = default;
@@ -149,6 +149,7 @@ struct DeviceCache::StepBuffers {
   DeviceArray<double> merged, tally, scored;
   DeviceArray<uint8_t> used;
   DeviceArray<cuda::PageInRequest> list;
+  DeviceArray<uint32_t> undecided;
   DeviceArray<uint32_t> listed, words;  // words: any failing, count of dense items, and two
   DeviceArray<int32_t> dense;
   // Rung 3's staging area, for one KV head: tables of as many entries, and originals of as many

@@ -191,6 +191,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   grow(&b.merged, device_, kLearning * merged, "sums of a pass");
   const bool paper = at(rows_[0]).rules.policy == Policy::Paper;
   if (paper) grow(&b.scored, device_, items * pages * groups * 16, "masses of a first pass");
+  if (ranking() > 0) grow(&b.undecided, device_, items * pages, "blocks that ranking waits for");
   grow(&b.list, device_, quotas, "list of blocks to page in");
   grow(&b.listed, device_, items, "list of blocks to page in");
   grow(&b.words, device_, kWords + items, "marks of a step");
@@ -214,7 +215,9 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
                                  rules.ladder.max_rounds,
                                  {rules.ladder.value_share, rules.ladder.max_share},
                                  b.staged_splits,
-                                 paper ? figures_of(rules) : std::vector<double>{},
+                                 paper           ? figures_of(rules)
+                                 : ranking() > 0 ? std::vector{double(ranking())}
+                                                 : std::vector<double>{},
                                  b.grown,
                                  by_library() ? rows_ : std::vector<int64_t>{}};
   // An audit waits within the step: none is like another.
@@ -325,7 +328,8 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
                         .certificate = true};
   // Of a policy that climbs: what is made must be used.
   cuda::Device::Condition failing;
-  if (policy == Policy::Budget) failing = device_.condition(b.words.data() + kAnyFailing);
+  const bool ranks = ranking() > 0;  // then heads fail behind the pass, too
+  if (policy == Policy::Budget && !ranks) failing = device_.condition(b.words.data() + kAnyFailing);
   pass.after_append = audit_ == nullptr;  // an audit copies in between
   pass.sets_condition = failing.setter.armed;
   pass.condition = failing.setter.handle;
@@ -349,6 +353,8 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
     ladder.dense = b.dense.data();
     ladder.dense_count = b.words.data() + kDenseCount;
     ladder.dense_listed = b.words.data() + kWords;
+    ladder.undecided = ranks ? b.undecided.data() : nullptr;
+    ladder.undecided_of_item = b.undecided.count() / items;
     // Where the device decides, what follows need not wait until it has.
     const bool ahead = failing.setter.armed && following.enqueue && following.redone != nullptr;
     const auto learn = [&] { device_.beside(branch, [this, ladder] { ops_.learn(ladder); }); };
@@ -367,9 +373,16 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
       paper(pass, shape, ladder);
       follow(false);
     } else {
+      cuda::PaperArgs all = paper_args(ladder);
+      all.all_items = true;
+      if (ranks) ops_.rank(ladder, all);
       // An audit reads the tables that learning changes.
       if (audit_ == nullptr) learn();
-      device_.when_met(failing, [&] { climb(pass, shape, ladder); });
+      const auto climbing = [&] { climb(pass, shape, ladder); };
+      if (ranks)
+        device_.when(b.words.data() + kAnyFailing, climbing);
+      else
+        device_.when_met(failing, climbing);
       if (audit_ != nullptr) ops_.learn(ladder);
       follow(false);
     }
@@ -396,6 +409,7 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
       ops_.page_in(ladder);
       device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
       ops_.attend(pass, shape);
+      if (ranking() > 0) ops_.rank(ladder, paper_args(ladder));
     });
   rung3(first_pass, shape, ladder);
   cuda::LadderArgs of_climbed = ladder;
@@ -529,6 +543,9 @@ void DeviceCache::read_reports(Sequence* s) {
     const std::string where =
         fmt::format("layer {} KV head {}", cell / heads, size_t(heads_.begin) + cell % heads);
     bool first = true;
+    const auto needed = [&](size_t h, const HeadReport& r) {
+      return !fits(r.candidate) || (counts.ranked >> h & 1) != 0;
+    };
     for (size_t h = 0; h < n; ++h) {
       HeadReport& r = g.heads[h];
       r.returned = s->judged_host[cell * n + h];
@@ -541,10 +558,10 @@ void DeviceCache::read_reports(Sequence* s) {
         r.outcome = std::isfinite(r.returned.bound) ? Outcome::Exact : Outcome::Failed;
       } else {
         r.outcome = fits(r.returned) ? Outcome::Certified : Outcome::Over;
-        if (climbed && (paper || !fits(r.candidate)))
+        if (climbed && (paper || needed(h, r)))
           r.rung = counts.promoted_values > 0 ? 2 : counts.promoted_keys > 0 ? 1 : 0;
       }
-      if (climbed && (paper || (first && !fits(r.candidate)))) {
+      if (climbed && (paper || (first && needed(h, r)))) {
         first = false;
         r.promoted_keys = counts.promoted_keys;
         r.promoted_values = counts.promoted_values;

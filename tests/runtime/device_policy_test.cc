@@ -8,6 +8,7 @@
 #include <cmath>
 #include <set>
 
+#include "kernels/arith/certificate.h"
 #include "kernels/cuda/chains.h"
 #include "kernels/cuda/pass.h"
 #include "kernels/quantize.h"
@@ -224,7 +225,97 @@ class DevicePolicy : public ::testing::Test {
     return out;
   }
 
+  // Policy budget: the blocks that leave a head unresolved, as ranking_unresolved() has them, by
+  // the device's own Delta_b; and what climb() makes of them.
+  static Set open_blocks(const PassState& pass, int h, int r) {
+    std::vector<uint32_t> inside, outside;
+    std::vector<double> l(pass.blocks);
+    for (size_t b = 0; b < pass.blocks; ++b) {
+      const size_t at = pass.at(h, b);
+      const bool in_f = (pass.used[at] & kUsedKey) != 0;
+      (in_f ? inside : outside).push_back(uint32_t(b));
+      l[b] = double(pass.block_ref[at]) +
+             std::log(double(pass.block_sum[at]) + (in_f ? 0 : 16 * double(kExpAbsolute)));
+    }
+    const auto heavier = [&](uint32_t x, uint32_t y) { return l[x] != l[y] ? l[x] > l[y] : x < y; };
+    std::sort(inside.begin(), inside.end(), heavier);
+    if (inside.size() < size_t(r)) {
+      std::sort(outside.begin(), outside.end(), heavier);
+      outside.resize(std::min(outside.size(), size_t(r) - inside.size()));
+      return {outside.begin(), outside.end()};
+    }
+    const uint32_t last = inside[size_t(r) - 1];
+    Set out;
+    for (const uint32_t b : outside) {
+      const double eps = gamma_n(20) + 2 * kUnit * std::max(std::abs(l[b]), std::abs(l[last]));
+      if (!(l[b] + pass.delta[pass.at(h, b)] + eps <= l[last] - pass.delta[pass.at(h, last)] - eps))
+        out.insert(b);
+    }
+    return out;
+  }
+
+  void watch_budget(OneRank* rank, Seen* seen) {
+    rank->ops.before_rank = [this](const cuda::LadderArgs& a, const cuda::PaperArgs& p) {
+      if (p.all_items) open_.assign(size_t(a.count), {});
+      failing_.resize(size_t(a.count));
+      for (int i = 0; i < a.count; ++i) {
+        failing_[size_t(i)] = a.passes[i].failing[0];
+        if (!p.all_items && *a.items[i].again == 0) continue;
+        const Left left(a.passes[i]);
+        open_[size_t(i)].clear();
+        for (int h = 0; h < a.passes[i].heads; ++h) {
+          open_[size_t(i)].push_back(open_blocks(left.state, h, p.ranking));
+          if (!open_[size_t(i)].back().empty()) failing_[size_t(i)] |= 1u << h;
+        }
+      }
+    };
+    rank->ops.after_rank = [this, seen](const cuda::LadderArgs& a, const cuda::PaperArgs&) {
+      for (int i = 0; i < a.count; ++i) {
+        EXPECT_EQ(a.passes[i].failing[0], failing_[size_t(i)]);
+        for (int h = 0; h < a.passes[i].heads; ++h) {
+          EXPECT_EQ(noted(a, i, h), open_[size_t(i)][size_t(h)]) << "item " << i << " head " << h;
+          (open_[size_t(i)][size_t(h)].empty() ? seen->resolved : seen->unresolved) += 1;
+        }
+      }
+    };
+    rank->ops.after_climb = [this, seen](const cuda::LadderArgs& a) {
+      for (int i = 0; i < a.count; ++i) {
+        const cuda::PassItem& pass = a.passes[i];
+        if (*a.items[i].again == 0) continue;
+        bool all_fit = true;
+        Set open;
+        for (int h = 0; h < pass.heads; ++h) {
+          all_fit = all_fit && within_tolerance(pass.judged[h], pass.relative != 0, pass.tolerance);
+          open.merge(Set(open_[size_t(i)][size_t(h)]));
+        }
+        const cuda::PageInRequest* list = a.list;
+        for (int n = 0; n < i; ++n) list += a.items[n].quota[0] + a.items[n].quota[1];
+        Set keys;
+        uint64_t values = 0;
+        for (uint32_t n = 0; n < a.listed[i]; ++n)
+          if (list[n].part == kKeys)
+            keys.insert(uint32_t(list[n].block));
+          else
+            ++values;
+        EXPECT_TRUE(std::includes(keys.begin(), keys.end(), open.begin(), open.end()));
+        if (!all_fit) continue;
+        EXPECT_EQ(keys, open) << "exactly the blocks that leave it unresolved";
+        EXPECT_EQ(values, 0u);
+        ++seen->items;
+      }
+    };
+  }
+  static Set noted(const cuda::LadderArgs& a, int i, int h) {
+    Set out;
+    const uint32_t* words = a.undecided + size_t(i) * a.undecided_of_item;
+    for (int page = 0; page < a.passes[i].page_count; ++page)
+      for (int t = 0; t < kPageTiles; ++t)
+        if ((words[page] >> (8 * t + h) & 1) != 0) out.insert(uint32_t(page * kPageTiles + t));
+    return out;
+  }
+
   DeviceBackend backend_;
+  std::vector<std::vector<Set>> open_;  // of items, heads
   std::vector<std::array<Set, 2>> expected_;
   std::vector<std::array<std::vector<int32_t>, 2>> before_;
   std::vector<std::vector<std::vector<double>>> scored_;
@@ -329,6 +420,34 @@ TEST_F(DevicePolicy, HeadsWhoseRankingIsOpenGoToRung3AndNoOthers) {
   EXPECT_EQ(exact, seen.unresolved);
   EXPECT_GT(seen.resolved, 20u);
   EXPECT_GT(seen.unresolved, 20u);
+}
+
+TEST_F(DevicePolicy, BudgetPromotesExactlyWhatLeavesItsRankingOpen) {
+  Seen seen;
+  uint64_t rungs[5] = {};
+  for (const int r : {1, 2, 7})
+    for (const float sharpness : {1.0f, 4.0f, 16.0f})
+      for (const double tolerance : {0.08, 0.5}) {
+        OneRank rank(backend_, 0, Policy::Budget);
+        rank.sharpness = sharpness;
+        rank.tolerance = tolerance;
+        rank.rules.ladder.ranking = r;
+        watch_budget(&rank, &seen);
+        const int64_t s = rank.start(1, 1)[0];
+        for (int step = 0; step < 3; ++step) {
+          const VerdictRecord v = rank.step({s})[0];
+          EXPECT_EQ(v.sum.failed + v.sum.over, 0u);
+          EXPECT_EQ(v.sum.rungs[3], v.sum.exact);
+          for (int i = 0; i < 5; ++i) rungs[i] += v.sum.rungs[i];
+        }
+      }
+  fmt::print("{} heads resolved, {} not; {} items promoted for ranking alone; rungs {} {} {} {}\n",
+             seen.resolved, seen.unresolved, seen.items, rungs[0], rungs[1], rungs[2], rungs[3]);
+  EXPECT_GT(seen.resolved, 100u);
+  EXPECT_GT(seen.unresolved, 100u);
+  EXPECT_GT(seen.items, 20u);
+  EXPECT_GT(rungs[1], 20u);
+  EXPECT_GT(rungs[3], 20u);
 }
 
 }  // namespace

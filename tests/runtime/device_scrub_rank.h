@@ -31,7 +31,11 @@ class CountingOps : public cuda::CacheOps {
   explicit CountingOps(cuda::CacheOps& ops) : ops_(ops) {}
   void append(const cuda::AppendArgs& a) override { ops_.append(a); }
   void attend(const cuda::PassArgs& a, const cuda::PassShape& s) override { ops_.attend(a, s); }
-  void climb(const cuda::LadderArgs& a) override { ops_.climb(a); }
+  void climb(const cuda::LadderArgs& a) override {
+    if (before_climb) before_climb(a);
+    ops_.climb(a);
+    if (after_climb) after_climb(a);
+  }
   void page_in(const cuda::LadderArgs& a) override { ops_.page_in(a); }
   void select_paper(const cuda::LadderArgs& a, const cuda::PaperArgs& p) override {
     if (before_select) before_select(a, p);
@@ -67,6 +71,7 @@ class CountingOps : public cuda::CacheOps {
     ops_.check_tables(a);
   }
   size_t looks = 0;
+  std::function<void(const cuda::LadderArgs&)> before_climb, after_climb;
   std::function<void(const cuda::LadderArgs&, const cuda::PaperArgs&)> before_select, after_select,
       before_rank, after_rank;
   std::function<void(const cuda::TableArgs&)> before_tables;
