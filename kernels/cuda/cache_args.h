@@ -66,6 +66,7 @@ struct LadderCounts {
   uint32_t rung4 = 0;        // 1: all heads, with the row's other KV heads
   uint32_t hits = 0;         // policy paper: blocks that the scratch held already
   uint32_t ranked = 0;       // policy budget: bit h: head h's ranking was unresolved
+  uint32_t explored = 0;     // blocks, promoted at random: neither promoted_keys nor _values
   uint32_t resident_keys = 0, resident_values = 0;  // blocks, when the step's last pass began
 };
 
@@ -92,6 +93,7 @@ struct LadderItem {
   // there, what rung 4 has returned, for learn() may be reading `judged`; else untouched.
   Certificate* candidate = nullptr;
   LadderCounts* counts = nullptr;
+  uint64_t exploration_seed = 0;  // of this step and KV head: counter_seed()
 };
 
 struct PageInRequest {
@@ -108,7 +110,8 @@ struct LadderArgs {
   DType dtype = DType::BF16;  // of originals
   SlotShape shape;
   double value_share = 0.5, max_share = 0.25;  // as LadderOptions
-  bool climbed = false;  // learn(): of the items that climbed in this step, or of the others
+  bool climbed = false;         // learn(): of the items that climbed in this step, or of the others
+  uint64_t explored_below = 0;  // explore(): the share of blocks, in 2^-53
   // Policy budget, where ranking is asked for: [count, undecided_of_item] of a page, bit 8 t + h:
   // its block t leaves head h's ranking unresolved. nullptr: it is not.
   uint32_t* undecided = nullptr;

@@ -303,6 +303,7 @@ CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
     unwant(item, r.block, r.part);
     if (broken != 0) {  // what they are charged is not to be trusted: rung 4 follows
       add_count(&item.counts->canary, 1);
+      raise_flag(args.passes[index].any_failing, 1u);
       keep_largest(&item.counts->canary_last, uint32_t(r.block) * 4 + broken);
       continue;
     }

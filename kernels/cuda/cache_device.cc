@@ -34,6 +34,9 @@ class CudaCacheOps final : public CacheOps {
   void rank(const LadderArgs& args, const PaperArgs& paper) override {
     check_cuda(launch_rank(args, paper, stream()), "ranking cannot be launched");
   }
+  void explore(const LadderArgs& args) override {
+    check_cuda(launch_explore(args, stream()), "exploration cannot be launched");
+  }
   void forget(const LadderArgs& args) override {
     check_cuda(launch_forget(args, stream()), "the end of policy paper cannot be launched");
   }

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/cache_body.h"
 #include "kernels/cuda/cache_ops.h"
+#include "kernels/cuda/explore_body.h"
 #include "kernels/cuda/library_body.h"
 #include "kernels/cuda/paper_body.h"
 #include "kernels/cuda/rank_body.h"
@@ -68,6 +69,16 @@ class EmulatedCacheOps final : public CacheOps {
         for (int warp = 0; warp < emulated::kRankWarps; ++warp)
           phase(emulated::Rank{args, paper, i, warp, &shared});
       });
+    }
+  }
+  void explore(const LadderArgs& args) override {
+    for (int i = 0; i < args.count; ++i) {
+      emulated::ExploreShared shared;
+      std::memset(&shared, 0xff, sizeof shared);
+      for (const auto part :
+           {&emulated::Explore::count, &emulated::Explore::place, &emulated::Explore::close})
+        for (int warp = 0; warp < emulated::kClimbWarps; ++warp)
+          (emulated::Explore{args, i, warp, &shared}.*part)();
     }
   }
   void forget(const LadderArgs& args) override {

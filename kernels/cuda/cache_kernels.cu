@@ -1,5 +1,6 @@
 #include "kernels/cuda/cache_body.h"
 #include "kernels/cuda/cache_kernels.h"
+#include "kernels/cuda/explore_body.h"
 #include "kernels/cuda/library_body.h"
 #include "kernels/cuda/paper_body.h"
 #include "kernels/cuda/rank_body.h"
@@ -73,6 +74,16 @@ __global__ void __launch_bounds__(32 * kRankWarps)
     phase(rank);
     __syncthreads();
   });
+}
+
+__global__ void __launch_bounds__(32 * kClimbWarps) explore_kernel(const LadderArgs args) {
+  __shared__ ExploreShared shared;
+  const Explore explore{args, int(blockIdx.x), int(threadIdx.y), &shared};
+  explore.count();
+  __syncthreads();
+  explore.place();
+  __syncthreads();
+  explore.close();
 }
 
 __global__ void forget_kernel(const LadderArgs args) {
@@ -156,6 +167,11 @@ cudaError_t launch_select_paper(const LadderArgs& args, const PaperArgs& paper,
 
 cudaError_t launch_rank(const LadderArgs& args, const PaperArgs& paper, cudaStream_t stream) {
   rank_kernel<<<unsigned(args.count), dim3(32, kRankWarps), 0, stream>>>(args, paper);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_explore(const LadderArgs& args, cudaStream_t stream) {
+  explore_kernel<<<unsigned(args.count), dim3(32, kClimbWarps), 0, stream>>>(args);
   return cudaGetLastError();
 }
 

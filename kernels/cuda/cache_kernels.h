@@ -16,6 +16,7 @@ cudaError_t launch_climb(const LadderArgs& args, cudaStream_t stream);
 cudaError_t launch_select_paper(const LadderArgs& args, const PaperArgs& paper,
                                 cudaStream_t stream);
 cudaError_t launch_rank(const LadderArgs& args, const PaperArgs& paper, cudaStream_t stream);
+cudaError_t launch_explore(const LadderArgs& args, cudaStream_t stream);
 cudaError_t launch_forget(const LadderArgs& args, cudaStream_t stream);
 cudaError_t launch_page_in(const LadderArgs& args, cudaStream_t stream);
 cudaError_t launch_list_dense(const LadderArgs& args, cudaStream_t stream);

@@ -40,6 +40,9 @@ class CacheOps {
   // After a pass: marks heads whose ranking is unresolved as failing. Under policy `budget`, before
   // climb(), with the blocks that leave it so.
   virtual void rank(const LadderArgs& args, const PaperArgs& paper) = 0;
+  // Behind the first pass: chooses blocks at random, as climb(): `again`, lists for page_in().
+  // Heads of these items are not failing until the pass that follows says so.
+  virtual void explore(const LadderArgs& args) = 0;
   // The next step's first pass reads codes alone; the scratch keeps what it holds.
   virtual void forget(const LadderArgs& args) = 0;
   // Policy `dense` by a library: largest_notes() once a step for items of all layers; append, the

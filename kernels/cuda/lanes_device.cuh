@@ -277,6 +277,9 @@ CERTKV_LANE W splat_w(uint64_t x) {
 CERTKV_LANE W widen(U x) {
   return x;
 }
+CERTKV_LANE B below(W x, uint64_t limit) {
+  return x < limit;
+}
 CERTKV_LANE uint64_t sum_lanes(W x) {
 #pragma unroll
   for (int mask = 1; mask < 32; mask *= 2) x += __shfl_xor_sync(kAllLanes, x, mask);

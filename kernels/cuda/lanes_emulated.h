@@ -343,6 +343,9 @@ inline W splat_w(uint64_t x) {
 inline W widen(U x) {
   return __builtin_convertvector(x, W);
 }
+inline B below(W x, uint64_t limit) {
+  return each_lane<B>([&](int i) { return x[i] < limit ? -1 : 0; });
+}
 inline uint64_t sum_lanes(W x) {
   uint64_t sum = 0;
   for (int lane = 0; lane < kLaneCount; ++lane) sum += x[lane];

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/arith/counter.h"
 #include "kernels/quantize.h"
 #include "runtime/certify/selector.h"
 
@@ -55,17 +56,13 @@ void learn(const AttendContext& context, const PassState& pass, std::span<const 
   }
 }
 
+uint64_t counter_seed(uint64_t seed, const StepWhere& where) {
+  return mix_counter(mix_counter(seed, uint64_t(where.step)),
+                     uint64_t(where.layer) << 32 | uint32_t(where.kv_head));
+}
+
 double counter_uniform(uint64_t seed, const StepWhere& where, uint32_t block) {
-  uint64_t x = seed;
-  for (uint64_t part : {uint64_t(where.step), uint64_t(where.layer) << 32 | uint32_t(where.kv_head),
-                        uint64_t(block)}) {
-    x ^= part;  // splitmix64's finaliser after each part
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    x ^= x >> 31;
-  }
-  return double(x >> 11) * 0x1p-53;
+  return double(mix_counter(counter_seed(seed, where), uint64_t(block)) >> 11) * 0x1p-53;
 }
 
 bool same_order_under_codes(const PassState& pass, int head, std::span<const double> scored,

@@ -16,8 +16,9 @@ namespace certkv {
 void learn(const AttendContext& context, const PassState& pass, std::span<const BlockRef> blocks,
            std::span<const double> allowed, bool by_mass, HeadState* state);
 
+// What a step's numbers for the blocks of a KV head are drawn from, with mix_counter().
+uint64_t counter_seed(uint64_t seed, const StepWhere& where);
 // Uniform in [0, 1) from a counter: the same on every machine and for every number of ranks.
-// SOURCE: SplitMix64's finaliser, Steele, Lea, Flood 2014.
 double counter_uniform(uint64_t seed, const StepWhere& where, uint32_t block);
 
 // The r heaviest blocks whose keys are original have the same order under their codes (method 6).

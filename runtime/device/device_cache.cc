@@ -175,7 +175,6 @@ int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules&
   background_.finish();  // the prompt's originals are in the arena
   Sequence& from = at(sequence);
   require(!(rules.skip.share > 0), "skip.share");
-  require(!(rules.ladder.exploration > 0), "ladder.exploration");
   auto s = std::make_unique<Sequence>();
   s->handle = next_++;
   s->id = from.id;

@@ -7,7 +7,7 @@
 // every head.
 //
 // What it does not do yet is refused by the constructor or by fork(), by name: layouts but
-// `compact`, blocks but of 16 tokens, skipping, exploration. THREADS: calls come from one thread.
+// `compact`, blocks but of 16 tokens, skipping. THREADS: calls come from one thread.
 #pragma once
 
 #include <cstdint>
@@ -127,10 +127,13 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void reserve_staging(size_t entries);
   void climb(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
-  int ranking() const;  // r of the rows under way, under policy budget
+  // Of the rows under way, under policy budget; else 0.
+  int ranking() const;
+  double exploration() const;
   cuda::PaperArgs paper_args(const cuda::LadderArgs& ladder) const;
   void paper(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
+  void explore(const cuda::PassArgs& pass, const cuda::PassShape& shape, cuda::LadderArgs* ladder);
   void rung3(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
   void read_reports(Sequence* s);

@@ -1,4 +1,7 @@
 // The device's cache, seventh part: policies beside `budget`.
+#include <algorithm>
+#include <cmath>
+
 #include "runtime/device/device_sequence.h"
 
 namespace certkv {
@@ -6,6 +9,12 @@ namespace certkv {
 int DeviceCache::ranking() const {
   const StepRules& rules = at(rows_[0]).rules;
   return rules.policy == Policy::Budget ? rules.ranking() : 0;
+}
+
+double DeviceCache::exploration() const {
+  const StepRules& rules = at(rows_[0]).rules;
+  return rules.policy == Policy::Budget && rules.ladder.exploration > 0 ? rules.ladder.exploration
+                                                                        : 0;
 }
 
 cuda::PaperArgs DeviceCache::paper_args(const cuda::LadderArgs& ladder) const {
@@ -39,6 +48,19 @@ void DeviceCache::paper(const cuda::PassArgs& first_pass, const cuda::PassShape&
   ops_.rank(ladder, paper);
   device_.when(b.words.data() + kAnyFailing, [&] { rung3(first_pass, shape, ladder); });
   ops_.forget(ladder);
+}
+
+// Some blocks at random, for the canary; all heads are judged again with what came of it.
+void DeviceCache::explore(const cuda::PassArgs& first_pass, const cuda::PassShape& first_shape,
+                          cuda::LadderArgs* ladder) {
+  cuda::PassArgs pass = first_pass;
+  cuda::PassShape shape = first_shape;
+  pass.repeated = true;
+  shape.splits = step_->most_splits[1];
+  ladder->explored_below = uint64_t(std::ceil(std::min(exploration(), 1.0) * 0x1p53));
+  ops_.explore(*ladder);
+  ops_.page_in(*ladder);
+  ops_.attend(pass, shape);
 }
 
 }  // namespace certkv

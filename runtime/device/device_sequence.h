@@ -127,7 +127,7 @@ struct DeviceCache::StepBuffers {
     int64_t rounds = 0;
     double shares[2] = {};
     int staged_splits = 0;
-    std::vector<double> paper;        // options of policy paper, and ranking
+    std::vector<double> paper;        // options of policy paper; ranking, exploration
     uint64_t grown = 0;               // buffers that have moved
     std::vector<int64_t> by_library;  // sequences whose keys and values a library reads
     friend bool operator==(const Shape&, const Shape&) = default;

@@ -6,6 +6,7 @@
 
 #include "kernels/base/log.h"
 #include "parallel/communicator.h"
+#include "runtime/certify/learn.h"
 #include "runtime/device/device_sequence.h"
 
 namespace certkv {
@@ -140,6 +141,8 @@ cuda::LadderItem DeviceCache::ladder_item(const Sequence& s, size_t cell) const 
   l.again = marks + kAgain;
   l.candidate = s.candidate.data() + cell * size_t(config_.heads_per_group());
   l.counts = s.counts.data() + cell;
+  l.exploration_seed = counter_seed(s.rules.exploration_seed,
+                                    {s.id, int(layer), int(kv_head), uint64_t(s.tokens) + 1});
   return l;
 }
 
@@ -209,17 +212,16 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   b.staged_splits = std::min(int(b.staged_pages) / largest, b.most_splits[1]);
 
   const StepRules& rules = at(rows_[0]).rules;
-  const StepBuffers::Shape shape{rows_.size(),
-                                 {b.most_splits[0], b.most_splits[1]},
-                                 int(rules.policy),
-                                 rules.ladder.max_rounds,
-                                 {rules.ladder.value_share, rules.ladder.max_share},
-                                 b.staged_splits,
-                                 paper           ? figures_of(rules)
-                                 : ranking() > 0 ? std::vector{double(ranking())}
-                                                 : std::vector<double>{},
-                                 b.grown,
-                                 by_library() ? rows_ : std::vector<int64_t>{}};
+  const StepBuffers::Shape shape{
+      rows_.size(),
+      {b.most_splits[0], b.most_splits[1]},
+      int(rules.policy),
+      rules.ladder.max_rounds,
+      {rules.ladder.value_share, rules.ladder.max_share},
+      b.staged_splits,
+      paper ? figures_of(rules) : std::vector<double>{double(ranking()), exploration()},
+      b.grown,
+      by_library() ? rows_ : std::vector<int64_t>{}};
   // An audit waits within the step: none is like another.
   shape_ = audit_ == nullptr ? b.name_of(shape) : ++b.names;
 
@@ -328,8 +330,9 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
                         .certificate = true};
   // Of a policy that climbs: what is made must be used.
   cuda::Device::Condition failing;
-  const bool ranks = ranking() > 0;  // then heads fail behind the pass, too
-  if (policy == Policy::Budget && !ranks) failing = device_.condition(b.words.data() + kAnyFailing);
+  const bool ranks = ranking() > 0, explores = exploration() > 0;
+  const bool later = ranks || explores;  // heads fail behind the pass, too
+  if (policy == Policy::Budget && !later) failing = device_.condition(b.words.data() + kAnyFailing);
   pass.after_append = audit_ == nullptr;  // an audit copies in between
   pass.sets_condition = failing.setter.armed;
   pass.condition = failing.setter.handle;
@@ -373,13 +376,14 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
       paper(pass, shape, ladder);
       follow(false);
     } else {
+      if (explores) explore(pass, shape, &ladder);
       cuda::PaperArgs all = paper_args(ladder);
       all.all_items = true;
       if (ranks) ops_.rank(ladder, all);
       // An audit reads the tables that learning changes.
       if (audit_ == nullptr) learn();
       const auto climbing = [&] { climb(pass, shape, ladder); };
-      if (ranks)
+      if (later)
         device_.when(b.words.data() + kAnyFailing, climbing);
       else
         device_.when_met(failing, climbing);
@@ -522,8 +526,8 @@ void DeviceCache::read_reports(Sequence* s) {
     const auto before = [](uint32_t resident, uint32_t promoted) {
       return resident > promoted ? resident - promoted : 0;
     };
-    g.f_blocks = before(counts.resident_keys, counts.promoted_keys);
-    g.x_blocks = before(counts.resident_values, counts.promoted_values);
+    g.f_blocks = before(counts.resident_keys, counts.promoted_keys + counts.explored);
+    g.x_blocks = before(counts.resident_values, counts.promoted_values + counts.explored);
     g.scratch_hits = paper ? counts.hits : g.f_blocks + g.x_blocks;
     g.scratch_misses = counts.paged;
     g.paged_bytes = uint64_t(counts.paged) * block_bytes_;

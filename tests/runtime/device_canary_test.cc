@@ -198,6 +198,23 @@ TEST_F(DeviceCanary, PaperAsksItOfEveryBlockThatItPromotes) {
   }
 }
 
+// Nothing climbs, and the canary hears of every block all the same.
+TEST_F(DeviceCanary, ExplorationShowsItTheTail) {
+  OneRank hit(backend_, 1, Policy::Budget), exact(backend_, 0, Policy::Dense);
+  hit.tolerance = 0.9;
+  hit.rules.ladder.exploration = 0.5;
+  damage(&hit, {2}, [](std::byte* page) { notes_of(page)[1].eta *= 0.25f; });
+  const int64_t a = hit.start(1, 1)[0], b = exact.start(1, 1)[0];
+  uint64_t seen = 0;
+  std::string log;
+  int steps = 0;
+  for (; steps < 12 && seen == 0; ++steps) seen = step(&hit, a, &exact, b, &log);
+  ASSERT_EQ(seen, 1u);
+  EXPECT_NE(log.find(fmt::format("KV head {} block 9: a value of its codes", kHead)),
+            std::string::npos)
+      << log;
+}
+
 // The same rows without damage: blocks are promoted, and the canary is silent.
 TEST_F(DeviceCanary, IsSilentWhereNothingIsDamaged) {
   OneRank clean(backend_, 1, Policy::Budget);

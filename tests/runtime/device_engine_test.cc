@@ -324,7 +324,6 @@ TEST_F(DeviceEngineTest, RefusesByNameWhatItCannotDo) {
   refused([](JobOptions* o) { o->cache.layout = "classes"; }, "cache.layout");
   refused([](JobOptions* o) { o->cache.block_tokens = 32; }, "cache.block_tokens");
   refused([](JobOptions* o) { o->skip.share = 0.1; }, "skip.share");
-  refused([](JobOptions* o) { o->ladder.exploration = 0.1; }, "ladder.exploration");
 #ifdef CERTKV_TEST_ON_GPU
   refused([](JobOptions*) {}, "parallel.tensor", 2);  // thread ranks have no NCCL
 #endif

@@ -450,5 +450,59 @@ TEST_F(DevicePolicy, BudgetPromotesExactlyWhatLeavesItsRankingOpen) {
   EXPECT_GT(rungs[3], 20u);
 }
 
+// Blocks that nothing is resident of, as the host's seeded draw has them; over time all of them,
+// and no head's rung comes of it.
+TEST_F(DevicePolicy, ExploresWhatTheHostDraws) {
+  constexpr double kShare = 0.3;
+  constexpr uint64_t kSeed = 42;
+  OneRank rank(backend_, 1, Policy::Budget);
+  rank.tolerance = 0.9;
+  rank.rules.ladder.exploration = kShare;
+  rank.rules.exploration_seed = kSeed;
+  uint64_t calls = 0, explored = 0;
+  std::vector<Set> free;
+  std::array<Set, size_t(kLayers) * kKvHeads> seen;
+  rank.ops.before_explore = [&](const cuda::LadderArgs& a) {
+    free.assign(size_t(a.count), {});
+    for (int i = 0; i < a.count; ++i)
+      for (int b = 0; b < a.items[i].coded_pages * kPageTiles; ++b)
+        if ((a.items[i].pages[b / kPageTiles].wants >> (b % kPageTiles) & 0x11u) == 0)
+          free[size_t(i)].insert(uint32_t(b));
+  };
+  rank.ops.after_explore = [&](const cuda::LadderArgs& a) {
+    const int layer = int(calls++ % kLayers);
+    for (int i = 0; i < a.count; ++i) {
+      Set expected;
+      for (const uint32_t b : free[size_t(i)])
+        if (counter_uniform(kSeed, {0, layer, i % kKvHeads, uint64_t(a.passes[i].tokens)}, b) <
+            kShare)
+          expected.insert(b);
+      const cuda::PageInRequest* list = a.list;
+      for (int n = 0; n < i; ++n) list += a.items[n].quota[0] + a.items[n].quota[1];
+      std::array<Set, 2> listed;
+      for (uint32_t n = 0; n < a.listed[i]; ++n)
+        listed[size_t(list[n].part)].insert(uint32_t(list[n].block));
+      EXPECT_EQ(listed[kKeys], expected);
+      EXPECT_EQ(listed[kValues], expected);
+      EXPECT_EQ(*a.items[i].again != 0, !expected.empty());
+      explored += expected.size();
+      seen[size_t(layer * kKvHeads + i % kKvHeads)].merge(expected);
+    }
+  };
+  const auto a = rank.start(1, 1);
+  uint64_t paged = 0;
+  for (int step = 0; step < 16; ++step) {
+    const VerdictRecord v = rank.step(a)[0];
+    EXPECT_EQ(v.sum.rungs[0], uint64_t(kLayers) * kKvHeads * kPerGroup);
+    EXPECT_EQ(v.sum.certified, v.sum.rungs[0]);
+    EXPECT_EQ(v.sum.promoted_keys + v.sum.promoted_values, 0u);
+    EXPECT_EQ(v.sum.canary + v.sum.digest, 0u);
+    paged += v.sum.scratch_misses;
+  }
+  EXPECT_GT(explored, 100u);
+  EXPECT_EQ(paged, 2 * explored);
+  for (const Set& blocks : seen) EXPECT_EQ(blocks.size(), kPages * kPageTiles);
+}
+
 }  // namespace
 }  // namespace certkv

@@ -47,6 +47,11 @@ class CountingOps : public cuda::CacheOps {
     ops_.rank(a, p);
     if (after_rank) after_rank(a, p);
   }
+  void explore(const cuda::LadderArgs& a) override {
+    if (before_explore) before_explore(a);
+    ops_.explore(a);
+    if (after_explore) after_explore(a);
+  }
   void forget(const cuda::LadderArgs& a) override { ops_.forget(a); }
   void list_dense(const cuda::LadderArgs& a) override { ops_.list_dense(a); }
   void stage_dense(const cuda::LadderArgs& a, const cuda::DenseArgs& d, int n) override {
@@ -71,7 +76,8 @@ class CountingOps : public cuda::CacheOps {
     ops_.check_tables(a);
   }
   size_t looks = 0;
-  std::function<void(const cuda::LadderArgs&)> before_climb, after_climb;
+  std::function<void(const cuda::LadderArgs&)> before_climb, after_climb, before_explore,
+      after_explore;
   std::function<void(const cuda::LadderArgs&, const cuda::PaperArgs&)> before_select, after_select,
       before_rank, after_rank;
   std::function<void(const cuda::TableArgs&)> before_tables;
