@@ -61,8 +61,11 @@ class Gpu final : public CudaDevice {
     try {
       check_cuda(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking),
                  "a stream cannot be created");
-      check_cuda(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming),
-                 "an event cannot be created");
+      check_cuda(cudaStreamCreateWithFlags(&fetching_, cudaStreamNonBlocking),
+                 "a stream cannot be created");
+      for (cudaEvent_t* event : {&forked_, &fetch_after_})
+        check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming),
+                   "an event cannot be created");
       for (cudaEvent_t& event : done_)
         check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming),
                    "an event cannot be created");
@@ -156,19 +159,19 @@ class Gpu final : public CudaDevice {
   }
   void synchronize(Deadline deadline) override {
     CERTKV_EXPECT(!capturing_, DeviceError, "a graph is being captured: nothing can be waited for");
-    // Polled, because cudaStreamSynchronize has no deadline; a while without sleep, because a step
-    // is short.
-    const auto start = std::chrono::steady_clock::now();
-    for (;;) {
-      const cudaError_t error = cudaStreamQuery(stream_);
-      if (error == cudaSuccess) return;
-      if (error != cudaErrorNotReady) check_cuda(error, "work on the device failed");
-      (void)cudaGetLastError();  // not ready is no error
-      CERTKV_EXPECT(!deadline.passed(), DeadlineExceeded,
-                    "{} has not finished its work within the deadline", name_);
-      if (std::chrono::steady_clock::now() - start > std::chrono::milliseconds(50))
-        std::this_thread::sleep_for(std::chrono::microseconds(50));
-    }
+    poll(stream_, "work on the device failed", deadline);
+  }
+  void fetch(std::span<const Fetch> parts) override {
+    const char* what = "memory cannot be brought to the host beside other work";
+    CERTKV_EXPECT(!capturing_, DeviceError, "{}: a graph is being captured", what);
+    check_cuda(cudaEventRecord(fetch_after_, stream_), what);
+    check_cuda(cudaStreamWaitEvent(fetching_, fetch_after_, 0), what);
+    for (const Fetch& f : parts)
+      check_cuda(cudaMemcpyAsync(f.to, f.from, size_t(f.bytes), cudaMemcpyDeviceToHost, fetching_),
+                 what);
+  }
+  void await_fetches(Deadline deadline) override {
+    poll(fetching_, "bringing memory to the host beside other work failed", deadline);
   }
 
   void when(const uint32_t* word, const std::function<void()>& body) override {
@@ -302,6 +305,22 @@ class Gpu final : public CudaDevice {
   }
 
  private:
+  // Until a stream has done its work. Polled, because cudaStreamSynchronize has no deadline; a
+  // while without sleep, because a step is short.
+  void poll(cudaStream_t stream, const char* failed, Deadline deadline) {
+    const auto start = std::chrono::steady_clock::now();
+    for (;;) {
+      const cudaError_t error = cudaStreamQuery(stream);
+      if (error == cudaSuccess) return;
+      if (error != cudaErrorNotReady) check_cuda(error, failed);
+      (void)cudaGetLastError();  // not ready is no error
+      CERTKV_EXPECT(!deadline.passed(), DeadlineExceeded,
+                    "{} has not finished its work within the deadline", name_);
+      if (std::chrono::steady_clock::now() - start > std::chrono::milliseconds(50))
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+  }
+
   struct CapturedGraph : Graph {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
@@ -311,10 +330,11 @@ class Gpu final : public CudaDevice {
     }
   };
   void free_streams() noexcept {
-    if (forked_ != nullptr) (void)cudaEventDestroy(forked_);
+    for (cudaEvent_t event : {forked_, fetch_after_})
+      if (event != nullptr) (void)cudaEventDestroy(event);
     for (cudaEvent_t event : done_)
       if (event != nullptr) (void)cudaEventDestroy(event);
-    for (cudaStream_t s : {side_, stream_})
+    for (cudaStream_t s : {side_, fetching_, stream_})
       if (s != nullptr) (void)cudaStreamDestroy(s);
   }
 
@@ -343,6 +363,8 @@ class Gpu final : public CudaDevice {
   std::vector<cudaStream_t> inner_;  // by depth
   cudaStream_t side_ = nullptr;      // what goes beside
   cudaEvent_t forked_ = nullptr, done_[kBranches] = {};
+  cudaStream_t fetching_ = nullptr;
+  cudaEvent_t fetch_after_ = nullptr;
   bool beside_[kBranches] = {};  // begun and not joined
   size_t depth_ = 0;
   bool capturing_ = false;

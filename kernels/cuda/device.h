@@ -1,9 +1,11 @@
-// A GPU as the backend sees it: memory, and one stream of work that is done in order.
+// A GPU as the backend sees it: memory, and one stream of work that is done in order, beside which
+// memory may come to the host.
 //
 // Two implementations, the same behind one interface: the GPU (cuda_device.h, where the toolkit was
-// found), and an emulation in host memory that does everything at once, so that what is written on
-// top runs, and is tested, where there is no GPU. Operations on the data are beside it, each family
-// behind an interface of its own (cache_ops.h, model_ops.h, linear_ops.h, dense_ops.h).
+// found), and an emulation in host memory, so that what is written on top runs, and is tested,
+// where there is no GPU. It does everything at once, but fetches as late as they may be.
+// Operations on the data are beside it, each family behind an interface of its own (cache_ops.h,
+// model_ops.h, linear_ops.h, dense_ops.h).
 //
 // THREADS: one at a time.
 #pragma once
@@ -12,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -55,6 +58,24 @@ class Device {
   // Until all work so far is done. Throws DeviceError with the first error of that work, and
   // DeadlineExceeded.
   virtual void synchronize(Deadline deadline) = 0;
+
+  // Brings memory to the host beside what is enqueued afterwards, on a stream of its own: begins
+  // once all work so far is done, part after part, and after what was fetched before. Until
+  // await_fetches() has returned, nobody may write `from`, read or write `to` (of allocate_host()),
+  // or free either. Not while a graph is captured. Throws DeviceError.
+  struct Fetch {
+    void* to = nullptr;
+    const void* from = nullptr;
+    uint64_t bytes = 0;
+  };
+  virtual void fetch(std::span<const Fetch> parts) {  // where all is done in order, so is this
+    for (const Fetch& f : parts) copy(f.to, f.from, f.bytes);
+  }
+  // Until all fetches so far are done. Throws as synchronize(), with the first error of a fetch.
+  virtual void await_fetches(Deadline deadline) { synchronize(deadline); }
+  // Until nothing of what was enqueued runs any more, before memory that it may use goes, after an
+  // error too: what goes wrong is logged, and the deadline ends the wait.
+  void settle(Deadline deadline) noexcept;
 
   // Does `body` if the word, in the device's memory, is not 0 once all work so far is done. Within
   // a captured graph the device decides; else the host waits for the word. The body may contain
@@ -154,6 +175,9 @@ struct EmulatedDeviceOptions {
   // Of a captured graph: what goes beside other work is done as late as it may be, when it is
   // joined, so that what does not wait for it is seen.
   bool late = false;
+  // fetch() is done as late as its waits allow, or at once, as a device may do either: who has not
+  // waited then reads what was never written, and who writes too early is read.
+  bool late_fetches = true;
 };
 std::unique_ptr<Device> make_emulated_device(const EmulatedDeviceOptions& options = {});
 

@@ -17,7 +17,10 @@ constexpr size_t kAlign = 256;
 class EmulatedDevice final : public Device {
  public:
   explicit EmulatedDevice(const EmulatedDeviceOptions& options)
-      : total_(options.total_bytes), shape_(options.shape), late_(options.late) {}
+      : total_(options.total_bytes),
+        shape_(options.shape),
+        late_(options.late),
+        late_fetches_(options.late_fetches) {}
 
   bool emulated() const override { return true; }
   const DeviceShape& shape() const override { return shape_; }
@@ -38,11 +41,17 @@ class EmulatedDevice final : public Device {
     const auto it = held_.find(memory);
     if (it == held_.end()) return;
     used_ -= it->second;
-    held_.erase(it);
-    std::free(memory);
+    drop(&held_, it);
   }
-  std::byte* allocate_host(uint64_t bytes, const char* what) override { return take(bytes, what); }
-  void release_host(std::byte* memory) noexcept override { std::free(memory); }
+  std::byte* allocate_host(uint64_t bytes, const char* what) override {
+    std::byte* p = take(bytes, what);
+    host_[p] = bytes;
+    return p;
+  }
+  void release_host(std::byte* memory) noexcept override {
+    const auto it = host_.find(memory);
+    if (it != host_.end()) drop(&host_, it);
+  }
 
   const std::byte* map_host(const std::byte* memory, uint64_t) override { return memory; }
   void unmap_host(const std::byte*) noexcept override {}
@@ -53,7 +62,15 @@ class EmulatedDevice final : public Device {
   void fill(void* to, uint8_t byte, uint64_t bytes) override {
     if (bytes != 0) std::memset(to, byte, bytes);
   }
-  void synchronize(Deadline) override {}
+  void synchronize(Deadline) override { expect_used_well(); }
+  void fetch(std::span<const Fetch> parts) override {
+    fetches_.insert(fetches_.end(), parts.begin(), parts.end());
+    if (!late_fetches_) end_fetches();
+  }
+  void await_fetches(Deadline) override {
+    expect_used_well();
+    end_fetches();
+  }
   void when(const uint32_t* word, const std::function<void()>& body) override {
     if (*word != 0) body();
   }
@@ -106,12 +123,35 @@ class EmulatedDevice final : public Device {
     return static_cast<std::byte*>(p);
   }
 
+  using Memory = std::map<std::byte*, uint64_t>;
+  void end_fetches() {
+    for (const Fetch& f : fetches_) copy(f.to, f.from, f.bytes);
+    fetches_.clear();
+  }
+  void drop(Memory* from, Memory::iterator it) noexcept {
+    const std::byte *begin = it->first, *end = begin + it->second;
+    const auto within = [&](const void* at) { return begin <= at && at < end; };
+    if (std::erase_if(fetches_, [&](const Fetch& f) { return within(f.to) || within(f.from); }) > 0)
+      freed_too_early_ = true;
+    std::free(it->first);
+    from->erase(it);
+  }
+  // A device would have gone on in memory that is another's by now, so this is never forgotten.
+  void expect_used_well() {
+    CERTKV_EXPECT(
+        !freed_too_early_, DeviceError,
+        "memory was freed while a fetch used it: await_fetches() or settle() comes first");
+  }
+
   uint64_t total_, used_ = 0;
   const DeviceShape shape_;
   const bool late_;
+  const bool late_fetches_;
   bool launched_ = false;                                      // a graph, which is under way
   std::vector<std::pair<int, std::function<void()>>> beside_;  // not done yet
-  std::map<std::byte*, uint64_t> held_;
+  Memory held_, host_;
+  std::vector<Fetch> fetches_;  // not done yet
+  bool freed_too_early_ = false;
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 // A device's memory, its order, and the parts of a graph that it decides on itself: in emulation
 // and, as a program of tests/gpu, on a GPU.
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -135,6 +136,63 @@ TEST(EmulatedDevice, DoesLateWhatGoesBesideOtherWork) {
   EXPECT_THROW(device->launch(*open), Error);
   device->launch(*graph);
   EXPECT_EQ(order, "1a2b") << "what was left is gone";
+}
+
+// What is fetched is what was there once all work before it was done; work enqueued afterwards goes
+// on beside it.
+TEST_F(DeviceTest, FetchesWhatTheWorkBeforeHasWritten) {
+  constexpr size_t kWords = 1 << 20;
+  const auto a = words(kWords), b = words(kWords);
+  cuda::HostArray<uint32_t> host(*device_, 3 * kWords, "a test's words");
+  for (uint8_t round = 1; round < 4; ++round) {
+    device_->fill(a.data(), round, a.bytes());
+    const cuda::Device::Fetch parts[] = {{host.data(), a.data(), a.bytes()},
+                                         {host.data() + kWords, a.data(), 4}};
+    device_->fetch(parts);
+    device_->fill(b.data(), uint8_t(round + 100), b.bytes());
+    const cuda::Device::Fetch more = {host.data() + 2 * kWords, b.data(), b.bytes()};
+    device_->fetch({&more, 1});
+    device_->await_fetches(Deadline::after(std::chrono::seconds(60)));
+    const uint32_t is = round * 0x01010101u, beside = (round + 100) * 0x01010101u;
+    EXPECT_EQ(std::count(host.data(), host.data() + kWords + 1, is), ptrdiff_t(kWords + 1));
+    EXPECT_EQ(std::count(host.data() + 2 * kWords, host.data() + 3 * kWords, beside),
+              ptrdiff_t(kWords));
+  }
+  device_->settle(Deadline::after(std::chrono::seconds(60)));
+}
+
+// In emulation a fetch is as late as its waits allow, or at once; who frees its memory is told.
+TEST(EmulatedDevice, FetchesLateOrAtOnceAndNamesMemoryThatWentTooEarly) {
+  const auto far = Deadline::after(std::chrono::seconds(60));
+  for (const bool late : {true, false}) {
+    const auto device = cuda::make_emulated_device({.late_fetches = late});
+    cuda::DeviceArray<uint8_t> a(*device, 1, "a byte");
+    cuda::HostArray<uint8_t> host(*device, 1, "a byte");
+    host[0] = 9;
+    device->fill(a.data(), 5, 1);
+    const cuda::Device::Fetch part = {host.data(), a.data(), 1};
+    device->fetch({&part, 1});
+    EXPECT_EQ(host[0], late ? 9 : 5);
+    device->fill(a.data(), 6, 1);  // which its waits do not allow
+    device->synchronize(far);
+    EXPECT_EQ(host[0], late ? 9 : 5);
+    device->await_fetches(far);
+    EXPECT_EQ(host[0], late ? 6 : 5);
+    for (const bool of_host : {false, true}) {
+      const auto other = cuda::make_emulated_device({.late_fetches = late});
+      cuda::DeviceArray<uint8_t> from(*other, 1, "a byte");
+      cuda::HostArray<uint8_t> to(*other, 1, "a byte");
+      const cuda::Device::Fetch under_way = {to.data(), from.data(), 1};
+      other->fetch({&under_way, 1});
+      if (of_host) to.reset();
+      from.reset();
+      for (int n = 0; n < 2; ++n)
+        EXPECT_EQ(thrown_by([&] {
+                    other->await_fetches(far);
+                  }).starts_with("DeviceError: memory was freed while a fetch used it"),
+                  late);
+    }
+  }
 }
 
 TEST_F(DeviceTest, MoreMemoryThanThereIsIsRefusedWithItsFigures) {

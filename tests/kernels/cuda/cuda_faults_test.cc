@@ -137,6 +137,38 @@ TEST_F(CudaFaults, WorkThatFailsOrNeverEndsIsNamed) {
   }
 }
 
+TEST_F(CudaFaults, AFetchThatFailsOrNeverEndsIsNamed) {
+  const auto device = cuda::make_cuda_device(0);
+  std::vector<std::byte> bytes(64);
+  const cuda::Device::Fetch part = {bytes.data() + 32, bytes.data(), 32};
+  for (const char* function : {"cudaEventRecord", "cudaStreamWaitEvent", "cudaMemcpyAsync"}) {
+    fake_cudart.fail[function] = cudaErrorLaunchFailure;
+    expect(ErrorKind::DeviceError, {"memory cannot be brought to the host beside other work"}, [&] {
+      device->fetch({&part, 1});
+    });
+  }
+  (void)device->capture([&] {
+    expect(ErrorKind::DeviceError, {"a graph is being captured"}, [&] {
+      device->fetch({&part, 1});
+    });
+  });
+  const auto soon = [] { return Deadline::after(std::chrono::milliseconds(120)); };
+  fake_cudart.fail["cudaStreamQuery"] = cudaErrorIllegalAddress;
+  expect(ErrorKind::DeviceError, {"bringing memory to the host", "an illegal memory access"},
+         [&] { device->await_fetches(soon()); });
+  fake_cudart.never_done = true;
+  expect(ErrorKind::DeadlineExceeded, {"Fake GPU has not finished", "deadline"},
+         [&] { device->await_fetches(soon()); });
+  // Before memory goes, errors are logged, and the deadline ends the wait.
+  const auto start = std::chrono::steady_clock::now();
+  device->settle(soon());
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_EQ(fake_cudart.last, cudaSuccess);
+  fake_cudart.never_done = false;
+  device->fetch({&part, 1});
+  device->await_fetches(soon());
+}
+
 TEST_F(CudaFaults, AGraphThatCannotBeMadeIsNamedAndLeavesTheDeviceUsable) {
   const auto device = cuda::make_cuda_device(0);
   const uint32_t word = 1;
