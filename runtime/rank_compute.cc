@@ -176,7 +176,8 @@ EngineNeed RankCompute::need(const JobOptions& options, const ModelConfig& confi
   n.least_staging = c.least_staging;
   const DeviceTransformerOptions transformer = transformer_options(options, config);
   n.prefill = DeviceTransformer::prefill_bytes(config, tensor, prompt_tokens, transformer);
-  n.host = DeviceTransformer::prefill_host_bytes(config, tensor, prompt_tokens);
+  n.host = DeviceCache::prefill_host_bytes(config, heads.count(), prompt_tokens,
+                                           int64_t(transformer.chunk_rows));
   return n;
 }
 

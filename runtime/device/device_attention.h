@@ -11,6 +11,12 @@ namespace certkv {
 class DeviceAttention {
  public:
   virtual ~DeviceAttention() = default;
+  // Rows [0, rows) of a prompt's layer, as store_prefill() will have them, are complete once what
+  // has been enqueued so far is done: they may be taken from now on, beside what follows, and must
+  // stay until store_prefill() of that layer has returned or, where there will be none, until
+  // cuda::Device::settle().
+  virtual void take_rows(int64_t /*sequence*/, int /*layer*/, size_t /*rows*/,
+                         const uint16_t* /*k*/, const uint16_t* /*v*/, size_t /*head_stride*/) {}
   // As KvAttention::store_prefill, of the device's memory: rows [tokens, head_dim] of 16-bit
   // originals after RoPE, KV head h's from h head_stride elements on, 16-byte aligned. What is
   // enqueued reads them; they may change behind it in the stream. last_q: host memory.

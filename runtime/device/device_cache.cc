@@ -88,6 +88,7 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
 
 DeviceCache::~DeviceCache() {
   background_.wait();
+  forget_taken();
   sequences_.clear();
   if (arena_ != nullptr) device_.unmap_host(arena_host_.data());
 }
@@ -335,6 +336,7 @@ void DeviceCache::fill_dense(Sequence* s) {
 
 void DeviceCache::drop(int64_t sequence, bool failed) {
   background_.wait();  // it holds on to the sequence's space in the arena
+  if (step_->taken.sequence == sequence) forget_taken();
   if (audit_ != nullptr) {
     const Sequence& s = at(sequence);
     audit_->close(s.audit, s.tokens, failed || s.failed());

@@ -59,6 +59,8 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   uint64_t tier1_bytes(int64_t sequence) const override;
   uint64_t dense_bytes(int64_t sequence) const override;
 
+  void take_rows(int64_t sequence, int layer, size_t rows, const uint16_t* k, const uint16_t* v,
+                 size_t head_stride) override;
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v, size_t head_stride, std::span<const float> last_q) override;
   void begin_rows(std::span<const int64_t> sequences, float* out) override;
@@ -82,6 +84,10 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   static Need need(const ModelConfig& config, int64_t kv_heads,
                    const CertifiedCacheOptions& options, const cuda::DeviceShape& device,
                    int64_t prompt_tokens, int64_t max_tokens, std::span<const Policy> policies);
+  // Pinned host memory that prompts' rows go through, taken so many at a time, at most; for as long
+  // as no longer prompt comes. UNITS: bytes
+  static uint64_t prefill_host_bytes(const ModelConfig& config, int64_t kv_heads,
+                                     int64_t prompt_tokens, int64_t chunk_rows);
 
  private:
   struct Prompt;
@@ -105,8 +111,10 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void lay_out_kept(Sequence* s, std::vector<cuda::PageEntry>& entries,
                     std::vector<int32_t> (&slot_of)[2]);
   void keep_open(Sequence* s, const std::vector<size_t>& cells);
-  void write_originals(OriginalsSpan span, size_t first_cell, size_t cells, uint32_t first_page,
-                       size_t pages, const std::byte* k, const std::byte* v, uint64_t of_cell);
+  void write_originals(OriginalsSpan span, size_t first_cell, size_t cells, size_t first_block,
+                       size_t blocks, const std::byte* k, const std::byte* v, uint64_t of_cell);
+  void write_taken();
+  void forget_taken();
   std::byte* page_at(const Sequence& s, size_t cell, size_t page) const;
   uint64_t& digest_of(Sequence& s, size_t cell, size_t page) const;
   bool is_kept(const Sequence& s, size_t cell, size_t page) const;

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "parallel/communicator.h"
-#include "runtime/audit/log.h"
 #include "runtime/device/device_sequence.h"
 
 namespace certkv {
@@ -19,134 +18,38 @@ namespace {
 constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 constexpr size_t kKeptSlots = 2 * kPageTiles;  // of a page without codes
 
+}  // namespace
+
 void expect_finite(SealStatus status, size_t page) {
   CERTKV_EXPECT(status != SealStatus::NonFinite, NonFinite,
                 "a key or value of tokens {} to {} is NaN or infinite", page * kPageTokens,
                 (page + 1) * kPageTokens - 1);
 }
 
-template <typename Array>
-void grow(Array* array, cuda::Device& device, size_t count, const char* what) {
-  if (array->count() >= count) return;
-  *array = {};
-  *array = Array(device, count, what);
-}
-
-}  // namespace
-
-// Hands pages' originals to the arena, in the background: rows of a cell's pages lie one after the
-// other, cell i's from i of_cell bytes on. The memory must stay until then.
+// Hands blocks' originals to the arena, in the background: rows of a cell's blocks lie one after
+// the other, cell i's from i of_cell bytes on. The memory must stay until then.
 void DeviceCache::write_originals(OriginalsSpan span, size_t first_cell, size_t cells,
-                                  uint32_t first_page, size_t pages, const std::byte* k,
+                                  size_t first_block, size_t blocks, const std::byte* k,
                                   const std::byte* v, uint64_t of_cell) {
   if (span.empty()) return;
-  const auto seal = [this, span = std::move(span), first_cell, first_page, pages, k, v,
-                     of_cell](size_t task) {
+  const size_t tasks_each = (blocks + kPageTiles - 1) / kPageTiles;
+  const auto seal = [this, span = std::move(span), first_cell, first_block, blocks, k, v, of_cell,
+                     tasks_each](size_t task) {
     OriginalsSpan shared = span;
-    const size_t heads = size_t(heads_.count()), cell = first_cell + task / pages;
+    const size_t heads = size_t(heads_.count()), cell = first_cell + task / tasks_each;
     const uint32_t layer = uint32_t(cell / heads);
     const uint32_t kv_head = uint32_t(heads_.begin) + uint32_t(cell % heads);
-    const size_t page = task % pages, each = kPageTiles * block_bytes_;
-    const uint64_t at = (task / pages) * of_cell + page * each;
-    for (size_t b = 0; b < kPageTiles; ++b)
-      shared.seal_block(layer, kv_head, uint32_t((first_page + page) * kPageTiles + b),
-                        reinterpret_cast<const uint16_t*>(k + at + b * block_bytes_),
-                        reinterpret_cast<const uint16_t*>(v + at + b * block_bytes_));
+    const size_t first = task % tasks_each * kPageTiles;
+    for (size_t b = first; b < std::min(first + kPageTiles, blocks); ++b) {
+      const uint64_t at = (task / tasks_each) * of_cell + b * block_bytes_;
+      shared.seal_block(layer, kv_head, uint32_t(first_block + b),
+                        reinterpret_cast<const uint16_t*>(k + at),
+                        reinterpret_cast<const uint16_t*>(v + at));
+    }
     group_.alive();
     store_->stamp_progress();
   };
-  background_.start(cells * pages, seal);
-}
-
-// ---- a prompt -----------------------------------------------------------------------------------
-
-void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                                const uint16_t* v, size_t head_stride, std::span<const float>) {
-  Prompt& p = *at(sequence).prompt;
-  StepBuffers& b = *step_;
-  const size_t d = size_t(config_.head_dim), heads = size_t(heads_.count());
-  const size_t first_cell = size_t(layer) * heads, notes = p.pages * kPageTiles;
-  const size_t part_bytes = kPageTiles * block_bytes_;
-  background_.finish();  // the layer before: its rows give way to these
-  grow(&b.prompt_k, device_, heads * tokens * d, "a prompt's keys");
-  grow(&b.prompt_v, device_, heads * tokens * d, "a prompt's values");
-  grow(&p.status, device_, heads * p.pages, "notes of a prompt");
-  for (auto& array : p.notes) grow(&array, device_, heads * notes, "notes of a prompt");
-  const bool scrubbed = schedule_.period() > 0 && p.pages > 0;
-  if (scrubbed) grow(&p.sealed_digests, device_, heads * p.pages, "digests of a prompt");
-  if (scrubbed) p.digests.resize(cells() * p.pages);
-
-  cuda::SealArgs a;
-  a.heads = int32_t(heads);
-  a.pages = int32_t(p.pages);
-  a.head_dim = int32_t(d);
-  a.dtype = options_.dtype;
-  a.k = reinterpret_cast<const std::byte*>(k);
-  a.v = reinterpret_cast<const std::byte*>(v);
-  a.rows_of_head = head_stride * sizeof(uint16_t);
-  a.rows_of_page = part_bytes;
-  a.page = p.page.data() + first_cell * p.pages * page_bytes_;
-  a.page_of_head = p.pages * page_bytes_;
-  a.page_of_page = page_bytes_;
-  a.status = p.status.data();
-  a.k_norm = p.notes[0].data();
-  a.nu = p.notes[1].data();
-  a.notes_of_head = notes * sizeof(float);
-  a.notes_of_page = kPageTiles * sizeof(float);
-  if (p.pages > 0) ops_.seal(a);
-  if (scrubbed) {
-    ops_.digest_pages({.first = a.page,
-                       .row_stride = a.page_of_head,
-                       .per_row = a.pages,
-                       .bytes = uint32_t(page_bytes_),
-                       .count = int32_t(heads * p.pages),
-                       .digests = p.sealed_digests.data()});
-    device_.copy(p.digests.data() + first_cell * p.pages, p.sealed_digests.data(),
-                 heads * p.pages * sizeof(uint64_t));
-  }
-  std::vector<uint8_t> status(heads * p.pages);
-  device_.copy(status.data(), p.status.data(), status.size());
-  device_.copy(p.k_norm.data() + first_cell * notes, p.notes[0].data(), heads * notes * 4);
-  device_.copy(p.nu.data() + first_cell * notes, p.notes[1].data(), heads * notes * 4);
-  for (size_t h = 0; h < heads; ++h) {
-    device_.copy(b.prompt_k.data() + h * tokens * d, k + h * head_stride, tokens * d * 2);
-    device_.copy(b.prompt_v.data() + h * tokens * d, v + h * head_stride, tokens * d * 2);
-  }
-  device_.synchronize(Deadline::after(kDeviceDeadline));
-
-  for (size_t i = 0; i < status.size(); ++i) {
-    const SealStatus of_page = SealStatus(status[i]);
-    const size_t h = i / p.pages, page = i % p.pages;
-    expect_finite(of_page, page);
-    if (of_page == SealStatus::Sealed) continue;
-    p.kept.push_back({first_cell + h,
-                      page,
-                      {device_, 2 * part_bytes,
-                       "tier 1: pages kept as "
-                       "originals"}});
-    std::byte* to = p.kept.back().rows.data();
-    const size_t from = h * head_stride + page * kPageTokens * d;
-    device_.copy(to, k + from, part_bytes);
-    device_.copy(to + part_bytes, v + from, part_bytes);
-  }
-  const uint16_t *k_host = b.prompt_k.data(), *v_host = b.prompt_v.data();
-  for (size_t h = 0; h < heads; ++h) {
-    const size_t from = (h * tokens + p.pages * kPageTokens) * d, end = (h + 1) * tokens * d;
-    p.open_k[first_cell + h].assign(k_host + from, k_host + end);
-    p.open_v[first_cell + h].assign(v_host + from, v_host + end);
-  }
-  p.tokens = tokens;
-  for (size_t h = 0; h < heads && audit_ != nullptr; ++h) {
-    audit_->rows(at(sequence).audit, layer, int(h), tokens, k_host + h * tokens * d,
-                 v_host + h * tokens * d);
-    group_.alive();
-  }
-  write_originals(p.span, first_cell, heads, 0, p.pages, reinterpret_cast<const std::byte*>(k_host),
-                  reinterpret_cast<const std::byte*>(v_host), tokens * d * 2);
-  if (layer + 1 < int(config_.layers)) return;
-  p.status.reset();
-  for (auto& array : p.notes) array.reset();
-  p.sealed_digests.reset();
+  background_.start(cells * tasks_each, seal);
 }
 
 // ---- pages that cannot be quantised -------------------------------------------------------------
@@ -285,7 +188,8 @@ void DeviceCache::seal_open(Sequence* s) {
   for (int32_t& slot : s->open_slot) slot += s->dense() ? kPageTiles : 0;
   if (!s->own.empty()) {
     const std::byte* rows = s->filled_rows_host.data();
-    write_originals(s->own, 0, n, uint32_t(s->pages), 1, rows, rows + part_bytes, 2 * part_bytes);
+    write_originals(s->own, 0, n, s->pages * kPageTiles, kPageTiles, rows, rows + part_bytes,
+                    2 * part_bytes);
   }
   ++s->pages;
 }

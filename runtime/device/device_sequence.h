@@ -20,6 +20,9 @@ inline bool climbs(Policy policy) {
 // Pages of a KV head that a scrub looks at once. REQUIRES scrub_steps > 0
 uint64_t most_looks(uint64_t pages, int64_t scrub_steps);
 
+// Throws NonFinite, with its tokens, where a page says so.
+void expect_finite(SealStatus status, size_t page);
+
 using cuda::DeviceArray;
 using cuda::HostArray;
 
@@ -174,11 +177,20 @@ struct DeviceCache::StepBuffers {
   // Policy dense by a library.
   HostArray<int32_t> lengths_host;  // [rows]
   DeviceArray<int32_t> lengths;
-  DeviceArray<float> largest;              // [layers, rows, kv_heads, 2]
-  DeviceArray<uint16_t> q16, out16;        // [rows, heads, head_dim]
-  std::vector<int64_t> filling;            // sequences whose page the step fills
-  std::map<int64_t, Due> due;              // pages of sequences, at the step's end
-  HostArray<uint16_t> prompt_k, prompt_v;  // of a prompt's layer: [kv_heads, tokens, head_dim]
+  DeviceArray<float> largest;        // [layers, rows, kv_heads, 2]
+  DeviceArray<uint16_t> q16, out16;  // [rows, heads, head_dim]
+  std::vector<int64_t> filling;      // sequences whose page the step fills
+  std::map<int64_t, Due> due;        // pages of sequences, at the step's end
+  // Rows of a prompt's layer on their way to the arena: while blocks are written there from one
+  // area, the next ones come to the other.
+  struct Taken {
+    HostArray<std::byte> area[2];  // [2 parts, kv_heads, blocks]
+    int filling = 0;
+    int64_t sequence = 0;
+    int layer = -1;
+    size_t until = 0;   // blocks of the layer that have been fetched, or are
+    size_t blocks = 0;  // of these, the last ones, which are not being written yet
+  } taken;
 };
 
 }  // namespace certkv

@@ -18,6 +18,8 @@ namespace {
 // Where in a layer a row's first fault was; with the layer, the code that the operations are given.
 constexpr uint32_t kParts = 4;
 
+constexpr auto kSettleDeadline = std::chrono::seconds(10);  // after an error
+
 // Names of memory, with what makes it smaller.
 constexpr const char* kPromptMemory =
     "a prompt's activations (shorten it, or raise parallel.tensor)";
@@ -67,6 +69,11 @@ struct DeviceTransformer::Prompt {
   cuda::DeviceArray<uint16_t> k, v;  // [kv_heads, capacity, head_dim], of the current layer
   size_t last_queries = 0;           // rows of host_q_
   Buffers chunk;                     // of the rows at hand
+
+  // Whatever ends a prefill, what it enqueued may still use its memory.
+  explicit Prompt(cuda::Device& on) : device(on) {}
+  ~Prompt() { device.settle(Deadline::after(kSettleDeadline)); }
+  cuda::Device& device;
 };
 
 DeviceTransformer::DeviceTransformer(const ModelConfig& config, const Weights& weights,
@@ -209,12 +216,6 @@ uint64_t DeviceTransformer::prefill_bytes(const ModelConfig& c, int64_t tensor, 
          std::min(uint64_t(options.chunk_rows), capacity) * (s.row(tensor) + 4 * s.q);
 }
 
-uint64_t DeviceTransformer::prefill_host_bytes(const ModelConfig& c, int64_t tensor,
-                                               int64_t tokens) {
-  const uint64_t kv = uint64_t(c.kv_heads / tensor) * uint64_t(c.head_dim);
-  return std::bit_ceil(uint64_t(tokens)) * 4 * kv;
-}
-
 uint64_t DeviceTransformer::step_bytes(const ModelConfig& c, int64_t tensor,
                                        const DeviceTransformerOptions& options) {
   const RankSizes s(c, tensor, options.weights);
@@ -331,7 +332,7 @@ std::vector<float> DeviceTransformer::prefill(int64_t sequence, std::span<const 
   CERTKV_EXPECT(int64_t(tokens.size()) <= max_tokens_, InvalidArgument,
                 "the prompt has {} tokens: the limit is {}", tokens.size(), max_tokens_);
   check_tokens(config_, tokens);
-  Prompt p;
+  Prompt p(device_);
   p.sequence = sequence;
   p.tokens = tokens.size();
   p.capacity = std::bit_ceil(p.tokens);
@@ -389,6 +390,8 @@ void DeviceTransformer::prefill_chunk(size_t layer, Prompt& p, size_t first, siz
                .kv_head_stride = p.capacity * head_dim_,
                .kv_first = first},
               layer);
+  cache_.take_rows(p.sequence, int(layer), first + rows, p.k.data(), p.v.data(),
+                   p.capacity * head_dim_);
   const bool last_chunk = first + rows == p.tokens;
   if (last_chunk) {
     p.last_queries = std::min(KvAttention::kLastQueries, rows);

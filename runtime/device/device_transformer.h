@@ -73,8 +73,9 @@ class DeviceTransformer : public ForwardPass {
                     DeviceOps ops, DeviceAttention& cache, DeviceGroup* group,
                     DeviceTransformerOptions options);
 
-  // The cache gets every layer's originals before the next layer begins; progress is told what the
-  // device has finished.
+  // The cache gets every layer's originals before the next layer begins, a chunk's rows already
+  // while the chunk is computed on; progress is told what the device has finished. Nothing that was
+  // enqueued runs any more when it returns or throws, unless the device has ceased to answer.
   std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens,
                              const Progress& progress) override;
   std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens) {
@@ -97,8 +98,6 @@ class DeviceTransformer : public ForwardPass {
   // UNITS: bytes
   static uint64_t prefill_bytes(const ModelConfig& config, int64_t tensor, int64_t tokens,
                                 const DeviceTransformerOptions& options);
-  // Of the host, for as long as no longer prompt comes. UNITS: bytes
-  static uint64_t prefill_host_bytes(const ModelConfig& config, int64_t tensor, int64_t tokens);
   // Device memory that the constructor takes beside the weights, at most. UNITS: bytes
   static uint64_t step_bytes(const ModelConfig& config, int64_t tensor,
                              const DeviceTransformerOptions& options);
