@@ -52,6 +52,7 @@ struct HeadStepCounts {
   uint64_t scratch_hits = 0, scratch_misses = 0, paged_bytes = 0;
   uint64_t canary = 0, digest = 0;
   uint64_t read_bytes = 0, attended_tokens = 0, dense_bytes = 0;  // see VerdictRecord::Sum
+  uint64_t prefetched = 0, prefetched_used = 0;
   void add(const VerdictRecord& record);
   void add(const HeadStepCounts& other);
 };

@@ -20,6 +20,8 @@ void HeadStepCounts::add(const VerdictRecord& record) {
   read_bytes += s.read_bytes;
   attended_tokens += s.attended_tokens;
   dense_bytes += s.dense_bytes;
+  prefetched += s.prefetched;
+  prefetched_used += s.prefetched_used;
 }
 
 void HeadStepCounts::add(const HeadStepCounts& other) {
@@ -39,6 +41,8 @@ void HeadStepCounts::add(const HeadStepCounts& other) {
   read_bytes += other.read_bytes;
   attended_tokens += other.attended_tokens;
   dense_bytes += other.dense_bytes;
+  prefetched += other.prefetched;
+  prefetched_used += other.prefetched_used;
 }
 
 }  // namespace certkv

@@ -56,6 +56,9 @@ struct LadderOptions {
   double max_share = 0.25;   // of the blocks promoted per head-step before rung 3
   double value_share = 0.5;  // of the tolerance that E_val may use up before values are promoted
   int ranking = -1;          // r of method section 6; -1: 1 under paper, 0 elsewhere
+  // Of the tolerance: a KV head with a bound above it has its next blocks read beside what follows;
+  // 0: none. On a device alone.
+  double prefetch = 0.0;
   double exploration = 0.0;  // share of tail blocks promoted at random each step (0.01-0.05: soak)
 };
 

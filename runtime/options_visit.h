@@ -171,6 +171,15 @@ inline void visit_options(LadderOptions& o, OptionVisitor& v) {
            .cost = "more promotions on diffuse heads",
            .min = -1,
            .max = 1 << 20});
+  v.field(
+      "prefetch", &o.prefetch,
+      {.meaning = "a KV head whose bound is beyond this share of the tolerance has the blocks "
+                  "that would bring it below read for its next step, beside other work; 0: "
+                  "none; on a device alone",
+       .unit = "share",
+       .cost = "fewer blocks read ahead: less to read each step, more steps that wait for blocks",
+       .min = 0,
+       .max = 1});
   v.field("exploration", &o.exploration,
           {.meaning = "share of the tail blocks checked against their originals at random each "
                       "step; 0.01 to 0.05 for soak runs",

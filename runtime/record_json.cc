@@ -39,7 +39,7 @@ json counts_wire(const HeadStepCounts& c) {
   return json::array({c.head_steps, c.certified, c.exact, c.over, c.failed, c.rungs,
                       c.promoted_keys, c.promoted_values, c.scratch_hits, c.scratch_misses,
                       c.paged_bytes, c.canary, c.digest, c.read_bytes, c.attended_tokens,
-                      c.dense_bytes});
+                      c.dense_bytes, c.prefetched, c.prefetched_used});
 }
 HeadStepCounts counts_of(const json& v) {
   HeadStepCounts c;
@@ -59,6 +59,8 @@ HeadStepCounts counts_of(const json& v) {
   c.read_bytes = v.at(13);
   c.attended_tokens = v.at(14);
   c.dense_bytes = v.at(15);
+  c.prefetched = v.at(16);
+  c.prefetched_used = v.at(17);
   return c;
 }
 
@@ -123,6 +125,8 @@ void put_counts(json& object, const HeadStepCounts& c) {
   const uint64_t wanted = c.scratch_hits + c.scratch_misses;
   object["scratch_hit_rate"] = wanted == 0 ? json() : json(double(c.scratch_hits) / double(wanted));
   object["paged_bytes"] = c.paged_bytes;
+  object["prefetched_blocks"] = c.prefetched;
+  object["prefetched_used_blocks"] = c.prefetched_used;
   const auto ratio = [](uint64_t a, uint64_t b) {
     return b == 0 ? json() : json(double(a) / double(b));
   };

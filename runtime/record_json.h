@@ -18,7 +18,8 @@ void put_figure(nlohmann::json& object, const char* key, double x);
 nlohmann::json tolerance_json(const Tolerance& tolerance);
 
 // Adds head_steps, certified, exact, over, failed, rungs, promoted_keys, promoted_values,
-// scratch_hit_rate (null where no originals were wanted), paged_bytes, canary_failures,
+// scratch_hit_rate (null where no originals were wanted), paged_bytes, prefetched_blocks,
+// prefetched_used_blocks, bytes_read_per_token, bytes_read_share, canary_failures,
 // digest_failures.
 void put_counts(nlohmann::json& object, const HeadStepCounts& counts);
 

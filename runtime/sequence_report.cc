@@ -46,6 +46,8 @@ VerdictRecord verdict_of(const SequenceReport& report, bool failed, uint64_t ste
     v.sum.scratch_hits += g.scratch_hits;
     v.sum.scratch_misses += g.scratch_misses;
     v.sum.paged_bytes += g.paged_bytes;
+    v.sum.prefetched += g.prefetched;
+    v.sum.prefetched_used += g.prefetched_used;
     v.sum.read_bytes += g.read_bytes;
     v.sum.attended_tokens += g.attended_tokens;
     v.sum.dense_bytes += g.attended_tokens * 4 * uint64_t(head_dim);

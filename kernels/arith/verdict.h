@@ -64,6 +64,7 @@ struct VerdictRecord {
     // What attention read, the tokens it attended to (both summed over KV heads), and what those
     // take as originals. UNITS: bytes, tokens, bytes
     uint64_t read_bytes = 0, attended_tokens = 0, dense_bytes = 0;
+    uint64_t prefetched = 0, prefetched_used = 0;  // blocks of one tensor, see GroupReport
   } sum;
 };
 inline constexpr int kVerdictMaxWords = sizeof(VerdictRecord::Max) / 8;

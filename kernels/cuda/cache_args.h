@@ -15,6 +15,7 @@ namespace certkv::cuda {
 inline constexpr uint32_t kFlagNonFinite = 2;  // a query, key or value is no finite number
 inline constexpr uint32_t kFlagDigest = 4;     // originals did not match what was asked for
 inline constexpr int kMaxHeads = 8;            // query heads of a KV head
+inline constexpr float kJustPrefetched = -1;   // score of a slot until learn() has seen it
 inline constexpr int kMostSlots = 8192;        // of a KV head's scratch, keys and values each
 
 // Where a new token goes, and what a pass needs of its query.
@@ -68,6 +69,8 @@ struct LadderCounts {
   uint32_t ranked = 0;       // policy budget: bit h: head h's ranking was unresolved
   uint32_t explored = 0;     // blocks, promoted at random: neither promoted_keys nor _values
   uint32_t resident_keys = 0, resident_values = 0;  // blocks, when the step's last pass began
+  uint32_t prefetched = 0;                          // blocks of one tensor read for the next step
+  uint32_t prefetched_used = 0;  // of those of the step before, which learn() kept
 };
 
 inline constexpr int kKeys = 0, kValues = 1;  // parts

@@ -508,6 +508,8 @@ struct Learn {
       and_where(drop, reinterpret_cast<uint32_t*>(to.pages), page * 4 + 2,
                 ~(splat_u(1) << word_of(tile + 4 * part)));
       dropped = ballot(drop);
+      const int kept = population(ballot(holds & (before < 0)) & ~dropped);
+      if (kept > 0) add_count(&to.counts->prefetched_used, uint32_t(kept));
     }
     const uint32_t free = (ballot(exists) & ~mask) | dropped;
     shared->empty[part][word] = free;

@@ -52,6 +52,9 @@ class CudaCacheOps final : public CacheOps {
   void learn(const LadderArgs& args) override {
     check_cuda(launch_learn(args, stream()), "the memory of a step cannot be launched");
   }
+  void prefetch(const LadderArgs& args, double share) override {
+    check_cuda(launch_prefetch(args, share, stream()), "prefetching cannot be launched");
+  }
   void largest_notes(const LibraryArgs& args) override {
     check_cuda(launch_largest_notes(args, stream()), "the notes of originals cannot be looked at");
   }

@@ -6,6 +6,7 @@
 #include "kernels/cuda/library_body.h"
 #include "kernels/cuda/paper_body.h"
 #include "kernels/cuda/rank_body.h"
+#include "kernels/cuda/prefetch_body.h"
 #include "kernels/cuda/seal_ops.h"
 
 namespace certkv::cuda {
@@ -110,6 +111,24 @@ class EmulatedCacheOps final : public CacheOps {
       all(&emulated::Learn::prepare);
       all(&emulated::Learn::score);
       all(&emulated::Learn::list_free);
+    }
+  }
+  void prefetch(const LadderArgs& args, double share) override {
+    for (int i = 0; i < args.count; ++i) {
+      emulated::PrefetchShared shared;
+      std::memset(static_cast<void*>(&shared), 0xff, sizeof shared);
+      const auto all = [&](auto body) {
+        for (int warp = 0; warp < emulated::kClimbWarps; ++warp)
+          body(emulated::Prefetch{args, share, i, warp, &shared});
+      };
+      all([](const emulated::Prefetch& p) { p.prepare(); });
+      if (shared.near == 0) continue;
+      for (const auto part :
+           {&emulated::Climb::clear, &emulated::Climb::rate, &emulated::Climb::choose,
+            &emulated::Climb::count, &emulated::Climb::place, &emulated::Climb::close})
+        all([&](const emulated::Prefetch& p) { (p.climb().*part)(); });
+      all([](const emulated::Prefetch& p) { p.take(); });
+      all([](const emulated::Prefetch& p) { p.page(); });
     }
   }
   void largest_notes(const LibraryArgs& args) override {

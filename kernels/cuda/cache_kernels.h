@@ -27,6 +27,7 @@ cudaError_t launch_take_dense(const LadderArgs& args, const DenseArgs& dense, in
 cudaError_t launch_digest_pages(const DigestArgs& args, cudaStream_t stream);
 cudaError_t launch_check_tables(const TableArgs& args, cudaStream_t stream);
 cudaError_t launch_learn(const LadderArgs& args, cudaStream_t stream);
+cudaError_t launch_prefetch(const LadderArgs& args, double share, cudaStream_t stream);
 cudaError_t launch_largest_notes(const LibraryArgs& args, cudaStream_t stream);
 cudaError_t launch_judge_library(const LibraryArgs& args, cudaStream_t stream);
 

@@ -5,7 +5,7 @@
 //   append; attend; beside what follows: learn of the items within their tolerance;
 //   while any head fails and rounds are left: climb, page_in, attend again; where heads still fail:
 //   list_dense, then for each item of the list stage_dense, attend to the staged item, take_dense;
-//   learn of the items that climbed.
+//   learn of the items that climbed; beside what follows: prefetch.
 // SOURCE: method section 5.
 #pragma once
 
@@ -45,6 +45,10 @@ class CacheOps {
   virtual void explore(const LadderArgs& args) = 0;
   // The next step's first pass reads codes alone; the scratch keeps what it holds.
   virtual void forget(const LadderArgs& args) = 0;
+  // Behind learn() of all items: where a head's returned bound is beyond `share` of its tolerance,
+  // reads what the ladder would promote if that were the tolerance, into at most half of the slots
+  // that are free. Needs a list of its own; the records, sources and sums of the last pass; (0, 1).
+  virtual void prefetch(const LadderArgs& args, double share) = 0;
   // Policy `dense` by a library: largest_notes() once a step for items of all layers; append, the
   // library and judge_library() for each layer.
   virtual void largest_notes(const LibraryArgs& args) = 0;

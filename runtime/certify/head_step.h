@@ -40,6 +40,7 @@ struct StepRules {
   LadderOptions ladder;
   SkipOptions skip;
   uint64_t exploration_seed = 0;
+  bool prefetches() const { return policy == Policy::Budget && ladder.prefetch > 0; }
   int ranking() const { return ladder.ranking >= 0 ? ladder.ranking : policy == Policy::Paper; }
 };
 
@@ -68,6 +69,9 @@ struct HeadReport {
 struct GroupReport {
   std::vector<HeadReport> heads;
   uint64_t scratch_hits = 0, scratch_misses = 0, paged_bytes = 0;
+  // Blocks of one tensor that the step read for the next one, and of those that the step before had
+  // read how many it kept: their codes would have cost enough. A device's alone; in paged_bytes.
+  uint64_t prefetched = 0, prefetched_used = 0;
   uint64_t canary = 0, digest = 0;      // failures
   uint64_t f_blocks = 0, x_blocks = 0;  // resident originals the pass used (open block excluded)
   uint64_t skipped_blocks = 0;          // whose values the pass that counted did not read

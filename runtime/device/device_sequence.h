@@ -128,7 +128,7 @@ struct DeviceCache::StepBuffers {
     size_t rows = 0;
     int splits[2] = {}, policy = 0;
     int64_t rounds = 0;
-    double shares[2] = {};
+    double shares[3] = {};
     int staged_splits = 0;
     std::vector<double> paper;        // options of policy paper; ranking, exploration
     uint64_t grown = 0;               // buffers that have moved
@@ -153,6 +153,8 @@ struct DeviceCache::StepBuffers {
   DeviceArray<uint8_t> used;
   DeviceArray<cuda::PageInRequest> list;
   DeviceArray<uint32_t> undecided;
+  DeviceArray<cuda::PageInRequest> prefetch_list;
+  DeviceArray<uint32_t> prefetch_listed;
   DeviceArray<uint32_t> listed, words;  // words: any failing, count of dense items, and two
   DeviceArray<int32_t> dense;
   // Rung 3's staging area, for one KV head: tables of as many entries, and originals of as many

@@ -188,7 +188,8 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   grow(&b.norm, device_, items * n, "queries");
   const size_t records = items * pages * groups * cuda::kRecordFloats, merged = items * n * sums;
   grow(&b.records, device_, kLearning * records, "records of a pass");
-  grow(&b.used, device_, items * pages * kPageTiles, "records of a pass");
+  const size_t used = items * pages * kPageTiles;
+  grow(&b.used, device_, kLearning * used, "records of a pass");
   grow(&b.split_sums, device_, items * splits * n * sums, "sums of a pass");
   grow(&b.tally, device_, items * splits * n * cuda::kTallyCount, "sums of a pass");
   grow(&b.merged, device_, kLearning * merged, "sums of a pass");
@@ -197,6 +198,10 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   if (ranking() > 0) grow(&b.undecided, device_, items * pages, "blocks that ranking waits for");
   grow(&b.list, device_, quotas, "list of blocks to page in");
   grow(&b.listed, device_, items, "list of blocks to page in");
+  if (at(rows_[0]).rules.prefetches()) {
+    grow(&b.prefetch_list, device_, quotas, "list of blocks to page in");
+    grow(&b.prefetch_listed, device_, items, "list of blocks to page in");
+  }
   grow(&b.words, device_, kWords + items, "marks of a step");
   grow(&b.dense, device_, items, "list of heads for rung 3");
   if (by_library()) {
@@ -217,7 +222,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
       {b.most_splits[0], b.most_splits[1]},
       int(rules.policy),
       rules.ladder.max_rounds,
-      {rules.ladder.value_share, rules.ladder.max_share},
+      {rules.ladder.value_share, rules.ladder.max_share, rules.ladder.prefetch},
       b.staged_splits,
       paper ? figures_of(rules) : std::vector<double>{double(ranking()), exploration()},
       b.grown,
@@ -250,11 +255,11 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         p.value_slot = s.slot_of[kValues].data() + entry * kPageTiles;
         p.k_norm = s.k_norm.data() + entry * kPageTiles;
         p.open_nu = s.open_nu.data() + entry * kPageTiles;
-        // Of two layers, one beside the other: what the first one's learning still reads.
+        // Of two layers, one beside the other: what the first one's learning and prefetch read.
         const size_t branch = layer % kLearning;
         p.records =
             b.records.data() + branch * records + item * pages * groups * cuda::kRecordFloats;
-        p.used = b.used.data() + item * pages * kPageTiles;
+        p.used = b.used.data() + branch * used + item * pages * kPageTiles;
         p.splits = b.split_sums.data() + item * splits * n * sums;
         p.tally = b.tally.data() + item * splits * n * cuda::kTallyCount;
         p.merged = b.merged.data() + branch * merged + item * n * sums;
@@ -389,6 +394,17 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
         device_.when_met(failing, climbing);
       if (audit_ != nullptr) ops_.learn(ladder);
       follow(false);
+    }
+    if (at(rows_[0]).rules.prefetches()) {
+      ladder.list = b.prefetch_list.data();
+      ladder.listed = b.prefetch_listed.data();
+      const auto prefetch = [this, ladder, share = rules.prefetch] {
+        ops_.prefetch(ladder, share);
+      };
+      if (audit_ == nullptr)
+        device_.beside(branch, prefetch);
+      else
+        prefetch();
     }
   } else {
     follow(false);
@@ -530,7 +546,9 @@ void DeviceCache::read_reports(Sequence* s) {
     g.x_blocks = before(counts.resident_values, counts.promoted_values + counts.explored);
     g.scratch_hits = paper ? counts.hits : g.f_blocks + g.x_blocks;
     g.scratch_misses = counts.paged;
-    g.paged_bytes = uint64_t(counts.paged) * block_bytes_;
+    g.paged_bytes = uint64_t(counts.paged + counts.prefetched) * block_bytes_;
+    g.prefetched = counts.prefetched;
+    g.prefetched_used = counts.prefetched_used;
     g.digest = counts.digest;
     g.canary = counts.canary;
     g.attended_tokens = s->tokens;

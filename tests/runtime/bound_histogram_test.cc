@@ -121,6 +121,8 @@ TEST(HeadStepCounts, AVerdictRecordIsCountedOverOutcomesAndRungs) {
   r.sum.digest = 16;
   r.sum.read_bytes = 17;
   r.sum.attended_tokens = 18;
+  r.sum.prefetched = 31;
+  r.sum.prefetched_used = 29;
   r.sum.dense_bytes = 19;
   HeadStepCounts a;
   a.add(r);
@@ -143,6 +145,8 @@ TEST(HeadStepCounts, AVerdictRecordIsCountedOverOutcomesAndRungs) {
     EXPECT_EQ(c.digest, 32u);
     EXPECT_EQ(c.read_bytes, 34u);
     EXPECT_EQ(c.attended_tokens, 36u);
+    EXPECT_EQ(c.prefetched, 62u);
+    EXPECT_EQ(c.prefetched_used, 58u);
     EXPECT_EQ(c.dense_bytes, 38u);
   }
 }

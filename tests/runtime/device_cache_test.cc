@@ -34,6 +34,7 @@ constexpr uint64_t kArena = uint64_t(8) << 20;
 struct Counts {
   uint64_t head_steps = 0, certified = 0, exact = 0, over = 0, failed = 0;
   uint64_t rung[kRungs] = {}, promoted = 0, hits = 0;
+  uint64_t prefetched = 0, prefetched_used = 0;
   double worst = 0, tightest = 1e300;  // error over bound; bound over the outputs' norm
   uint64_t kept = 0;                   // pages of originals at the end
 };
@@ -62,6 +63,7 @@ class DeviceCacheTest : public ::testing::Test {
   struct Special {
     size_t tokens = 0;  // of the prompt, if not 0
     int steps = kSteps;
+    double prefetch = 0;         // as ladder.prefetch
     std::vector<size_t> beyond;  // tokens of KV head 0 whose page cannot be quantised
   };
 
@@ -88,7 +90,7 @@ class DeviceCacheTest : public ::testing::Test {
     options.dtype = c.dtype;
     // Few slots, so that some heads find no room.
     options.scratch.key_blocks = options.scratch.value_blocks =
-        int64_t(kv) * int64_t(4 + random() % 40);
+        int64_t(kv) * int64_t(4 + random() % 40) * (special.prefetch > 0 ? 10 : 1);
 
     test::ThreadHolder holder(kArena);
     const auto store = holder.attach(0);
@@ -120,6 +122,7 @@ class DeviceCacheTest : public ::testing::Test {
     StepRules rules;
     rules.policy = policy;
     rules.tolerance.value = tolerance;
+    rules.ladder.prefetch = special.prefetch;
     const int64_t sequence = cache.fork(prompt, special.steps + 1, rules);
     cache.drop(prompt);
 
@@ -151,6 +154,8 @@ class DeviceCacheTest : public ::testing::Test {
         const GroupReport& g = report.layers[h];
         counts->hits += g.scratch_hits;
         EXPECT_EQ(g.canary, 0u) << c.describe() << " step " << step;
+        counts->prefetched += g.prefetched;
+        counts->prefetched_used += g.prefetched_used;
         for (size_t i = 0; i < n; ++i) {
           const HeadReport& r = g.heads[i];
           const oracle::Exact exact =
@@ -253,6 +258,25 @@ TEST_F(DeviceCacheTest, PaperKeepsWhatItsCertificatesSay) {
   EXPECT_GE(paper.rung[3], 50u);
   EXPECT_GE(paper.hits, 20u);
   EXPECT_LE(paper.failed, paper.head_steps / 10);
+}
+
+// The same where steps read ahead, which changes what a pass reads, and nothing that it promises.
+TEST_F(DeviceCacheTest, WhateverWasReadAheadThePromiseHolds) {
+  Counts counts;
+  Special special;
+  special.prefetch = 0.3;
+  for (int shape = 0; shape < kShapes; ++shape)
+    for (uint64_t seed = 2; seed < 4; ++seed)
+      run(Shape(shape), seed, Policy::Budget, seed % 2 == 0 ? 0.05 : 0.15, &counts, false, special);
+  fmt::print("{} head-steps, rungs {} {} {} {}; {} promoted, {} read ahead, {} of them used\n",
+             counts.head_steps, counts.rung[0], counts.rung[1], counts.rung[2], counts.rung[3],
+             counts.promoted, counts.prefetched, counts.prefetched_used);
+  EXPECT_EQ(counts.certified + counts.exact + counts.failed, counts.head_steps);
+  EXPECT_GE(counts.head_steps, 300u);
+  EXPECT_LE(counts.failed, counts.head_steps / 10);
+  EXPECT_GE(counts.rung[1] + counts.rung[2], 10u);
+  EXPECT_GE(counts.prefetched, 20u);
+  EXPECT_GT(counts.prefetched_used, 0u);
 }
 
 // So little that a tool which watches every access of the device ends soon (tests/gpu/sanitize.sh),

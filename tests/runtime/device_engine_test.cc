@@ -194,6 +194,34 @@ TEST_F(DeviceEngineTest, BitsDoNotDependOnNeighboursOrThreads) {
   expect_same(together, alone, "alone");
 }
 
+// What a step reads for the next one depends on the KV head alone.
+TEST_F(DeviceEngineTest, BitsDoNotDependOnNeighboursOrRanksWhereStepsReadAhead) {
+  JobOptions o = options();
+  o.ladder.prefetch = 0.8;
+  const std::vector<Request> requests = {request(3, 0.1), request(4, 0.11, 130)};
+  const RunResult together = run(o, 1, 2, requests);
+  ASSERT_EQ(together.completions.size(), 2u);
+  RunResult alone;
+  uint64_t prefetched = 0, used = 0;
+  for (const Request& r : requests) {
+    const RunResult one = run(o, 1, 2, {r});
+    alone.completions.insert(one.completions.begin(), one.completions.end());
+    prefetched += only(one).counts.prefetched;
+    used += only(one).counts.prefetched_used;
+  }
+  expect_same(together, alone, "alone");
+  EXPECT_GT(prefetched, 0u);
+  EXPECT_GT(used, 0u);
+  for (const auto& [key, c] : together.completions) {
+    EXPECT_EQ(c.counts.certified + c.counts.exact, c.counts.head_steps);
+    EXPECT_EQ(c.counts.prefetched, alone.completions.at(key).counts.prefetched);
+  }
+  // Ranks differ from one in what their products sum, not in what a KV head does; both hold.
+  const RunResult two = run(o, 2, 1, {requests[0]});
+  EXPECT_GT(only(two).counts.prefetched, 0u);
+  EXPECT_EQ(only(two).counts.certified + only(two).counts.exact, only(two).counts.head_steps);
+}
+
 // A library is given addresses: a step captured for some sequences must never serve others, of
 // whatever shape. Requests follow each other here and share steps, with neighbours that change. (An
 // emulated graph is enqueued anew each time: there DeviceCacheTest asks for the shape instead.)

@@ -61,6 +61,7 @@ class CountingOps : public cuda::CacheOps {
     ops_.take_dense(a, d, n);
   }
   void learn(const cuda::LadderArgs& a) override { ops_.learn(a); }
+  void prefetch(const cuda::LadderArgs& a, double share) override { ops_.prefetch(a, share); }
   void largest_notes(const cuda::LibraryArgs& a) override { ops_.largest_notes(a); }
   void judge_library(const cuda::LibraryArgs& a) override { ops_.judge_library(a); }
   void seal(const cuda::SealArgs& a) override { ops_.seal(a); }
