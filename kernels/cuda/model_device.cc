@@ -37,7 +37,7 @@ class CudaModelOps final : public ModelOps {
   }
   void sample(const SampleRows& a) override {
     check_rows(a);
-    if (a.rows != 0) check_cuda(launch_sample(a, stream_), "the sampler cannot be launched");
+    if (a.rows != 0) check_cuda(launch_sample(a, stream()), "the sampler cannot be launched");
   }
 
  private:
