@@ -11,10 +11,11 @@ void check(cudaError_t error, const char* what) {
   CERTKV_EXPECT(error == cudaSuccess, DeviceError, "{}: {}", what, cudaGetErrorString(error));
 }
 KernelShape kernel_shape(const PassShape& s, bool early = false) {
-  return {s.head_dim, s.heads, s.groups(), s.items, s.splits, s.warps, s.certificate, early};
+  return {s.head_dim, s.heads, s.groups(),    s.items, s.splits,
+          s.warps,    s.kind,  s.certificate, early};
 }
 uint32_t shared_bytes(const PassShape& s) {
-  return shared_layout(s.head_dim, s.groups(), s.warps).bytes;
+  return shared_layout(s.head_dim, s.groups(), s.warps, s.kind).bytes;
 }
 
 }  // namespace

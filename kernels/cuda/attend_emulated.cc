@@ -10,10 +10,10 @@
 namespace certkv::cuda {
 namespace {
 
-template <int kDim, int kGroups, bool kCertificate, int kWarps>
+template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
 void run(const PassArgs& args, const PassShape& shape) {
-  using Block = emulated::Pass<kDim, kGroups, kCertificate, kWarps>;
-  const uint32_t bytes = shared_layout(kDim, kGroups, kWarps).bytes;
+  using Block = emulated::Pass<kDim, kGroups, kCertificate, kWarps, kKind>;
+  const uint32_t bytes = shared_layout(kDim, kGroups, kWarps, kKind).bytes;
   for (int i = 0; i < shape.items; ++i) {
     const PassItem& item = args.items[i];
     if (args.repeated && *item.again == 0) continue;
@@ -50,26 +50,37 @@ void run(const PassArgs& args, const PassShape& shape) {
   }
 }
 
-template <int kDim, int kGroups, size_t kCount = 0>
+template <int kDim, int kGroups, PageKind kKind, size_t kCount = 0>
 void run(const PassArgs& args, const PassShape& shape) {
   constexpr int kWarps = kWarpCounts[kCount];
   if (shape.warps != kWarps) {  // check_shape() knows it to be one of the others
-    if constexpr (kCount + 1 < std::size(kWarpCounts)) run<kDim, kGroups, kCount + 1>(args, shape);
+    if constexpr (kCount + 1 < std::size(kWarpCounts))
+      run<kDim, kGroups, kKind, kCount + 1>(args, shape);
   } else if (shape.certificate) {
-    run<kDim, kGroups, true, kWarps>(args, shape);
+    run<kDim, kGroups, true, kWarps, kKind>(args, shape);
   } else {
-    run<kDim, kGroups, false, kWarps>(args, shape);
+    run<kDim, kGroups, false, kWarps, kKind>(args, shape);
   }
+}
+
+template <PageKind kKind>
+void run(const PassArgs& args, const PassShape& shape) {
+  if (shape.head_dim == 64)
+    shape.groups() == 1 ? run<64, 1, kKind>(args, shape) : run<64, 2, kKind>(args, shape);
+  else
+    shape.groups() == 1 ? run<128, 1, kKind>(args, shape) : run<128, 2, kKind>(args, shape);
 }
 
 }  // namespace
 
 void attend_emulated(const PassArgs& args, const PassShape& shape) {
   check_shape(args, shape);
-  if (shape.head_dim == 64)
-    shape.groups() == 1 ? run<64, 1>(args, shape) : run<64, 2>(args, shape);
-  else
-    shape.groups() == 1 ? run<128, 1>(args, shape) : run<128, 2>(args, shape);
+  switch (shape.kind) {
+    case PageKind::K8V4:
+      return run<PageKind::K8V4>(args, shape);
+    case PageKind::K8V8:
+      return run<PageKind::K8V8>(args, shape);
+  }
 }
 
 }  // namespace certkv::cuda

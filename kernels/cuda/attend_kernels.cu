@@ -1,44 +1,15 @@
-#include <iterator>
-#include <type_traits>
-
-#include "kernels/cuda/attend_kernels.h"
-#include "kernels/cuda/pass_body.h"
+#include "kernels/cuda/attend_launch.cuh"
 
 namespace certkv::cuda {
 
-// ---- kernels ------------------------------------------------------------------------------------
+extern template cudaError_t allow_shared_memory_of<PageKind::K8V4>(const KernelShape&, uint32_t);
+extern template cudaError_t allow_shared_memory_of<PageKind::K8V8>(const KernelShape&, uint32_t);
+extern template cudaError_t launch_attend_of<PageKind::K8V4>(const PassArgs&, const KernelShape&,
+                                                             uint32_t, cudaStream_t);
+extern template cudaError_t launch_attend_of<PageKind::K8V8>(const PassArgs&, const KernelShape&,
+                                                             uint32_t, cudaStream_t);
 
 namespace {
-
-// Few warps of a small head leave shared memory for a second block, so it gets registers too; see
-// plan_splits().
-template <int kDim, int kGroups, int kWarps>
-inline constexpr int kResident = kWarps < kMostWarps&& kDim* kGroups < 256 ? kMostResident : 1;
-
-template <int kDim, int kGroups, bool kCertificate, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kResident<kDim, kGroups, kWarps>)
-    attend_kernel(const PassArgs args) {
-  extern __shared__ __align__(128) std::byte shared[];
-  const int split = int(blockIdx.x) + args.first_split;
-  PassItem item = args.items[blockIdx.y];
-  if (split * pages_per_split(args, item) >= item.page_count) return;
-  if (args.repeated && *item.again == 0) return;
-  const Pass<kDim, kGroups, kCertificate, kWarps> block{args, item, shared, split,
-                                                        int(threadIdx.y)};
-  block.begin_copies();
-  wait_for_previous();
-  item.unit = load_fresh(&args.items[blockIdx.y].unit);  // by append
-  block.begin();
-  __syncthreads();
-  block.walk();
-  __syncthreads();
-  let_next_begin();
-  block.combine();
-  if (!kCertificate || item.judged == nullptr) return;
-  block.tally();
-  __syncthreads();
-  block.finish_tally();
-}
 
 // A warp for 32 elements, and with kJudge one for the tallies.
 template <bool kJudge>
@@ -62,67 +33,27 @@ __global__ void merge_kernel(const PassArgs args, int head_dim) {
   if (threadIdx.y == 0) judge_head(args, item, head_dim, head, shared);
 }
 
-// ---- launchers ----------------------------------------------------------------------------------
-
-// early: the kernel begins before its predecessor in the stream has ended, and waits for it itself.
-struct Launch {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-
-  Launch(dim3 grid, dim3 block, uint32_t shared_bytes, cudaStream_t stream, bool early) {
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = early ? 1 : 0;
-  }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
-};
-
-// Calls body with the kernel of a shape.
-template <typename Body>
-cudaError_t with_kernel(const KernelShape& s, Body body) {
-  const auto pick_warps = [&](auto d, auto groups, auto warps) {
-    constexpr int kDim = decltype(d)::value, kGroups = decltype(groups)::value;
-    return s.certificate ? body(attend_kernel<kDim, kGroups, true, decltype(warps)::value>)
-                         : body(attend_kernel<kDim, kGroups, false, decltype(warps)::value>);
-  };
-  static_assert(std::size(kWarpCounts) == 2);
-  const std::integral_constant<int, kWarpCounts[0]> most;
-  const std::integral_constant<int, kWarpCounts[1]> fewest;
-  const auto pick = [&](auto d, auto groups) {
-    return s.warps == kWarpCounts[0] ? pick_warps(d, groups, most) : pick_warps(d, groups, fewest);
-  };
-  const std::integral_constant<int, 1> one;
-  const std::integral_constant<int, 2> two;
-  if (s.head_dim == 64) {
-    const std::integral_constant<int, 64> d;
-    return s.groups == 1 ? pick(d, one) : pick(d, two);
-  }
-  const std::integral_constant<int, 128> d;
-  return s.groups == 1 ? pick(d, one) : pick(d, two);
-}
-
 }  // namespace
 
 cudaError_t allow_shared_memory(const KernelShape& shape, uint32_t bytes) {
-  return with_kernel(shape, [&](auto kernel) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  });
+  switch (shape.kind) {
+    case PageKind::K8V4:
+      return allow_shared_memory_of<PageKind::K8V4>(shape, bytes);
+    case PageKind::K8V8:
+      return allow_shared_memory_of<PageKind::K8V8>(shape, bytes);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_attend(const PassArgs& args, const KernelShape& shape, uint32_t shared_bytes,
                           cudaStream_t stream) {
-  return with_kernel(shape, [&](auto kernel) {
-    const Launch launch(dim3(unsigned(shape.splits), unsigned(shape.items)),
-                        dim3(32, unsigned(shape.warps)), shared_bytes, stream,
-                        shape.early && args.after_append);
-    return cudaLaunchKernelEx(&launch.config, kernel, args);
-  });
+  switch (shape.kind) {
+    case PageKind::K8V4:
+      return launch_attend_of<PageKind::K8V4>(args, shape, shared_bytes, stream);
+    case PageKind::K8V8:
+      return launch_attend_of<PageKind::K8V8>(args, shape, shared_bytes, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_merge(const PassArgs& args, const KernelShape& shape, cudaStream_t stream) {

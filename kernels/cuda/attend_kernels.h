@@ -11,6 +11,7 @@ namespace certkv::cuda {
 
 struct KernelShape {
   int head_dim, heads, groups, items, splits, warps;
+  PageKind kind;
   bool certificate;
   bool early;  // the device can begin a kernel before its predecessor has ended
 };

@@ -437,7 +437,7 @@ CERTKV_FN F select_larger(F a, F b) {  // NaN stays
 }
 // A note of a block that a lane names.
 CERTKV_FN F load_note(const PassItem& pass, int head_dim, I page, I tile, int which) {
-  return load_note_of(pass.pages, page, tile * 6 + (8 + which), page_layout(head_dim).notes);
+  return load_note_of(pass.pages, page, tile * 6 + (8 + which), notes_offset(head_dim));
 }
 
 inline constexpr int kLearnWarps = 16;

@@ -16,10 +16,10 @@ class CudaCacheOps final : public CacheOps {
     check_cuda(launch_append(args, stream()), "appending a token cannot be launched");
   }
   void attend(const PassArgs& args, const PassShape& shape) override {
-    const int kind = (shape.warps == kMostWarps) * 8 + (shape.head_dim == 128) * 4 +
-                     (shape.groups() - 1) * 2 + shape.certificate;
-    if ((prepared_ >> kind & 1) == 0) prepare_attend(shape);
-    prepared_ |= 1 << kind;
+    const int kernel = int(shape.kind) * 16 + (shape.warps == kMostWarps) * 8 +
+                       (shape.head_dim == 128) * 4 + (shape.groups() - 1) * 2 + shape.certificate;
+    if ((prepared_ >> kernel & 1) == 0) prepare_attend(shape);
+    prepared_ |= uint64_t(1) << kernel;
     cuda::attend(args, shape, stream(), early_);
   }
   void climb(const LadderArgs& args) override {
@@ -77,7 +77,7 @@ class CudaCacheOps final : public CacheOps {
   cudaStream_t stream() const { return device_.stream(); }
   CudaDevice& device_;
   bool early_;
-  int prepared_ = 0;
+  uint64_t prepared_ = 0;  // a bit for each kernel of the pass
 };
 
 }  // namespace

@@ -21,7 +21,8 @@ class EmulatedCacheOps final : public CacheOps {
       for (int part = 0; part < args.heads + 2; ++part) emulated::append_part(args, i, part);
   }
   void attend(const PassArgs& args, const PassShape& shape) override {
-    const uint32_t bytes = shared_layout(shape.head_dim, shape.groups(), shape.warps).bytes;
+    const uint32_t bytes =
+        shared_layout(shape.head_dim, shape.groups(), shape.warps, shape.kind).bytes;
     CERTKV_EXPECT(bytes <= shared_, DeviceError,
                   "the device refuses the shared memory that the certified pass needs: {} bytes of "
                   "{}",

@@ -41,7 +41,7 @@ struct Canary {
   CERTKV_FN bool score_beyond() const {
     const PassItem& p = pass();
     const int d = args.head_dim, steps = d / 32;
-    const PageLayoutDevice layout = page_layout(d);
+    const PageLayoutDevice layout = page_layout(d, p.kind);
     const I row = lane_index() >> 2, quad = lane_index() & 3;
     D apart[2][kMaxHeads];
     CERTKV_EACH (h, kMaxHeads) apart[0][h] = apart[1][h] = to_double(splat(0));
@@ -93,7 +93,9 @@ struct Canary {
   // nu_b. A lane has tokens 2 c, 2 c + 1, 2 c + 8, 2 c + 9 and two elements of each 16.
   CERTKV_FN uint32_t value_beyond() const {
     const int d = args.head_dim;
-    const PageLayoutDevice layout = page_layout(d);
+    const PageLayoutDevice layout = page_layout(d, pass().kind);
+    const bool bytes = value_bits(layout.kind) == 8;
+    const int each = value_group(layout.kind);
     const auto& notes = *reinterpret_cast<const PageNotesDevice*>(codes() + layout.notes);
     const std::byte* values = codes() + layout.key_bytes;
     const I row = lane_index() >> 2, quad = lane_index() & 3;
@@ -101,18 +103,28 @@ struct Canary {
     D error2[4], norm2[4];
     CERTKV_EACH (n, 4) error2[n] = norm2[n] = to_double(splat(0));
     CERTKV_NO_UNROLL
-    for (int group = 0; group < d / 16; ++group) {
-      const U word =
-          load1(values + (tile() * (d / 64) + group / 4) * 512 + group % 4 * 4, lane_index() * 16);
-      U m[4];
-      load4(values + layout.value_affine + (tile() * (d / 16) + group) * 64, quad * 16, m);
-      const U next = word >> 8;
-      const U v[4] = {
-          fma_halves(word & 0x000f000fu, m[0], m[1]), fma_halves(next & 0x000f000fu, m[0], m[1]),
-          fma_halves(word & 0x00f000f0u, m[2], m[3]), fma_halves(next & 0x00f000f0u, m[2], m[3])};
+    for (int cell = 0; cell < d / 16; ++cell) {
+      const int quad_of = tile() * (d / 64) + cell / 4, group = cell * 16 / each;
+      U m[4], v[4];
+      load4(values + layout.value_affine + (tile() * (d / each) + group) * 64, quad * 16, m);
+      const std::byte* at = values + quad_of * (bytes ? 1024 : 512) + cell % 4 * 4;
+      const U word = load1(at, lane_index() * 16);
+      if (bytes) {  // of tokens 0 to 7, and 8 to 15
+        const U second = load1(at + 512, lane_index() * 16);
+        v[0] = fma_halves(word & 0x00ff00ffu, m[0], m[1]);
+        v[1] = fma_halves(word >> 8 & 0x00ff00ffu, m[0], m[1]);
+        v[2] = fma_halves(second & 0x00ff00ffu, m[2], m[3]);
+        v[3] = fma_halves(second >> 8 & 0x00ff00ffu, m[2], m[3]);
+      } else {
+        const U next = word >> 8;
+        v[0] = fma_halves(word & 0x000f000fu, m[0], m[1]);
+        v[1] = fma_halves(next & 0x000f000fu, m[0], m[1]);
+        v[2] = fma_halves(word & 0x00f000f0u, m[2], m[3]);
+        v[3] = fma_halves(next & 0x00f000f0u, m[2], m[3]);
+      }
       CERTKV_EACH (n, 4) {
         const I token = quad * 2 + (n % 2 + n / 2 * 8);
-        const U pair = load1(rows, token * (2 * d) + row * 4 + group * 32);
+        const U pair = load1(rows, token * (2 * d) + row * 4 + cell * 32);
         CERTKV_EACH (e, 2) {
           const U both = v[n / 2 * 2 + e];
           const D served = to_double(n % 2 == 1 ? high_half(both) : low_half(both)) * factor;

@@ -96,7 +96,7 @@ struct Climb {
     const auto notes = [&](int n) {
       const std::byte* coded = p.pages[n].page;
       return coded == nullptr ? record(n, 0)
-                              : reinterpret_cast<const float*>(coded + page_layout(d).notes);
+                              : reinterpret_cast<const float*>(coded + notes_offset(d));
     };
     const float *na = notes(page), *nb = notes(m);
     const I c4 = tile * 4 + quad, note = tile * 6 + 8;

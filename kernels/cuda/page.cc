@@ -43,22 +43,23 @@ size_t key_affine_at(const PageLayoutDevice& p, int c) {  // of the scale; the o
   const int k = c % 32;
   return p.key_affine + size_t(((c / 32 * 2 + k / 16) * 4 + k % 16 / 4) * 16 + k % 4 * 2);
 }
-struct Nibble {
+struct ValueCode {
   size_t byte;
-  bool high;
+  int bit;  // of the code's lowest, within the byte
 };
-Nibble value_code_at(int d, int t, int c) {
-  const int group = c / 16, row = c % 16 / 2, k = t % 16;
-  const int lane = row * 4 + k % 8 / 2;
+ValueCode value_code_at(const PageLayoutDevice& p, int t, int c) {
+  const int cell = c / 16, row = c % 16 / 2, k = t % 16, d = p.head_dim;
+  const int lane = row * 4 + k % 8 / 2, half = k / 8;
   // In each half of the word: bits 0 and 4 for the even element, 8 and 12 for the odd one.
-  const int bit = k % 2 * 16 + c % 2 * 8 + k / 8 * 4;
-  const size_t word = size_t((((t / 16) * (d / 64) + group / 4) * 32 + lane) * 4 + group % 4);
-  return {word * 4 + size_t(bit / 8), bit % 8 == 4};
+  const int quad = (t / 16) * (d / 64) + cell / 4;
+  const int part = value_bits(p.kind) == 8 ? quad * 2 + half : quad;
+  const int word = (part * 32 + lane) * 4 + cell % 4;
+  return {size_t(word * 4 + k % 2 * 2 + c % 2), value_bits(p.kind) == 8 ? 0 : half * 4};
 }
 size_t value_affine_at(const PageLayoutDevice& p, int t, int group) {  // of the step; base: + 4
-  const int k = t % 16;
-  return p.value_affine + size_t((((t / 16) * (p.head_dim / 16) + group) * 4 + k % 8 / 2) * 16 +
-                                 k / 8 * 8 + k % 2 * 2);
+  const int k = t % 16, groups = p.head_dim / value_group(p.kind);
+  return p.value_affine +
+         size_t((((t / 16) * groups + group) * 4 + k % 8 / 2) * 16 + k / 8 * 8 + k % 2 * 2);
 }
 size_t norm_at(const PageLayoutDevice& p, int t) {
   return p.norms + size_t(t % 8 * 16 + t / 16 * 4 + t % 16 / 8 * 2);
@@ -72,15 +73,19 @@ uint16_t half_at(const std::byte* at) {
   std::memcpy(&bits, at, 2);
   return bits;
 }
-int code_at(const std::byte* values, int d, int t, int c) {
-  const Nibble n = value_code_at(d, t, c);
-  const int byte = std::to_integer<int>(values[n.byte]);
-  return n.high ? byte >> 4 : byte & 15;
+int code_at(const PageLayoutDevice& p, const std::byte* values, int t, int c) {
+  const ValueCode at = value_code_at(p, t, c);
+  return std::to_integer<int>(values[at.byte]) >> at.bit & ((1 << value_bits(p.kind)) - 1);
+}
+
+// Whether a token's code words have their code four bits higher.
+bool is_upper(PageKind kind, int token) {
+  return value_bits(kind) == 4 && token % 16 >= 8;
 }
 
 // What the decoding instruction yields, before 2^exponent.
-double served_half(int code, int token, uint16_t step, uint16_t base) {
-  const auto word = uint16_t(token % 16 >= 8 ? code << 4 : code);
+double served_half(PageKind kind, int code, int token, uint16_t step, uint16_t base) {
+  const auto word = uint16_t(is_upper(kind, token) ? code << 4 : code);
   return f16_to_float(emulated::fma_half(word, step, base));
 }
 
@@ -96,25 +101,29 @@ int value_exponent(double largest_step, double largest_base) {
 
 }  // namespace
 
-void check_device_format(const PageFormat& f) {
+PageKind page_kind_of(const PageFormat& f) {
   const TensorPlanes &k = f.layout.key, &v = f.layout.value;
-  CERTKV_EXPECT(k.code_bits == 8 && k.residual_bits == 0 && k.metadata == DType::F16 &&
-                    v.code_bits == 4 && v.residual_bits == 0 && v.metadata == DType::F16 &&
-                    f.value_group == 16 && f.group_tokens == kPageTokens,
-                InvalidArgument,
-                "layout {} is not served on the device: it takes 8-bit keys and 4-bit values in "
-                "groups of 64 tokens and 16 elements with F16 metadata (compact, k8v4)",
-                f.layout.name);
   CERTKV_EXPECT(f.block_tokens == 16, InvalidArgument,
                 "cache.block_tokens is {}: the device serves blocks of 16 tokens", f.block_tokens);
   CERTKV_EXPECT(f.head_dim == 64 || f.head_dim == 128, InvalidArgument,
                 "head_dim is {}: the device serves 64 and 128", f.head_dim);
+  const bool common = k.code_bits == 8 && k.residual_bits == 0 && k.metadata == DType::F16 &&
+                      v.residual_bits == 0 && v.metadata == DType::F16 &&
+                      f.group_tokens == kPageTokens;
+  for (const PageKind kind : kPageKinds)
+    if (common && v.code_bits == value_bits(kind) && f.value_group == value_group(kind))
+      return kind;
+  CERTKV_THROW(InvalidArgument,
+               "layout {} is not served on the device: it takes 8-bit keys in groups of 64 tokens, "
+               "and values of 4 bits in groups of 16 elements (compact, k8v4) or of 8 bits in "
+               "groups of 64 (balanced, k8v8), with F16 metadata",
+               f.layout.name);
 }
 
 void convert_page(const PageFormat& f, const std::byte* page, std::byte* out) {
-  check_device_format(f);
-  const int d = f.head_dim, groups = d / 16;
-  const PageLayoutDevice p = page_layout(d);
+  const PageKind kind = page_kind_of(f);
+  const int d = f.head_dim, each = value_group(kind), groups = d / each;
+  const PageLayoutDevice p = page_layout(d, kind);
   std::byte* const values = out + p.key_bytes;
   std::memset(out, 0, p.page_bytes());
   std::vector<double> k(size_t(kPageTokens * d)), v(k.size());
@@ -142,18 +151,18 @@ void convert_page(const PageFormat& f, const std::byte* page, std::byte* out) {
     for (int g = 0; g < groups; ++g) {
       const ValueAffine a = value_affine(f, page, t, g);
       // Steps and bases far below the page's largest may lose bits here: it is measured below.
-      const int shift = (t % 16 >= 8 ? 20 : 24) - exponent;
+      const int shift = (is_upper(kind, t) ? 20 : 24) - exponent;
       const uint16_t step = float_to_f16(float(std::ldexp(a.step, shift)));
       const uint16_t base = float_to_f16(float(std::ldexp(a.base, -exponent)));
       std::byte* at = values + value_affine_at(p, t, g);
       put_half(at, step);
       put_half(at + 4, base);
-      for (int c = g * 16; c < g * 16 + 16; ++c) {
+      for (int c = g * each; c < (g + 1) * each; ++c) {
         const double wanted = v[size_t(t * d + c)];
         const int code = code_of(wanted, a.step, a.base);
-        const Nibble n = value_code_at(d, t, c);
-        values[n.byte] |= std::byte(n.high ? code << 4 : code);
-        const double served = std::ldexp(served_half(code, t, step, base), exponent);
+        const ValueCode to = value_code_at(p, t, c);
+        values[to.byte] |= std::byte(code << to.bit);
+        const double served = std::ldexp(served_half(kind, code, t, step, base), exponent);
         norm2 += served * served;
         moved2 += (served - wanted) * (served - wanted);
       }
@@ -188,8 +197,8 @@ void convert_page(const PageFormat& f, const std::byte* page, std::byte* out) {
   std::memcpy(out + p.notes, &notes, sizeof notes);
 }
 
-void decode_device_page(int d, const std::byte* page, double* k_out, double* v_out) {
-  const PageLayoutDevice p = page_layout(d);
+void decode_device_page(int d, PageKind kind, const std::byte* page, double* k_out, double* v_out) {
+  const PageLayoutDevice p = page_layout(d, kind);
   const std::byte* const values = page + p.key_bytes;
   const double factor = device_notes(d, page).value_factor;
   for (int t = 0; t < kPageTokens; ++t)
@@ -197,9 +206,9 @@ void decode_device_page(int d, const std::byte* page, double* k_out, double* v_o
       const double step = f16_to_float(half_at(page + key_affine_at(p, c)));
       const double base = f16_to_float(half_at(page + key_affine_at(p, c) + 8));
       k_out[t * d + c] = std::to_integer<int>(page[key_code_at(d, t, c)]) * step + base;
-      const std::byte* at = values + value_affine_at(p, t, c / 16);
+      const std::byte* at = values + value_affine_at(p, t, c / value_group(kind));
       v_out[t * d + c] =
-          served_half(code_at(values, d, t, c), t, half_at(at), half_at(at + 4)) * factor;
+          served_half(kind, code_at(p, values, t, c), t, half_at(at), half_at(at + 4)) * factor;
     }
 }
 

@@ -9,16 +9,19 @@
 //           affine   [step d/32][half 2][class 4][4 scales, 4 offsets, f16]: channel
 //                    32 step + 16 half + 4 class + i
 //           notes    PageNotesDevice
-//   values  codes    [tile 4][cell d/64][lane 32][word 4]: fragment A of m16n8k16, k = token, for
-//                    elements 16 (4 cell + word) + 2 (lane / 4) + {0, 1}; see kNibbles below
-//           affine   [tile 4][group d/16][class 4][step t0 t1, base t0 t1, step t8 t9, base t8 t9,
-//                    f16]: t = 2 class
+//   values  codes    fragment A of m16n8k16, k = token, for elements 16 (4 cell + word) +
+//                    2 (lane / 4) + {0, 1}
+//                    of 4 bits [tile 4][cell d/64][lane 32][word 4]
+//                    of 8 bits [tile 4][cell d/64][half 2][lane 32][word 4]: tokens 8 half to
+//                    8 half + 7 of the tile
+//           affine   [tile 4][group][class 4][step t0 t1, base t0 t1, step t8 t9, base t8 t9,
+//                    f16]: t = 2 class; groups of value_group() elements
 //           norms    [lane / 4: 8][tile 4][2] u16, of tokens lane / 4 and lane / 4 + 8
 //
 // A served value is 2^exponent fma(code word, step, base), rounded to a half by the one instruction
 // that decodes it: that number is what the annotations are about. A code word is the code's bits as
-// a subnormal half, at bits 0 (tokens 0 to 7 of a tile) or 4 (8 to 15, whose step is a 16th): a
-// mask is all that unpacking takes. SOURCE: method section 2.
+// a subnormal half: a mask is all that unpacking takes. Of 4 bits they lie at bits 0 (tokens 0 to 7
+// of a tile) or 4 (8 to 15, whose step is a 16th). SOURCE: method section 2.
 #pragma once
 
 #include <cstddef>
@@ -51,42 +54,61 @@ inline constexpr float kNormMargin = 1 + 0x1p-10f;
 // page's largest norm: it is part of eta, vbar and the norms.
 inline constexpr double kLostWeight = 0x1p-34;
 
+// Which codes a page has, named as the precision classes: bits of keys, then of values.
+enum class PageKind : uint8_t { K8V4, K8V8 };
+inline constexpr PageKind kPageKinds[] = {PageKind::K8V4, PageKind::K8V8};
+
+CERTKV_HD constexpr int value_bits(PageKind kind) {
+  return kind == PageKind::K8V4 ? 4 : 8;
+}
+// Elements of a token that share a step and a base.
+CERTKV_HD constexpr int value_group(PageKind kind) {
+  return kind == PageKind::K8V4 ? 16 : 64;
+}
+
 // UNITS: bytes; offsets from the start of a part. One KV head.
 struct PageLayoutDevice {
   int head_dim = 0;
+  PageKind kind = PageKind::K8V4;
   uint32_t key_affine = 0, notes = 0, key_bytes = 0;
   uint32_t value_affine = 0, norms = 0, value_bytes = 0;
   CERTKV_INLINE constexpr uint32_t page_bytes() const { return key_bytes + value_bytes; }
 };
 
 // REQUIRES head_dim in {64, 128}.
-CERTKV_HD constexpr PageLayoutDevice page_layout(int head_dim) {
+CERTKV_HD constexpr PageLayoutDevice page_layout(int head_dim, PageKind kind) {
   const uint32_t d = uint32_t(head_dim);
   PageLayoutDevice p;
   p.head_dim = head_dim;
+  p.kind = kind;
   p.key_affine = kPageTokens * d;
   p.notes = p.key_affine + 4 * d;
   p.key_bytes = p.notes + uint32_t(sizeof(PageNotesDevice));
-  p.value_affine = kPageTokens * d / 2;
-  p.norms = p.value_affine + kPageTokens * d / 16 * 4;
+  p.value_affine = kPageTokens * d * uint32_t(value_bits(kind)) / 8;
+  p.norms = p.value_affine + kPageTokens * d / uint32_t(value_group(kind)) * 4;
   p.value_bytes = p.norms + kPageTokens * 2;
   return p;
 }
 
-// Whether pages of this format can be served by the device: throws InvalidArgument if not, saying
-// what it takes (8-bit keys without a residual plane, 4-bit values in groups of 16, metadata F16,
-// blocks of 16 tokens, head_dim 64 or 128).
-void check_device_format(const PageFormat& format);
+// Where a page has its notes: whatever its kind is.
+CERTKV_HD constexpr uint32_t notes_offset(int head_dim) {
+  return page_layout(head_dim, PageKind::K8V4).notes;
+}
 
-// page: as seal_page wrote it. out: page_layout(head_dim).page_bytes(), 16-byte aligned.
+// The kind of page that serves this format. Throws InvalidArgument if there is none, saying what
+// the device takes.
+PageKind page_kind_of(const PageFormat& format);
+
+// page: as seal_page wrote it. out: page_bytes() of the format's kind, 16-byte aligned.
 void convert_page(const PageFormat& format, const std::byte* page, std::byte* out);
 
 // The numbers that the device serves, exact in double: [64, head_dim] each. Read from the device's
 // bytes alone. For tests and audits.
-void decode_device_page(int head_dim, const std::byte* page, double* k_out, double* v_out);
+void decode_device_page(int head_dim, PageKind kind, const std::byte* page, double* k_out,
+                        double* v_out);
 
 inline const PageNotesDevice& device_notes(int head_dim, const std::byte* page) {
-  return *reinterpret_cast<const PageNotesDevice*>(page + page_layout(head_dim).notes);
+  return *reinterpret_cast<const PageNotesDevice*>(page + notes_offset(head_dim));
 }
 
 }  // namespace certkv::cuda

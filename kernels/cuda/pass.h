@@ -14,8 +14,9 @@ struct PassShape {
   int head_dim = 0;
   int heads = 0;  // most query heads of any item; 1 to 8
   int items = 0;
-  int splits = 0;  // of the longest item, or so many from PassArgs::first_split on
-  int warps = 0;   // of a block, as pass_warps() says of the device
+  int splits = 0;                  // of the longest item, or so many from PassArgs::first_split on
+  int warps = 0;                   // of a block, as pass_warps() says of the device
+  PageKind kind = PageKind::K8V4;  // of every page with codes
   bool certificate = true;
   bool merge = true;  // false: splits alone; a later pass over the rest merges all
   int groups() const { return (heads + 3) / 4; }

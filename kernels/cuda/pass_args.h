@@ -73,6 +73,7 @@ struct PassItem {
   const int32_t* value_slot = nullptr;  // the same of its values
   const float* k_norm = nullptr;        // [page_count, 4] of original keys, as annotated
   float unit = 1;                       // power of two that brings the largest norm near 1
+  PageKind kind = PageKind::K8V4;       // of its pages
   float* records = nullptr;             // out [page_count, groups, kRecordFloats]
   uint8_t* used = nullptr;              // out [page_count, 4] kUsedOriginalKey, kUsedOriginalValue
   float* splits = nullptr;              // out [splits, heads, sums_floats(head_dim)]

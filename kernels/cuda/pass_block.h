@@ -65,10 +65,10 @@ CERTKV_FN F sum_eight(F x) {
   return x + shuffle_xor(x, 4);
 }
 
-template <int kDim, int kGroups, bool kCertificate, int kWarps>
+template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
 struct PassBlock {
-  static constexpr PageLayoutDevice kPage = page_layout(kDim);
-  static constexpr SharedLayout kShared = shared_layout(kDim, kGroups, kWarps);
+  static constexpr PageLayoutDevice kPage = page_layout(kDim, kKind);
+  static constexpr SharedLayout kShared = shared_layout(kDim, kGroups, kWarps, kKind);
   static constexpr int kSteps = kDim / 32;  // of m16n8k32
   static constexpr int kCells = kDim / 16;  // of 16 elements
   static constexpr int kHeads = 4 * kGroups;

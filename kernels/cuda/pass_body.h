@@ -10,9 +10,9 @@
 
 namespace certkv::CERTKV_LANES_NAMESPACE {
 
-template <int kDim, int kGroups, bool kCertificate, int kWarps>
-struct Pass : PassJudge<kDim, kGroups, kCertificate, kWarps> {
-  using Base = PassJudge<kDim, kGroups, kCertificate, kWarps>;
+template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
+struct Pass : PassJudge<kDim, kGroups, kCertificate, kWarps, kKind> {
+  using Base = PassJudge<kDim, kGroups, kCertificate, kWarps, kKind>;
   using Base::args, Base::item, Base::kCells, Base::kHeads, Base::kPage, Base::kSteps;
   using Base::first_page, Base::pages, Base::sums;
   using Base::key_slot, Base::value_slot, Base::state, Base::entries, Base::query, Base::norms;

@@ -5,9 +5,9 @@
 
 namespace certkv::CERTKV_LANES_NAMESPACE {
 
-template <int kDim, int kGroups, bool kCertificate, int kWarps>
-struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps> {
-  using Base = PassQuery<kDim, kGroups, kCertificate, kWarps>;
+template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
+struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps, kKind> {
+  using Base = PassQuery<kDim, kGroups, kCertificate, kWarps, kKind>;
   using Base::args, Base::item, Base::kCells, Base::kHeads, Base::kPage, Base::kSteps;
   using typename Base::Query;
   using typename Base::Sums;
@@ -41,17 +41,33 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps> {
   CERTKV_FN static void weigh_codes(const std::byte* values, int quad, int tile,
                                     const U (&w)[kGroups][2], F (&acc)[kGroups][4][4]) {
     const I lane = lane_index();
-    U words[4];
-    load4(values + (tile * (kDim / 64) + quad) * 512, lane * 16, words);
-    CERTKV_EACH (c, 4) {
-      U m[4];
-      load4(values + kPage.value_affine + (tile * kCells + quad * 4 + c) * 64, (lane & 3) * 16, m);
-      const U next = words[c] >> 8;
-      const U v[4] = {fma_halves(words[c] & 0x000f000fu, m[0], m[1]),
-                      fma_halves(next & 0x000f000fu, m[0], m[1]),
-                      fma_halves(words[c] & 0x00f000f0u, m[2], m[3]),
-                      fma_halves(next & 0x00f000f0u, m[2], m[3])};
-      CERTKV_EACH (g, kGroups) mma_halves(acc[g][c], v, w[g][0], w[g][1]);
+    if constexpr (value_bits(kKind) == 8) {
+      U words[2][4], m[4];  // of tokens 0 to 7 and 8 to 15; one step and base for all four cells
+      const int cells = tile * (kDim / 64) + quad;
+      load4(values + cells * 1024, lane * 16, words[0]);
+      load4(values + cells * 1024 + 512, lane * 16, words[1]);
+      load4(values + kPage.value_affine + cells * 64, (lane & 3) * 16, m);
+      CERTKV_EACH (c, 4) {
+        const U v[4] = {fma_halves(words[0][c] & 0x00ff00ffu, m[0], m[1]),
+                        fma_halves(words[0][c] >> 8 & 0x00ff00ffu, m[0], m[1]),
+                        fma_halves(words[1][c] & 0x00ff00ffu, m[2], m[3]),
+                        fma_halves(words[1][c] >> 8 & 0x00ff00ffu, m[2], m[3])};
+        CERTKV_EACH (g, kGroups) mma_halves(acc[g][c], v, w[g][0], w[g][1]);
+      }
+    } else {
+      U words[4];
+      load4(values + (tile * (kDim / 64) + quad) * 512, lane * 16, words);
+      CERTKV_EACH (c, 4) {
+        U m[4];
+        load4(values + kPage.value_affine + (tile * kCells + quad * 4 + c) * 64, (lane & 3) * 16,
+              m);
+        const U next = words[c] >> 8;
+        const U v[4] = {fma_halves(words[c] & 0x000f000fu, m[0], m[1]),
+                        fma_halves(next & 0x000f000fu, m[0], m[1]),
+                        fma_halves(words[c] & 0x00f000f0u, m[2], m[3]),
+                        fma_halves(next & 0x00f000f0u, m[2], m[3])};
+        CERTKV_EACH (g, kGroups) mma_halves(acc[g][c], v, w[g][0], w[g][1]);
+      }
     }
   }
   CERTKV_FN static void clear(F (&acc)[kGroups][4][4]) {

@@ -13,9 +13,9 @@ CERTKV_FN F sound_notes(F note) {
   return select(note >= 0, note, splat(__builtin_nanf("")));
 }
 
-template <int kDim, int kGroups, bool kCertificate, int kWarps>
-struct PassJudge : PassMixed<kDim, kGroups, kCertificate, kWarps> {
-  using Base = PassMixed<kDim, kGroups, kCertificate, kWarps>;
+template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
+struct PassJudge : PassMixed<kDim, kGroups, kCertificate, kWarps, kKind> {
+  using Base = PassMixed<kDim, kGroups, kCertificate, kWarps, kKind>;
   using Base::item, Base::entries, Base::first_page, Base::kHeads, Base::kPage, Base::kSums;
   using Base::pages, Base::split, Base::sums, Base::warp;
 

@@ -5,9 +5,9 @@
 
 namespace certkv::CERTKV_LANES_NAMESPACE {
 
-template <int kDim, int kGroups, bool kCertificate, int kWarps>
-struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps> {
-  using Base = PassCodes<kDim, kGroups, kCertificate, kWarps>;
+template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
+struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
+  using Base = PassCodes<kDim, kGroups, kCertificate, kWarps, kKind>;
   using Base::args, Base::item, Base::kCells, Base::kHeads, Base::kPage, Base::kSteps;
   using typename Base::Query;
   using typename Base::Sums;

@@ -5,9 +5,9 @@
 
 namespace certkv::CERTKV_LANES_NAMESPACE {
 
-template <int kDim, int kGroups, bool kCertificate, int kWarps>
-struct PassQuery : PassBlock<kDim, kGroups, kCertificate, kWarps> {
-  using Base = PassBlock<kDim, kGroups, kCertificate, kWarps>;
+template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
+struct PassQuery : PassBlock<kDim, kGroups, kCertificate, kWarps, kKind> {
+  using Base = PassBlock<kDim, kGroups, kCertificate, kWarps, kKind>;
   using Base::args, Base::item, Base::kCells, Base::kHeads, Base::kPage, Base::kSteps;
   using typename Base::Sums;
 

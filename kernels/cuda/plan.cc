@@ -19,13 +19,14 @@ struct Room {
   int warps, most_pages;  // of a block
   int blocks;             // of each item, that the device holds at once; at least 1
 };
-Room room_of(const DeviceShape& device, int head_dim, int groups, int max_pages, int items) {
+Room room_of(const DeviceShape& device, int head_dim, int groups, PageKind kind, int max_pages,
+             int items) {
   CERTKV_EXPECT(max_pages >= 1 && items >= 1 && device.multiprocessors >= 1, InvalidArgument,
                 "a pass over {} pages of {} heads on {} multiprocessors: each must be at least 1",
                 max_pages, items, device.multiprocessors);
-  const int warps = pass_warps(device, head_dim, groups);
+  const int warps = pass_warps(device, head_dim, groups, kind);
   // A block may use all but 1 KiB of a multiprocessor, which the device keeps for itself.
-  const size_t shared = shared_layout(head_dim, groups, warps).bytes + 1024;
+  const size_t shared = shared_layout(head_dim, groups, warps, kind).bytes + 1024;
   const size_t resident =
       std::clamp<size_t>(device.shared_per_multiprocessor / shared, 1, kMostResident);
   return {warps, warps * kMaxPagesPerWarp,
@@ -34,21 +35,23 @@ Room room_of(const DeviceShape& device, int head_dim, int groups, int max_pages,
 
 }  // namespace
 
-int pass_warps(const DeviceShape& device, int head_dim, int groups) {
+int pass_warps(const DeviceShape& device, int head_dim, int groups, PageKind kind) {
   uint32_t least = 0;
   for (int warps : kWarpCounts) {
-    least = shared_layout(head_dim, groups, warps).bytes;
+    least = shared_layout(head_dim, groups, warps, kind).bytes;
     if (least <= device.shared_per_block) return warps;
   }
   CERTKV_THROW(InvalidArgument,
                "the device's pass needs {} bytes of shared memory a block at head_dim {} and {} "
-               "query heads a KV head, the device offers {}: use the CPU backend",
-               least, head_dim, groups == 1 ? "1 to 4" : "5 to 8", device.shared_per_block);
+               "query heads a KV head with values of {} bits, the device offers {}: use the CPU "
+               "backend",
+               least, head_dim, groups == 1 ? "1 to 4" : "5 to 8", value_bits(kind),
+               device.shared_per_block);
 }
 
-SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int max_pages,
-                      int items) {
-  const Room room = room_of(device, head_dim, groups, max_pages, items);
+SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, PageKind kind,
+                      int max_pages, int items) {
+  const Room room = room_of(device, head_dim, groups, kind, max_pages, items);
   // As many splits as fill the device once, but 8 pages each at least: a block costs what one
   // costs.
   int wanted = std::min(room.blocks, divided(max_pages, kLeastPages));
@@ -60,11 +63,11 @@ SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int m
   return {pages, divided(max_pages, pages), room.warps};
 }
 
-int most_pages_per_split(const DeviceShape& device, int head_dim, int groups, int max_pages,
-                         int items) {
+int most_pages_per_split(const DeviceShape& device, int head_dim, int groups, PageKind kind,
+                         int max_pages, int items) {
   // Up to 8 pages a block of the device they are at most 8; from there on they grow with the pages
   // to what a block can take.
-  const Room room = room_of(device, head_dim, groups, max_pages, items);
+  const Room room = room_of(device, head_dim, groups, kind, max_pages, items);
   return std::min(max_pages,
                   std::clamp(divided(max_pages, room.blocks), kLeastPages, room.most_pages));
 }

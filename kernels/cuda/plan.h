@@ -24,8 +24,8 @@ struct SharedLayout {
   uint32_t values = 0;      // of the value slots within a warp's part
   uint32_t states = 0, entries = 0, tiles = 0, query = 0, terms = 0, norm = 0, scale = 0, bytes = 0;
 };
-CERTKV_HD constexpr SharedLayout shared_layout(int head_dim, int groups, int warps) {
-  const PageLayoutDevice page = page_layout(head_dim);
+CERTKV_HD constexpr SharedLayout shared_layout(int head_dim, int groups, int warps, PageKind kind) {
+  const PageLayoutDevice page = page_layout(head_dim, kind);
   SharedLayout s;
   s.values = kKeySlots * page.key_bytes;
   s.warp_bytes = s.values + kValueSlots * page.value_bytes;
@@ -48,7 +48,7 @@ struct DeviceShape {
 // The most warps of a pass block that the device has shared memory for. It depends on the kind of
 // device and the shape of a KV head alone, so it is one number for all passes of a model. Throws
 // InvalidArgument where not even the fewest fit.
-int pass_warps(const DeviceShape& device, int head_dim, int groups);
+int pass_warps(const DeviceShape& device, int head_dim, int groups, PageKind kind);
 
 // A head's sums are cut into splits; a split is one block's work.
 struct SplitPlan {
@@ -60,16 +60,16 @@ struct SplitPlan {
 // same plan: who needs a head's bits not to depend on its neighbours or on the number of ranks
 // names the same `items` everywhere. A split has at most warps * kMaxPagesPerWarp pages, what the
 // rounding analysis allows. Throws InvalidArgument where a block's shared memory does not suffice.
-SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, int max_pages,
-                      int items);
+SplitPlan plan_splits(const DeviceShape& device, int head_dim, int groups, PageKind kind,
+                      int max_pages, int items);
 
 // The most that plan_splits() gives a split of any sequence of up to `max_pages`.
-int most_pages_per_split(const DeviceShape& device, int head_dim, int groups, int max_pages,
-                         int items);
+int most_pages_per_split(const DeviceShape& device, int head_dim, int groups, PageKind kind,
+                         int max_pages, int items);
 
 // Bytes that a pass reads of one page, codes and notes; what benches divide by time.
-inline double bytes_per_token(int head_dim) {
-  return double(page_layout(head_dim).page_bytes()) / kPageTokens;
+inline double bytes_per_token(int head_dim, PageKind kind) {
+  return double(page_layout(head_dim, kind).page_bytes()) / kPageTokens;
 }
 
 }  // namespace certkv::cuda

@@ -14,11 +14,12 @@ namespace certkv::cuda {
 // a head and of a page are in bytes, but where entries are counted.
 struct SealArgs {
   int32_t heads = 0, pages = 0, head_dim = 0;
+  PageKind kind = PageKind::K8V4;
   DType dtype = DType::BF16;
   // [64, head_dim] rows of 16 bits, 16-byte aligned.
   const std::byte *k = nullptr, *v = nullptr;
   uint64_t rows_of_head = 0, rows_of_page = 0;
-  // out: page_layout(head_dim).page_bytes() each, 16-byte aligned; meaningless where the status is
+  // out: page_bytes() of the kind each, 16-byte aligned; meaningless where the status is
   // not Sealed. nullptr: nothing is quantised, only the norms are taken.
   std::byte* page = nullptr;
   uint64_t page_of_head = 0, page_of_page = 0;

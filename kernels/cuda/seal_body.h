@@ -128,7 +128,11 @@ struct SealPage {
     return args.page + uint64_t(head()) * args.page_of_head + uint64_t(page()) * args.page_of_page;
   }
   CERTKV_FN bool quantises() const { return args.page != nullptr; }
-  CERTKV_FN PageLayoutDevice layout() const { return page_layout(args.head_dim); }
+  CERTKV_FN PageLayoutDevice layout() const { return page_layout(args.head_dim, args.kind); }
+  CERTKV_FN int group() const { return value_group(args.kind); }  // elements
+  CERTKV_FN bool is_upper(int t) const {                          // its codes lie four bits higher
+    return value_bits(args.kind) == 4 && t % 16 >= 8;
+  }
 
   // ---- phase 1: a thread has a channel ----------------------------------------------------------
 
@@ -200,21 +204,20 @@ struct SealPage {
     double norm2 = 0, error2 = 0;
     float largest_scale = 0, largest_offset = 0;
     bool fits = true;
-    for (int g = 0; g < args.head_dim / 16; ++g) {
-      float x[16];
-      CERTKV_EACH (half, 2) {
-        const EightHalves from = eight(args.v, t, g * 16 + half * 8);
-        CERTKV_EACH (i, 8) x[half * 8 + i] = float_from_16(args.dtype, from.x[i]);
-      }
+    const int levels = (1 << value_bits(args.kind)) - 1;
+    for (int g = 0; g < args.head_dim / group(); ++g) {
       float lo = __builtin_inff(), hi = -__builtin_inff();
-      CERTKV_EACH (i, 16) {
-        const double original = x[i];
-        norm2 += original * original;
-        lo = x[i] < lo ? x[i] : lo;
-        hi = hi < x[i] ? x[i] : hi;
+      for (int c = g * group(); c < (g + 1) * group(); c += 8) {
+        const EightHalves from = eight(args.v, t, c);
+        CERTKV_EACH (i, 8) {
+          const float x = float_from_16(args.dtype, from.x[i]);
+          norm2 += double(x) * double(x);
+          lo = x < lo ? x : lo;
+          hi = hi < x ? x : hi;
+        }
       }
       if (!quantises()) continue;
-      const HalfAffine a = fit_affine(lo, hi, 15);
+      const HalfAffine a = fit_affine(lo, hi, levels);
       fits = fits && a.fits;
       shared->scale[t][g] = a.scale;
       shared->offset[t][g] = a.offset;
@@ -222,16 +225,18 @@ struct SealPage {
       const float size = offset < 0 ? -offset : offset;
       largest_scale = scale > largest_scale ? scale : largest_scale;
       largest_offset = size > largest_offset ? size : largest_offset;
-      CERTKV_EACH (quad, 4) {
-        uint32_t word = 0;
-        CERTKV_EACH (i, 4) {
-          const double original = x[quad * 4 + i];
+      for (int c = g * group(); c < (g + 1) * group(); c += 8) {
+        const EightHalves from = eight(args.v, t, c);
+        uint32_t words[2] = {0, 0};
+        CERTKV_EACH (i, 8) {
+          const double original = float_from_16(args.dtype, from.x[i]);
           const int code = code_of(original, offset, scale);
-          word |= uint32_t(code & 15) << (8 * i);
+          words[i / 4] |= uint32_t(code & levels) << (8 * (i % 4));
           const double error = original - (double(code) * double(scale) + double(offset));
           error2 += error * error;
         }
-        shared->value[t][g * 4 + quad] = word;
+        shared->value[t][c / 4] = words[0];
+        shared->value[t][c / 4 + 1] = words[1];
       }
     }
     shared->norm2[t] = norm2;
@@ -293,9 +298,9 @@ struct SealPage {
   CERTKV_FN void serve_values(int t) const {
     const int power = exponent();
     const double factor = two_to(power), over = two_to(-power);
-    const bool upper = t % 16 >= 8;  // its codes lie four bits higher
+    const bool upper = is_upper(t);
     double norm2 = 0, moved2 = 0;
-    for (int g = 0; g < args.head_dim / 16; ++g) {
+    for (int g = 0; g < args.head_dim / group(); ++g) {
       const double scale = f16_to_float(shared->scale[t][g]);
       const double offset = f16_to_float(shared->offset[t][g]);
       // Steps and bases far below the page's largest may lose bits here: it is measured below.
@@ -303,10 +308,10 @@ struct SealPage {
       const uint16_t base = float_to_f16(float(offset * over));
       shared->step[t][g] = step;
       shared->base[t][g] = base;
-      for (int quad = 0; quad < 4; ++quad) {
-        const uint32_t word = shared->value[t][g * 4 + quad];
+      for (int c = g * group(); c < (g + 1) * group(); c += 4) {
+        const uint32_t word = shared->value[t][c / 4];
         CERTKV_EACH (i, 4) {
-          const uint32_t code = word >> (8 * i) & 15;
+          const uint32_t code = word >> (8 * i) & 255;
           const double wanted = double(code) * scale + offset;
           const uint16_t half = decoded_half(uint16_t(upper ? code << 4 : code), step, base);
           const double served = double(f16_to_float(half)) * factor;
@@ -347,19 +352,12 @@ struct SealPage {
     if (thread == kPageTokens) store_page_notes(norm_step, notes);
   }
   CERTKV_FN void store_values(int thread) const {
-    const int cells = args.head_dim / 64, groups = args.head_dim / 16;
+    const int groups = args.head_dim / group();
     std::byte* values = out() + layout().key_bytes;
     auto* codes = reinterpret_cast<uint32_t*>(values);
-    for (int at = thread; at < kPageTokens * args.head_dim / 8; at += kSealThreads) {
-      const int lane = at / 4 % 32, cell = at / 128 % cells, tile = at / 128 / cells;
-      const int c = 16 * (4 * cell + at % 4) + lane / 4 * 2, first = tile * 16 + lane % 4 * 2;
-      uint32_t word = 0;
-      CERTKV_EACH (i, 4) {  // tokens first, first + 1, first + 8, first + 9; two elements each
-        const uint32_t pair = shared->value[first + i / 2 * 8 + i % 2][c / 4] >> (8 * (c % 4));
-        word |= (pair & 0x0f0fu) << (i % 2 * 16 + i / 2 * 4);
-      }
-      codes[at] = word;
-    }
+    const int words = int(layout().value_affine / 4);
+    for (int at = thread; at < words; at += kSealThreads)
+      codes[at] = value_bits(args.kind) == 8 ? word_of_bytes(at) : word_of_nibbles(at);
     auto* affine = reinterpret_cast<uint32_t*>(values + layout().value_affine);
     for (int at = thread; at < kPageTokens * groups; at += kSealThreads) {
       const int g = at / 16 % groups, tile = at / 16 / groups;
@@ -367,6 +365,26 @@ struct SealPage {
       const auto& of = at % 2 == 0 ? shared->step : shared->base;
       affine[at] = uint32_t(of[first][g]) | uint32_t(of[first + 1][g]) << 16;
     }
+  }
+  CERTKV_FN uint32_t pair_of(int t, int c) const {  // codes of elements c and c + 1; c is even
+    return shared->value[t][c / 4] >> (8 * (c % 4)) & 0xffffu;
+  }
+  CERTKV_FN uint32_t word_of_nibbles(int at) const {
+    const int cells = args.head_dim / 64;
+    const int lane = at / 4 % 32, cell = at / 128 % cells, tile = at / 128 / cells;
+    const int c = 16 * (4 * cell + at % 4) + lane / 4 * 2, first = tile * 16 + lane % 4 * 2;
+    uint32_t word = 0;
+    CERTKV_EACH (i, 4)  // tokens first, first + 1, first + 8, first + 9; two elements each
+      word |= pair_of(first + i / 2 * 8 + i % 2, c) << (i % 2 * 16 + i / 2 * 4);
+    return word;
+  }
+  CERTKV_FN uint32_t word_of_bytes(int at) const {
+    const int cells = args.head_dim / 64, part = at / 128;
+    const int lane = at / 4 % 32, half = part % 2, cell = part / 2 % cells;
+    const int tile = part / 2 / cells;
+    const int c = 16 * (4 * cell + at % 4) + lane / 4 * 2;
+    const int first = tile * 16 + half * 8 + lane % 4 * 2;
+    return pair_of(first, c) | pair_of(first + 1, c) << 16;
   }
   CERTKV_FN void store_norm(int t, double lost, float norm_step) const {
     constexpr double kBelow = 2 - kSealInflate * kSealInflate;

@@ -99,7 +99,7 @@ PassState DeviceCache::read_pass(const cuda::PassItem& pass, bool staged) const 
     const cuda::PageEntry& entry = entries[page];
     cuda::PageNotesDevice notes;
     if (entry.page != nullptr) {
-      const std::byte* at = entry.page + cuda::page_layout(int(d)).notes;
+      const std::byte* at = entry.page + cuda::notes_offset(int(d));
       notes = read_back(reinterpret_cast<const cuda::PageNotesDevice*>(at), 1)[0];
     }
     for (size_t t = 0; t < size_t(entry.tokens + 15) / 16; ++t) {

@@ -67,8 +67,9 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
       schedule_(uint64_t(options_.cache.scrub_steps)),
       step_(std::make_unique<StepBuffers>()),
       background_(pool.threads()) {
-  require(options_.cache.layout == "compact" || options_.cache.layout == "k8v4",
-          "cache.layout other than compact and k8v4");
+  const std::string_view served[] = {"compact", "balanced", "k8v4", "k8v8"};
+  require(std::ranges::count(served, std::string_view(options_.cache.layout)) == 1,
+          "cache.layout other than compact, balanced, k8v4 and k8v8");
   require(options_.cache.block_tokens == 16, "cache.block_tokens other than 16");
   require(config.head_dim == 64 || config.head_dim == 128, "a head_dim other than 64 and 128");
   require(config.heads_per_group() <= cuda::kMaxHeads, "more than 8 query heads a KV head");
@@ -76,9 +77,9 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
   require(options_.scratch.key_blocks <= most && options_.scratch.value_blocks <= most,
           "more than 8192 scratch blocks a KV head");
   format_ = make_page_format(layout_by_name(options_.cache.layout), int(config.head_dim), 16);
-  cuda::check_device_format(format_);
+  kind_ = cuda::page_kind_of(format_);
   block_ = {options_.dtype, 16, uint16_t(config.head_dim)};
-  page_bytes_ = cuda::page_layout(int(config.head_dim)).page_bytes();
+  page_bytes_ = cuda::page_layout(int(config.head_dim), kind_).page_bytes();
   block_bytes_ = block_.payload_bytes();
   if (store_ != nullptr) {
     arena_host_ = store_->arena();
@@ -117,7 +118,9 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
   const uint64_t heads = uint64_t(config.heads_per_group());
   const uint64_t prompt = uint64_t(prompt_tokens) / kPageTokens;
   const uint64_t own = uint64_t(prompt_tokens % kPageTokens + max_tokens) / kPageTokens;
-  const uint64_t page = cuda::page_layout(int(d)).page_bytes();
+  const cuda::PageKind kind =
+      cuda::page_kind_of(make_page_format(layout_by_name(options.cache.layout), int(d), 16));
+  const uint64_t page = cuda::page_layout(int(d), kind).page_bytes();
   const uint64_t entries = prompt + own + kPageTiles, blocks = entries * kPageTiles;
   const uint64_t tables = entries * sizeof(cuda::PageEntry) + blocks * (2 * 4 + 2 * 4);
   const uint64_t marks = 2 * 4 + kMarks * 4 + sizeof(cuda::LadderCounts);
@@ -148,8 +151,8 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
            sizeof(cuda::PassItem);
   };
   n.staging = staging(entries);
-  n.least_staging = staging(
-      uint64_t(cuda::most_pages_per_split(device, int(d), int((heads + 3) / 4), int(entries), 1)));
+  n.least_staging = staging(uint64_t(
+      cuda::most_pages_per_split(device, int(d), int((heads + 3) / 4), kind, int(entries), 1)));
   return n;
 }
 

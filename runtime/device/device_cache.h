@@ -7,7 +7,8 @@
 // every head.
 //
 // What it does not do yet is refused by the constructor or by fork(), by name: layouts but
-// `compact`, blocks but of 16 tokens, skipping. THREADS: calls come from one thread.
+// `compact` and `balanced` (k8v4, k8v8), blocks but of 16 tokens, skipping. THREADS: calls come
+// from one thread.
 #pragma once
 
 #include <cstdint>
@@ -167,6 +168,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   cuda::ModelOps* conversions_ = nullptr;
   AuditLog* audit_ = nullptr;
   PageFormat format_;
+  cuda::PageKind kind_;
   BlockShape block_;
   size_t page_bytes_, block_bytes_;
   const std::byte* arena_ = nullptr;  // where the device finds the arena

@@ -107,6 +107,7 @@ void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, cons
   a.heads = int32_t(heads);
   a.pages = int32_t(p.pages);
   a.head_dim = int32_t(d);
+  a.kind = kind_;
   a.dtype = options_.dtype;
   a.k = reinterpret_cast<const std::byte*>(k);
   a.v = reinterpret_cast<const std::byte*>(v);

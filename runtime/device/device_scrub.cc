@@ -264,6 +264,7 @@ PageRebuild DeviceCache::rebuild(Sequence& s, const Look& look, const uint16_t* 
   cuda::SealArgs a;
   a.heads = a.pages = 1;
   a.head_dim = int32_t(config_.head_dim);
+  a.kind = kind_;
   a.dtype = options_.dtype;
   a.k = rows.data();
   a.v = rows.data() + part_bytes;

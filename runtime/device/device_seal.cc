@@ -136,6 +136,7 @@ void DeviceCache::enqueue_sealing() {
     a.heads = int32_t(n);
     a.pages = 1;
     a.head_dim = int32_t(config_.head_dim);
+    a.kind = kind_;
     a.dtype = options_.dtype;
     a.k = s.slots.data() + size_t(s.open_slot[kKeys]) * block_bytes_;
     a.v = s.slots.data() + size_t(s.open_slot[kValues]) * block_bytes_;

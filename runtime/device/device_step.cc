@@ -82,8 +82,8 @@ void DeviceCache::reserve_staging(size_t entries) {
     b.grown += grow_array(array, device_, count, what);
   };
   const size_t each = 2 * kPageTiles * block_bytes_;
-  const size_t least = size_t(
-      cuda::most_pages_per_split(device_.shape(), int(d), int((n + 3) / 4), int(entries), 1));
+  const size_t least = size_t(cuda::most_pages_per_split(device_.shape(), int(d), int((n + 3) / 4),
+                                                         kind_, int(entries), 1));
   for (size_t pages = entries; pages > b.staged_pages;) {
     try {
       grow(&b.stage, pages * each);
@@ -169,8 +169,10 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
     if (climbs(s.rules.policy)) staged = std::max(staged, s.capacity);
     // By the sequence's own length alone, so that its bits do not depend on its neighbours; a pass
     // that is repeated for a few KV heads spreads each over the whole device.
-    plans.push_back({cuda::plan_splits(device_.shape(), int(d), int(groups), entries, int(heads)),
-                     cuda::plan_splits(device_.shape(), int(d), int(groups), entries, 1)});
+    const auto plan = [&](size_t of) {
+      return cuda::plan_splits(device_.shape(), int(d), int(groups), kind_, entries, int(of));
+    };
+    plans.push_back({plan(heads), plan(1)});
     for (size_t i = 0; i < 2; ++i)
       b.most_splits[i] = std::max(b.most_splits[i], plans.back()[i].splits);
   }
@@ -247,6 +249,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         p.pages = s.entries.data() + entry;
         p.page_count = int32_t(s.pages + (open + 16) / 16);
         p.heads = int32_t(n);
+        p.kind = kind_;
         p.pages_per_split = plans[row][0].pages_per_split;
         p.repeated_per_split = plans[row][1].pages_per_split;
         p.scaled = b.scaled.data() + item * n * d;
@@ -331,7 +334,8 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
                         .heads = int(n),
                         .items = int(items),
                         .splits = b.most_splits[0],
-                        .warps = cuda::pass_warps(device_.shape(), int(d), int((n + 3) / 4)),
+                        .warps = cuda::pass_warps(device_.shape(), int(d), int((n + 3) / 4), kind_),
+                        .kind = kind_,
                         .certificate = true};
   // Of a policy that climbs: what is made must be used.
   cuda::Device::Condition failing;

@@ -74,7 +74,7 @@ struct Setup {
 const std::vector<std::byte>& made_pages() {
   static const std::vector<std::byte> all = [] {
     const PageFormat f = make_page_format(layout_by_name("compact"), kDim, 16);
-    const size_t bytes = cuda::page_layout(kDim).page_bytes();
+    const size_t bytes = cuda::page_layout(kDim, cuda::PageKind::K8V4).page_bytes();
     std::vector<std::byte> out(kMadePages * bytes), page(f.page_bytes + 64);
     auto* aligned = reinterpret_cast<std::byte*>((uintptr_t(page.data()) + 63) / 64 * 64);
     std::vector<uint16_t> k(64 * kDim), v(k);
@@ -99,10 +99,11 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
   constexpr int kOpen = (kOpenTokens + 15) / 16;
   s.pages = tokens / 64 + kOpen;  // and the open blocks, one by one
   s.items = batch * kKvHeads;
-  s.page_bytes = cuda::page_layout(kDim).page_bytes();
+  s.page_bytes = cuda::page_layout(kDim, cuda::PageKind::K8V4).page_bytes();
   s.copy_bytes = size_t(tokens / 64) * size_t(s.items) * s.page_bytes;
   const int copies = int(std::max<size_t>(1, (kColdBytes + s.copy_bytes - 1) / s.copy_bytes));
-  const cuda::SplitPlan plan = cuda::plan_splits(cuda::device_shape(), kDim, 1, s.pages, s.items);
+  const cuda::SplitPlan plan =
+      cuda::plan_splits(cuda::device_shape(), kDim, 1, cuda::PageKind::K8V4, s.pages, s.items);
   s.shape = {.head_dim = kDim,
              .heads = kHeads,
              .items = s.items,

@@ -24,7 +24,7 @@ double us_since(Clock::time_point start) {
 
 void measure(Device& device, CacheOps& ops, const char* what, int heads, int pages) {
   const size_t elements = size_t(kPageTokens * kDim), count = size_t(heads) * size_t(pages);
-  const size_t page_bytes = page_layout(kDim).page_bytes();
+  const size_t page_bytes = page_layout(kDim, PageKind::K8V4).page_bytes();
   std::vector<uint16_t> rows(elements * count);
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
@@ -73,7 +73,8 @@ void measure_host() {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   for (uint16_t& x : rows) x = float_to_bf16(normal(random));
-  std::vector<std::byte> memory(format.page_bytes + 64), out(page_layout(kDim).page_bytes());
+  std::vector<std::byte> memory(format.page_bytes + 64),
+      out(page_layout(kDim, PageKind::K8V4).page_bytes());
   auto* page = reinterpret_cast<std::byte*>((uintptr_t(memory.data()) + 63) / 64 * 64);
   constexpr int kPages = 200;
   const auto start = Clock::now();

@@ -104,14 +104,14 @@ struct HostPage {
   std::vector<std::byte> device;
   BlockAnnotations block[kPageTiles];
 };
-HostPage on_host(const Rows& rows, DType dtype, int d) {
-  const PageFormat format = make_page_format(layout_by_name("compact"), d, 16);
+HostPage on_host(const Rows& rows, DType dtype, int d, const char* layout) {
+  const PageFormat format = make_page_format(layout_by_name(layout), d, 16);
   std::vector<std::byte> memory(format.page_bytes + 64);
   auto* page = reinterpret_cast<std::byte*>((uintptr_t(memory.data()) + 63) / 64 * 64);
   HostPage out{};
   out.status = seal_page(format, dtype, rows.k.data(), rows.v.data(), page);
   if (out.status == SealStatus::Sealed) {
-    out.device.resize(page_layout(d).page_bytes());
+    out.device.resize(page_layout(d, page_kind_of(format)).page_bytes());
     convert_page(format, page, out.device.data());
   }
   for (int b = 0; b < kPageTiles && out.status != SealStatus::NonFinite; ++b)
@@ -132,9 +132,11 @@ class DeviceSeal : public OnTestDevice {
   static constexpr std::byte kUntouched{0x5a};
 
   // 12 pages at once, with gaps between heads and between pages.
-  void compare(uint64_t seed, DType dtype, int d, std::array<int, 3>* statuses) {
+  void compare(uint64_t seed, DType dtype, int d, const char* layout,
+               std::array<int, 3>* statuses) {
+    const PageKind kind = page_kind_of(make_page_format(layout_by_name(layout), d, 16));
     RowDrawer drawer(seed);
-    const size_t elements = size_t(kPageTokens * d), page_bytes = page_layout(d).page_bytes();
+    const size_t elements = size_t(kPageTokens * d), page_bytes = page_layout(d, kind).page_bytes();
     const size_t page_room = page_bytes + 32, head_rows = kPages * elements + 24;
     std::vector<Rows> rows;
     std::vector<uint16_t> k(kHeads * head_rows), v(k.size());
@@ -156,6 +158,7 @@ class DeviceSeal : public OnTestDevice {
     a.heads = kHeads;
     a.pages = kPages;
     a.head_dim = d;
+    a.kind = kind;
     a.dtype = dtype;
     a.k = reinterpret_cast<const std::byte*>(keys.data());
     a.v = reinterpret_cast<const std::byte*>(values.data());
@@ -180,13 +183,13 @@ class DeviceSeal : public OnTestDevice {
     for (int n = 0; n < kHeads * kPages; ++n) {
       SCOPED_TRACE(testing::Message()
                    << "seed " << seed << " page " << n << " kind " << (seed + uint64_t(n)) % kKinds
-                   << " " << dtype_name(dtype) << " d " << d);
-      const HostPage host = on_host(rows[size_t(n)], dtype, d);
+                   << " " << dtype_name(dtype) << " d " << d << " " << layout);
+      const HostPage host = on_host(rows[size_t(n)], dtype, d, layout);
       ASSERT_EQ(got_status[size_t(n)], uint8_t(host.status));
       ++(*statuses)[size_t(host.status)];
       const std::byte* page = got_pages.data() + size_t(n) * page_room;
       if (host.status == SealStatus::Sealed) {
-        expect_same_bytes(d, page, host.device.data());
+        expect_same_bytes(page_layout(d, kind), page, host.device.data());
       }
       for (size_t i = page_bytes; i < page_room; ++i) ASSERT_EQ(page[i], kUntouched);
       const size_t note = size_t(n / kPages) * head_notes + size_t(n % kPages) * kPageTiles;
@@ -205,8 +208,8 @@ class DeviceSeal : public OnTestDevice {
     for (size_t h = 0; h < kHeads; ++h) EXPECT_EQ(got_k[(h + 1) * head_notes - 1], -1);
   }
 
-  static void expect_same_bytes(int d, const std::byte* got, const std::byte* want) {
-    const PageLayoutDevice p = page_layout(d);
+  static void expect_same_bytes(const PageLayoutDevice& p, const std::byte* got,
+                                const std::byte* want) {
     for (size_t i = 0; i < p.page_bytes(); ++i)
       if (got[i] != want[i]) {
         const char* part = i < p.key_affine                   ? "key codes"
@@ -233,12 +236,13 @@ TEST_F(DeviceSeal, GivesTheHostsBytes) {
   std::array<int, 3> statuses{};
   for (uint64_t seed = 0; seed < kSeeds; ++seed)
     for (int d : {64, 128})
-      for (DType dtype : {DType::F16, DType::BF16}) {
-        compare(seed, dtype, d, &statuses);
-        if (HasFatalFailure()) return;
-      }
+      for (DType dtype : {DType::F16, DType::BF16})
+        for (const char* layout : {"compact", "balanced"}) {
+          compare(seed, dtype, d, layout, &statuses);
+          if (HasFatalFailure()) return;
+        }
   // The test must have tried what it is about.
-  const int pages = int(kSeeds) * 4 * kHeads * kPages;
+  const int pages = int(kSeeds) * 8 * kHeads * kPages;
   EXPECT_GE(statuses[size_t(SealStatus::Sealed)], pages / 2);
   EXPECT_GE(statuses[size_t(SealStatus::Unquantisable)], pages / 30);
   EXPECT_GE(statuses[size_t(SealStatus::NonFinite)], pages / 20);
@@ -256,7 +260,7 @@ TEST_F(DeviceSeal, BeginsTheOpenBlocksAnew) {
     for (const auto* x : {&r.k, &r.v}) all.insert(all.end(), x->begin(), x->end());
   const auto originals = put(all);
   for (const bool coded : {true, false}) {
-    const size_t page_bytes = page_layout(kDim).page_bytes();
+    const size_t page_bytes = page_layout(kDim, PageKind::K8V4).page_bytes();
     const DeviceArray<std::byte> pages(*device_, 2 * page_bytes, "pages");
     const auto status = put(std::vector<uint8_t>(2, 9));
     const auto notes = put(std::vector<float>(16, -1));
@@ -318,8 +322,9 @@ TEST_F(DeviceSeal, BeginsTheOpenBlocksAnew) {
 TEST_F(DeviceSeal, TakesTheDigestsOfPages) {
   std::mt19937_64 random(11);
   constexpr size_t kCount = 9, kRow = 3, kGap = 48;
-  for (const uint32_t bytes : {16u, 496u, 512u, 528u, page_layout(64).page_bytes(),
-                               page_layout(128).page_bytes(), 16368u, 16384u, 16400u, 40000u}) {
+  for (const uint32_t bytes :
+       {16u, 496u, 512u, 528u, page_layout(64, PageKind::K8V4).page_bytes(),
+        page_layout(128, PageKind::K8V8).page_bytes(), 16368u, 16384u, 16400u, 40000u}) {
     const size_t row = kRow * bytes + kGap;
     std::vector<std::byte> data(kCount / kRow * row);
     for (std::byte& b : data) b = std::byte(random());

@@ -63,8 +63,9 @@ class DeviceCacheTest : public ::testing::Test {
   struct Special {
     size_t tokens = 0;  // of the prompt, if not 0
     int steps = kSteps;
-    double prefetch = 0;         // as ladder.prefetch
-    std::vector<size_t> beyond;  // tokens of KV head 0 whose page cannot be quantised
+    double prefetch = 0;              // as ladder.prefetch
+    std::vector<size_t> beyond = {};  // tokens of KV head 0 whose page cannot be quantised
+    const char* layout = "compact";
   };
 
   // One KV head for each maker of rows; some steps of one sequence under one policy.
@@ -88,6 +89,7 @@ class DeviceCacheTest : public ::testing::Test {
     const ModelConfig config = config_of(c.head_dim, int(kv), c.heads);
     CertifiedCacheOptions options;
     options.dtype = c.dtype;
+    options.cache.layout = special.layout;
     // Few slots, so that some heads find no room.
     options.scratch.key_blocks = options.scratch.value_blocks =
         int64_t(kv) * int64_t(4 + random() % 40) * (special.prefetch > 0 ? 10 : 1);
@@ -202,7 +204,9 @@ class DeviceCacheTest : public ::testing::Test {
     }
     const size_t pages = (c.tokens + size_t(special.steps)) / 64;
     const size_t open = (c.tokens + size_t(special.steps)) % 64;
-    const uint64_t page = cuda::page_layout(int(d)).page_bytes(), originals = 64 * 4 * d;
+    const uint64_t page =
+        cuda::page_layout(int(d), cuda::page_kind_of(cache.format())).page_bytes();
+    const uint64_t originals = 64 * 4 * d;
     const uint64_t all_quantised = kv * (pages * page + open * 4 * d);
     counts->kept += (cache.tier1_bytes(sequence) - all_quantised) / (originals - page);
   }
@@ -277,6 +281,29 @@ TEST_F(DeviceCacheTest, WhateverWasReadAheadThePromiseHolds) {
   EXPECT_GE(counts.rung[1] + counts.rung[2], 10u);
   EXPECT_GE(counts.prefetched, 20u);
   EXPECT_GT(counts.prefetched_used, 0u);
+}
+
+// Values of 8 bits: the promise, and what the bits are for. The same head-steps as above, of which
+// more are certified from codes alone.
+TEST_F(DeviceCacheTest, EveryKindOfPageKeepsThePromise) {
+  Counts coarse, fine;
+  for (int shape = 0; shape < kShapes; ++shape) {
+    run(Shape(shape), 2, Policy::Budget, 0.15, &coarse);
+    run(Shape(shape), 2, Policy::Budget, 0.15, &fine, false, {.layout = "k8v8"});
+  }
+  // Pages that an answer fills, one of them without codes.
+  run(Shape::Random, 1, Policy::Budget, 0.15, &fine, false,
+      {.tokens = 250, .steps = 72, .beyond = {252}, .layout = "balanced"});
+  for (const Counts* c : {&coarse, &fine})
+    fmt::print("{}: {} head-steps, {} certified, {} exact, {} failed; rungs {} {} {} {}\n",
+               c == &coarse ? "k8v4" : "k8v8", c->head_steps, c->certified, c->exact, c->failed,
+               c->rung[0], c->rung[1], c->rung[2], c->rung[3]);
+  EXPECT_EQ(fine.certified + fine.exact + fine.failed, fine.head_steps);
+  EXPECT_GE(fine.head_steps, 250u);
+  EXPECT_LE(fine.failed, fine.head_steps / 10);
+  EXPECT_EQ(fine.kept, 1u);
+  EXPECT_GT(fine.rung[3], 0u);
+  EXPECT_GT(fine.rung[0] * coarse.head_steps, coarse.rung[0] * fine.head_steps);
 }
 
 // So little that a tool which watches every access of the device ends soon (tests/gpu/sanitize.sh),
@@ -442,7 +469,7 @@ TEST_F(DeviceCacheTest, ADeviceWithLessSharedMemoryKeepsThePromise) {
   backend_ = {};
   backend_.device = cuda::make_emulated_device({.shape = {8, 99 * 1024, 100 * 1024}});
   backend_.cache = cuda::make_emulated_cache_ops(*backend_.device);
-  EXPECT_EQ(cuda::pass_warps(backend_.device->shape(), 128, 1), 5);
+  EXPECT_EQ(cuda::pass_warps(backend_.device->shape(), 128, 1, cuda::PageKind::K8V4), 5);
   Counts budget;
   for (int shape = 0; shape < kShapes; ++shape) run(Shape(shape), 2, Policy::Budget, 0.05, &budget);
   fmt::print("{} head-steps, {} certified, {} exact, {} failed; rungs {} {} {} {}\n",
@@ -459,7 +486,7 @@ TEST_F(DeviceCacheTest, ADeviceWithLessSharedMemoryKeepsThePromise) {
 // was asked for and what there is, and nothing is kept.
 TEST_F(DeviceCacheTest, MemoryThatIsNotThereIsNamed) {
   const ModelConfig config = config_of(64, 2, 1);
-  const size_t tokens = 640, page = cuda::page_layout(64).page_bytes();
+  const size_t tokens = 640, page = cuda::page_layout(64, cuda::PageKind::K8V4).page_bytes();
   for (const bool prompt_fits : {false, true}) {
     const uint64_t total = (prompt_fits ? 21 : 19) * page;
     const auto device = cuda::make_emulated_device({.total_bytes = total});

@@ -100,7 +100,7 @@ class DeviceCanary : public ::testing::Test {
 const std::vector<size_t> kAll = {0, 1, 2, 3, 4};
 
 cuda::BlockNotesDevice* notes_of(std::byte* page) {
-  auto* notes = reinterpret_cast<cuda::PageNotesDevice*>(page + cuda::page_layout(kDim).notes);
+  auto* notes = reinterpret_cast<cuda::PageNotesDevice*>(page + cuda::notes_offset(kDim));
   return notes->block;
 }
 
@@ -123,7 +123,7 @@ TEST_F(DeviceCanary, DamageWithAValidDigestSendsTheLayerToRung4) {
        "a value's norm is above what was promised"},
       {"steps of values that are larger by an eighth",
        [](std::byte* page) {
-         const cuda::PageLayoutDevice p = cuda::page_layout(kDim);
+         const cuda::PageLayoutDevice p = cuda::page_layout(kDim, cuda::PageKind::K8V4);
          auto* halves = reinterpret_cast<uint16_t*>(page + p.key_bytes + p.value_affine);
          for (size_t i = 0; i < 64 * kDim / 16 * 2; ++i)
            if (i / 2 % 2 == 0) halves[i] = uint16_t(halves[i] + 0x80);
@@ -131,7 +131,8 @@ TEST_F(DeviceCanary, DamageWithAValidDigestSendsTheLayerToRung4) {
        "a value of its codes is off by more than promised"},
       {"a scale of keys that is larger by a quarter",
        [](std::byte* page) {
-         auto* halves = reinterpret_cast<uint16_t*>(page + cuda::page_layout(kDim).key_affine);
+         auto* halves = reinterpret_cast<uint16_t*>(
+             page + cuda::page_layout(kDim, cuda::PageKind::K8V4).key_affine);
          for (size_t i = 0; i < 4; ++i) halves[i] = uint16_t(halves[i] + 0x100);
        },
        "a score of its codes is off by more than promised"}};

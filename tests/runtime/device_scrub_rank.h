@@ -23,7 +23,7 @@ inline constexpr int kLayers = 2, kKvHeads = 2, kPerGroup = 2, kDim = 64;
 inline constexpr size_t kPages = 5, kPrompt = 64 * kPages + 9;
 inline constexpr int64_t kAnswer = 200;
 inline constexpr uint64_t kArena = uint64_t(32) << 20;
-inline const size_t kPageBytes = cuda::page_layout(kDim).page_bytes();
+inline const size_t kPageBytes = cuda::page_layout(kDim, cuda::PageKind::K8V4).page_bytes();
 
 // Counts the pages whose digests are taken, and lets a test in before and after.
 class CountingOps : public cuda::CacheOps {

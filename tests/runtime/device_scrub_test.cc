@@ -48,7 +48,7 @@ class DeviceScrub : public ::testing::Test {
 
 // Under policy naive nothing is learned from outputs, so one that was in doubt leaves no trace.
 TEST_F(DeviceScrub, DamageToAnyPartOfAPageIsFoundByItsStepAndRepaired) {
-  const cuda::PageLayoutDevice p = cuda::page_layout(kDim);
+  const cuda::PageLayoutDevice p = cuda::page_layout(kDim, cuda::PageKind::K8V4);
   const size_t ends[] = {0,
                          p.key_affine,
                          p.notes,

@@ -29,11 +29,11 @@ void get(PassBackend& backend, const T* at, std::vector<T>* v) {
 DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
                        std::span<const BlockRef> blocks, const DevicePassOptions& options) {
   const PageFormat& f = *context.format;
-  cuda::check_device_format(f);
+  const cuda::PageKind kind = cuda::page_kind_of(f);
   const auto backend = make_pass_backend();
   const int d = f.head_dim;
   const size_t n = blocks.size();
-  const size_t page_bytes = cuda::page_layout(d).page_bytes(), row_bytes = size_t(d) * 2;
+  const size_t page_bytes = cuda::page_layout(d, kind).page_bytes(), row_bytes = size_t(d) * 2;
   // Pages as they are, and what has no codes in entries of 1, 4, 1, 4, ... blocks.
   std::vector<cuda::PageEntry> entries;
   std::vector<uint32_t> place;
@@ -91,6 +91,7 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
                               .splits = int((pages + size_t(options.pages_per_split) - 1) /
                                             size_t(options.pages_per_split)),
                               .warps = options.warps,
+                              .kind = kind,
                               .certificate = options.certificate};
   const size_t sums = size_t(cuda::sums_floats(d)), heads = size_t(q.heads);
   // Poison where the pass must write.

@@ -28,17 +28,29 @@ class PassBackend {
 std::unique_ptr<PassBackend> make_pass_backend();
 bool pass_backend_answers();
 
-// For tests that run on a backend: each with every number of warps that a block may have. A program
-// instantiates it with kEveryWarps.
-class OnDevice : public testing::TestWithParam<int> {
+// For tests that run on a backend: each with every kind of page, and every number of warps that a
+// block may have. A program instantiates it with kEveryVariant.
+struct PassVariant {
+  const char* layout;
+  int warps;
+};
+class OnDevice : public testing::TestWithParam<PassVariant> {
  protected:
+  static int warps() { return GetParam().warps; }
+  static const char* layout() { return GetParam().layout; }
   void SetUp() override {
     if (!pass_backend_answers()) GTEST_SKIP() << "no device answers";
   }
 };
-inline const auto kEveryWarps = testing::ValuesIn(cuda::kWarpCounts);
-inline std::string warps_name(const testing::TestParamInfo<int>& info) {
-  return "With" + std::to_string(info.param) + "Warps";
+inline std::vector<PassVariant> every_variant() {
+  std::vector<PassVariant> all;
+  for (const char* layout : {"k8v4", "k8v8"})
+    for (const int warps : cuda::kWarpCounts) all.push_back({layout, warps});
+  return all;
+}
+inline const auto kEveryVariant = testing::ValuesIn(every_variant());
+inline std::string variant_name(const testing::TestParamInfo<PassVariant>& info) {
+  return std::string(info.param.layout) + "With" + std::to_string(info.param.warps) + "Warps";
 }
 
 struct DevicePassOptions {
