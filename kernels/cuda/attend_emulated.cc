@@ -1,6 +1,5 @@
 #include <boost/align/aligned_allocator.hpp>
 #include <cstring>
-#include <iterator>
 #include <vector>
 
 #include "kernels/base/error.h"
@@ -50,17 +49,21 @@ void run(const PassArgs& args, const PassShape& shape) {
   }
 }
 
-template <int kDim, int kGroups, PageKind kKind, size_t kCount = 0>
+template <int kDim, int kGroups, int kWarps, PageKind kKind>
 void run(const PassArgs& args, const PassShape& shape) {
-  constexpr int kWarps = kWarpCounts[kCount];
-  if (shape.warps != kWarps) {  // check_shape() knows it to be one of the others
-    if constexpr (kCount + 1 < std::size(kWarpCounts))
-      run<kDim, kGroups, kKind, kCount + 1>(args, shape);
-  } else if (shape.certificate) {
+  if (shape.certificate)
     run<kDim, kGroups, true, kWarps, kKind>(args, shape);
-  } else {
+  else
     run<kDim, kGroups, false, kWarps, kKind>(args, shape);
-  }
+}
+
+template <int kDim, int kGroups, PageKind kKind>
+void run(const PassArgs& args, const PassShape& shape) {
+  constexpr WarpCounts kCounts = warp_counts(kKind);  // check_shape() knows it to be one of them
+  if (shape.warps == kCounts.most)
+    run<kDim, kGroups, kCounts.most, kKind>(args, shape);
+  else
+    run<kDim, kGroups, kCounts.fewest, kKind>(args, shape);
 }
 
 template <PageKind kKind>
@@ -80,6 +83,8 @@ void attend_emulated(const PassArgs& args, const PassShape& shape) {
       return run<PageKind::K8V4>(args, shape);
     case PageKind::K8V8:
       return run<PageKind::K8V8>(args, shape);
+    case PageKind::K12V8:
+      return run<PageKind::K12V8>(args, shape);
   }
 }
 

@@ -3,11 +3,14 @@
 namespace certkv::cuda {
 
 extern template cudaError_t allow_shared_memory_of<PageKind::K8V4>(const KernelShape&, uint32_t);
-extern template cudaError_t allow_shared_memory_of<PageKind::K8V8>(const KernelShape&, uint32_t);
 extern template cudaError_t launch_attend_of<PageKind::K8V4>(const PassArgs&, const KernelShape&,
                                                              uint32_t, cudaStream_t);
+extern template cudaError_t allow_shared_memory_of<PageKind::K8V8>(const KernelShape&, uint32_t);
 extern template cudaError_t launch_attend_of<PageKind::K8V8>(const PassArgs&, const KernelShape&,
                                                              uint32_t, cudaStream_t);
+extern template cudaError_t allow_shared_memory_of<PageKind::K12V8>(const KernelShape&, uint32_t);
+extern template cudaError_t launch_attend_of<PageKind::K12V8>(const PassArgs&, const KernelShape&,
+                                                              uint32_t, cudaStream_t);
 
 namespace {
 
@@ -41,6 +44,8 @@ cudaError_t allow_shared_memory(const KernelShape& shape, uint32_t bytes) {
       return allow_shared_memory_of<PageKind::K8V4>(shape, bytes);
     case PageKind::K8V8:
       return allow_shared_memory_of<PageKind::K8V8>(shape, bytes);
+    case PageKind::K12V8:
+      return allow_shared_memory_of<PageKind::K12V8>(shape, bytes);
   }
   return cudaErrorInvalidValue;
 }
@@ -52,6 +57,8 @@ cudaError_t launch_attend(const PassArgs& args, const KernelShape& shape, uint32
       return launch_attend_of<PageKind::K8V4>(args, shape, shared_bytes, stream);
     case PageKind::K8V8:
       return launch_attend_of<PageKind::K8V8>(args, shape, shared_bytes, stream);
+    case PageKind::K12V8:
+      return launch_attend_of<PageKind::K12V8>(args, shape, shared_bytes, stream);
   }
   return cudaErrorInvalidValue;
 }

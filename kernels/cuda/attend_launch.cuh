@@ -2,7 +2,6 @@
 // own, attend_k8v4.cu and so on.
 #pragma once
 
-#include <iterator>
 #include <type_traits>
 
 #include "kernels/cuda/attend_kernels.h"
@@ -34,7 +33,7 @@ namespace {
 // Few warps of a small head leave shared memory for a second block, so it gets registers too; see
 // plan_splits().
 template <int kDim, int kGroups, int kWarps>
-inline constexpr int kResident = kWarps < kMostWarps&& kDim* kGroups < 256 ? kMostResident : 1;
+inline constexpr int kResident = kWarps <= kFewWarps&& kDim* kGroups < 256 ? kMostResident : 1;
 
 template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
 __global__ void __launch_bounds__(32 * kWarps, kResident<kDim, kGroups, kWarps>)
@@ -70,11 +69,11 @@ cudaError_t with_kernel(const KernelShape& s, Body body) {
     return s.certificate ? body(attend_kernel<kDim, kGroups, true, kWarps, kKind>)
                          : body(attend_kernel<kDim, kGroups, false, kWarps, kKind>);
   };
-  static_assert(std::size(kWarpCounts) == 2);
-  const std::integral_constant<int, kWarpCounts[0]> most;
-  const std::integral_constant<int, kWarpCounts[1]> fewest;
+  constexpr WarpCounts kCounts = warp_counts(kKind);
+  const std::integral_constant<int, kCounts.most> most;
+  const std::integral_constant<int, kCounts.fewest> fewest;
   const auto pick = [&](auto d, auto groups) {
-    return s.warps == kWarpCounts[0] ? pick_warps(d, groups, most) : pick_warps(d, groups, fewest);
+    return s.warps == most.value ? pick_warps(d, groups, most) : pick_warps(d, groups, fewest);
   };
   const std::integral_constant<int, 1> one;
   const std::integral_constant<int, 2> two;

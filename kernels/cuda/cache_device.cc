@@ -16,7 +16,7 @@ class CudaCacheOps final : public CacheOps {
     check_cuda(launch_append(args, stream()), "appending a token cannot be launched");
   }
   void attend(const PassArgs& args, const PassShape& shape) override {
-    const int kernel = int(shape.kind) * 16 + (shape.warps == kMostWarps) * 8 +
+    const int kernel = int(shape.kind) * 16 + (shape.warps == warp_counts(shape.kind).most) * 8 +
                        (shape.head_dim == 128) * 4 + (shape.groups() - 1) * 2 + shape.certificate;
     if ((prepared_ >> kernel & 1) == 0) prepare_attend(shape);
     prepared_ |= uint64_t(1) << kernel;

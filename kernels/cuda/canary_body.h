@@ -42,6 +42,7 @@ struct Canary {
     const PassItem& p = pass();
     const int d = args.head_dim, steps = d / 32;
     const PageLayoutDevice layout = page_layout(d, p.kind);
+    const bool fine = key_bits(p.kind) == 12;
     const I row = lane_index() >> 2, quad = lane_index() & 3;
     D apart[2][kMaxHeads];
     CERTKV_EACH (h, kMaxHeads) apart[0][h] = apart[1][h] = to_double(splat(0));
@@ -49,6 +50,10 @@ struct Canary {
     for (int step = 0; step < steps; ++step) {
       U code[4];
       load4(codes() + (tile() * steps + step) * 512, lane_index() * 16, code);
+      U rest[2] = {splat_u(0), splat_u(0)};  // words 2 w and 2 w + 1 of `code` in halves of bytes
+      if (fine)
+        load2(codes() + layout.key_rest + (tile() * (steps / 2) + step / 2) * 512 + step % 2 * 8,
+              lane_index() * 16, rest);
       CERTKV_EACH (half, 2) {
         U m[4], key[2][2];
         load4(codes() + layout.key_affine + step * 128 + half * 64, quad * 16, m);
@@ -59,9 +64,10 @@ struct Canary {
         D off[2][4];
         CERTKV_EACH (e, 4)
           CERTKV_EACH (r, 2) {
+            U number = code[r + 2 * half] >> (8 * e) & 0xffu;
+            if (fine) number = number << 4 | (rest[half] >> (8 * e + 4 * r) & 0xfu);
             const D served =
-                to_double(to_float(code[r + 2 * half] >> (8 * e) & 0xffu)) * to_double(scale[e]) +
-                to_double(offset[e]);
+                to_double(to_float(number)) * to_double(scale[e]) + to_double(offset[e]);
             off[r][e] = to_double(unpack_original(args.dtype, key[r][e / 2], e % 2 == 1)) - served;
           }
         CERTKV_EACH (h, kMaxHeads) {

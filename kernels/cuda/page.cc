@@ -43,6 +43,15 @@ size_t key_affine_at(const PageLayoutDevice& p, int c) {  // of the scale; the o
   const int k = c % 32;
   return p.key_affine + size_t(((c / 32 * 2 + k / 16) * 4 + k % 16 / 4) * 16 + k % 4 * 2);
 }
+// Of the lower four bits of a key of 12; their bit is 0, or 4 of tokens 8 to 15 of a tile.
+size_t key_rest_at(const PageLayoutDevice& p, int t, int c) {
+  const int k = c % 32, lane = t % 8 * 4 + k % 16 / 4, step = c / 32;
+  const int steps = (t / 16) * (p.head_dim / 64) + step / 2;
+  return p.key_rest + size_t((((steps * 32 + lane) * 2 + step % 2) * 2 + k / 16) * 4 + k % 4);
+}
+int key_rest_bit(int t) {
+  return t % 16 / 8 * 4;
+}
 struct ValueCode {
   size_t byte;
   int bit;  // of the code's lowest, within the byte
@@ -107,16 +116,18 @@ PageKind page_kind_of(const PageFormat& f) {
                 "cache.block_tokens is {}: the device serves blocks of 16 tokens", f.block_tokens);
   CERTKV_EXPECT(f.head_dim == 64 || f.head_dim == 128, InvalidArgument,
                 "head_dim is {}: the device serves 64 and 128", f.head_dim);
-  const bool common = k.code_bits == 8 && k.residual_bits == 0 && k.metadata == DType::F16 &&
-                      v.residual_bits == 0 && v.metadata == DType::F16 &&
-                      f.group_tokens == kPageTokens;
+  const bool common = k.metadata == DType::F16 && v.residual_bits == 0 &&
+                      v.metadata == DType::F16 && f.group_tokens == kPageTokens;
   for (const PageKind kind : kPageKinds)
-    if (common && v.code_bits == value_bits(kind) && f.value_group == value_group(kind))
+    if (common && k.code_bits == key_bits(kind) && k.residual_bits == key_bits(kind) - 8 &&
+        k.read_residual == (k.residual_bits > 0) && v.code_bits == value_bits(kind) &&
+        f.value_group == value_group(kind))
       return kind;
   CERTKV_THROW(InvalidArgument,
-               "layout {} is not served on the device: it takes 8-bit keys in groups of 64 tokens, "
-               "and values of 4 bits in groups of 16 elements (compact, k8v4) or of 8 bits in "
-               "groups of 64 (balanced, k8v8), with F16 metadata",
+               "layout {} is not served on the device: it takes keys of 8 bits in groups of 64 "
+               "tokens with values of 4 bits in groups of 16 elements (compact, k8v4) or of 8 bits "
+               "in groups of 64 (balanced, k8v8), and with these also keys of 12 bits (k12v8), "
+               "with F16 metadata",
                f.layout.name);
 }
 
@@ -133,8 +144,12 @@ void convert_page(const PageFormat& f, const std::byte* page, std::byte* out) {
     const ServedAffine a = served_key_affine(f, page, c);
     put_half(out + key_affine_at(p, c), float_to_f16(a.step));
     put_half(out + key_affine_at(p, c) + 8, float_to_f16(a.base));
-    for (int t = 0; t < kPageTokens; ++t)
-      out[key_code_at(d, t, c)] = std::byte(code_of(k[size_t(t * d + c)], a.step, a.base));
+    for (int t = 0; t < kPageTokens; ++t) {
+      const int code = code_of(k[size_t(t * d + c)], a.step, a.base);
+      out[key_code_at(d, t, c)] = std::byte(code >> (key_bits(kind) - 8));
+      if (key_bits(kind) == 12)
+        out[key_rest_at(p, t, c)] |= std::byte((code & 15) << key_rest_bit(t));
+    }
   }
 
   double largest_step = 0, largest_base = 0;
@@ -205,7 +220,10 @@ void decode_device_page(int d, PageKind kind, const std::byte* page, double* k_o
     for (int c = 0; c < d; ++c) {
       const double step = f16_to_float(half_at(page + key_affine_at(p, c)));
       const double base = f16_to_float(half_at(page + key_affine_at(p, c) + 8));
-      k_out[t * d + c] = std::to_integer<int>(page[key_code_at(d, t, c)]) * step + base;
+      int key = std::to_integer<int>(page[key_code_at(d, t, c)]);
+      if (key_bits(kind) == 12)
+        key = key << 4 | (std::to_integer<int>(page[key_rest_at(p, t, c)]) >> key_rest_bit(t) & 15);
+      k_out[t * d + c] = key * step + base;
       const std::byte* at = values + value_affine_at(p, t, c / value_group(kind));
       v_out[t * d + c] =
           served_half(kind, code_at(p, values, t, c), t, half_at(at), half_at(at + 4)) * factor;

@@ -9,6 +9,9 @@
 //           affine   [step d/32][half 2][class 4][4 scales, 4 offsets, f16]: channel
 //                    32 step + 16 half + 4 class + i
 //           notes    PageNotesDevice
+//           rest     of keys of 12 bits, whose `codes` are the upper 8: the lower 4,
+//                    [tile 4][steps d/64][lane 32][step 2][word 2]: words 2 w and 2 w + 1 of
+//                    `codes` in the lower and upper half of each byte
 //   values  codes    fragment A of m16n8k16, k = token, for elements 16 (4 cell + word) +
 //                    2 (lane / 4) + {0, 1}
 //                    of 4 bits [tile 4][cell d/64][lane 32][word 4]
@@ -55,9 +58,15 @@ inline constexpr float kNormMargin = 1 + 0x1p-10f;
 inline constexpr double kLostWeight = 0x1p-34;
 
 // Which codes a page has, named as the precision classes: bits of keys, then of values.
-enum class PageKind : uint8_t { K8V4, K8V8 };
-inline constexpr PageKind kPageKinds[] = {PageKind::K8V4, PageKind::K8V8};
+enum class PageKind : uint8_t { K8V4, K8V8, K12V8 };
+inline constexpr PageKind kPageKinds[] = {PageKind::K8V4, PageKind::K8V8, PageKind::K12V8};
+constexpr const char* page_kind_name(PageKind kind) {
+  return kind == PageKind::K8V4 ? "k8v4" : kind == PageKind::K8V8 ? "k8v8" : "k12v8";
+}
 
+CERTKV_HD constexpr int key_bits(PageKind kind) {
+  return kind == PageKind::K12V8 ? 12 : 8;
+}
 CERTKV_HD constexpr int value_bits(PageKind kind) {
   return kind == PageKind::K8V4 ? 4 : 8;
 }
@@ -70,7 +79,7 @@ CERTKV_HD constexpr int value_group(PageKind kind) {
 struct PageLayoutDevice {
   int head_dim = 0;
   PageKind kind = PageKind::K8V4;
-  uint32_t key_affine = 0, notes = 0, key_bytes = 0;
+  uint32_t key_affine = 0, notes = 0, key_rest = 0, key_bytes = 0;
   uint32_t value_affine = 0, norms = 0, value_bytes = 0;
   CERTKV_INLINE constexpr uint32_t page_bytes() const { return key_bytes + value_bytes; }
 };
@@ -83,7 +92,8 @@ CERTKV_HD constexpr PageLayoutDevice page_layout(int head_dim, PageKind kind) {
   p.kind = kind;
   p.key_affine = kPageTokens * d;
   p.notes = p.key_affine + 4 * d;
-  p.key_bytes = p.notes + uint32_t(sizeof(PageNotesDevice));
+  p.key_rest = p.notes + uint32_t(sizeof(PageNotesDevice));
+  p.key_bytes = p.key_rest + (key_bits(kind) == 12 ? kPageTokens * d / 2 : 0);
   p.value_affine = kPageTokens * d * uint32_t(value_bits(kind)) / 8;
   p.norms = p.value_affine + kPageTokens * d / uint32_t(value_group(kind)) * 4;
   p.value_bytes = p.norms + kPageTokens * 2;

@@ -24,9 +24,37 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps, kKind> {
       CERTKV_EACH (g, kGroups) mma_bytes(sum[g], a, query[g].b[i][0], query[g].b[i][1]);
     }
     // |256 high + low| <= 32640 * 255 * 128 < 2^31.
-    CERTKV_EACH (g, kGroups) {
-      s[g][0] = fma(to_float(sum[g][0] * 256 + sum[g][1]), query[g].unit, query[g].base);
-      s[g][1] = fma(to_float(sum[g][2] * 256 + sum[g][3]), query[g].unit, query[g].base);
+    if constexpr (key_bits(kKind) == 12) {
+      I rest[kGroups][4];
+      score_rests(keys, tile, query, rest);
+      CERTKV_EACH (g, kGroups)
+        CERTKV_EACH (half, 2) {
+          const F upper = to_float(sum[g][2 * half] * 256 + sum[g][2 * half + 1]);
+          const F lower = to_float(rest[g][2 * half] * 256 + rest[g][2 * half + 1]);
+          s[g][half] = fma(fma(upper, splat(16), lower), query[g].unit, query[g].base);
+        }
+    } else {
+      CERTKV_EACH (g, kGroups) {
+        s[g][0] = fma(to_float(sum[g][0] * 256 + sum[g][1]), query[g].unit, query[g].base);
+        s[g][1] = fma(to_float(sum[g][2] * 256 + sum[g][3]), query[g].unit, query[g].base);
+      }
+    }
+  }
+  // The same of the lower four bits of keys of 12, as integers.
+  CERTKV_FN static void score_rests(const std::byte* keys, int tile, const Query (&query)[kGroups],
+                                    I (&sum)[kGroups][4]) {
+    CERTKV_EACH (g, kGroups)
+      CERTKV_EACH (i, 4) sum[g][i] = splat_i(0);
+    CERTKV_EACH (pair, kSteps / 2) {
+      U words[4];
+      load4(keys + kPage.key_rest + (tile * (kSteps / 2) + pair) * 512, lane_index() * 16, words);
+      CERTKV_EACH (step, 2) {
+        const U first = words[2 * step], second = words[2 * step + 1];
+        const U a[4] = {first & 0x0f0f0f0fu, first >> 4 & 0x0f0f0f0fu, second & 0x0f0f0f0fu,
+                        second >> 4 & 0x0f0f0f0fu};
+        const int i = 2 * pair + step;
+        CERTKV_EACH (g, kGroups) mma_bytes(sum[g], a, query[g].b[i][0], query[g].b[i][1]);
+      }
     }
   }
 

@@ -11,8 +11,10 @@ struct PassQuery : PassBlock<kDim, kGroups, kCertificate, kWarps, kKind> {
   using Base::args, Base::item, Base::kCells, Base::kHeads, Base::kPage, Base::kSteps;
   using typename Base::Sums;
 
-  // q times the channels' scales as signed bytes: unit (256 high + low), and what that loses.
+  // q times the channels' scales as signed bytes: unit (256 high + low), and what that loses: of
+  // the rests, those about the codes' middle are lost, and the middle's share is in the base.
   // SOURCE: method section 3 (dq); kernels/METHOD.md, "Integer scores".
+  static constexpr float kMiddle = float(1 << (key_bits(kKind) - 1));
   struct Query {
     U b[kSteps][2];       // fragments B: columns 2 h and 2 h + 1 are high and low of head h
     F unit, base, bound;  // C fragment; bound: D_b + g_b
@@ -74,12 +76,12 @@ struct PassQuery : PassBlock<kDim, kGroups, kCertificate, kWarps, kKind> {
     // As kernels/cpu/attend_tiles.inc; chains here are shorter.
     const float gamma =
         float(gamma_n(chain_codes(kDim)) * (1 + 8 * kUnit)) * accepted(notes.kbar_norm);
-    const F rounding = norm * gamma + lost * (128 * (1 + 0x1p-18f));
+    const F rounding = norm * gamma + lost * (kMiddle * (1 + 0x1p-18f));
     const F by_channel = sum * ((1 + 0x1p-18f) * accepted(notes.kappa));
     const F bound = (min_nan(by_channel, norm * accepted(notes.e)) + rounding) * (1 + 0x1p-20f);
     const I from = (lane & 3) * 8;
     out->unit = shuffle(unit, from);
-    out->base = shuffle(base + rests * 128.0f, from);
+    out->base = shuffle(base + rests * kMiddle, from);
     out->bound = shuffle(bound, from);
   }
 };

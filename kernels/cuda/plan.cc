@@ -37,15 +37,15 @@ Room room_of(const DeviceShape& device, int head_dim, int groups, PageKind kind,
 
 int pass_warps(const DeviceShape& device, int head_dim, int groups, PageKind kind) {
   uint32_t least = 0;
-  for (int warps : kWarpCounts) {
+  const WarpCounts counts = warp_counts(kind);
+  for (int warps : {counts.most, counts.fewest}) {
     least = shared_layout(head_dim, groups, warps, kind).bytes;
     if (least <= device.shared_per_block) return warps;
   }
   CERTKV_THROW(InvalidArgument,
                "the device's pass needs {} bytes of shared memory a block at head_dim {} and {} "
-               "query heads a KV head with values of {} bits, the device offers {}: use the CPU "
-               "backend",
-               least, head_dim, groups == 1 ? "1 to 4" : "5 to 8", value_bits(kind),
+               "query heads a KV head with codes of {}, the device offers {}: use the CPU backend",
+               least, head_dim, groups == 1 ? "1 to 4" : "5 to 8", page_kind_name(kind),
                device.shared_per_block);
 }
 
@@ -77,10 +77,11 @@ void check_shape(const PassArgs& args, const PassShape& s) {
                 "head_dim is {}: the device serves 64 and 128", s.head_dim);
   CERTKV_EXPECT(s.heads >= 1 && s.heads <= 8, InvalidArgument,
                 "{} query heads share a KV head: the device serves 1 to 8", s.heads);
-  CERTKV_EXPECT(std::ranges::count(kWarpCounts, s.warps) == 1, InvalidArgument,
-                "blocks of {} warps: the device's pass is compiled for {} and {}, as pass_warps() "
-                "chooses",
-                s.warps, kWarpCounts[0], kWarpCounts[1]);
+  const WarpCounts counts = warp_counts(s.kind);
+  CERTKV_EXPECT(s.warps == counts.most || s.warps == counts.fewest, InvalidArgument,
+                "blocks of {} warps: the device's pass over codes of {} is compiled for {} and {}, "
+                "as pass_warps() chooses",
+                s.warps, page_kind_name(s.kind), counts.most, counts.fewest);
   CERTKV_EXPECT(args.pages_per_split >= 0 && args.pages_per_split <= s.warps * kMaxPagesPerWarp,
                 InvalidArgument,
                 "{} pages a split of {} warps: 1 to {} are what the rounding analysis allows",

@@ -12,9 +12,15 @@ namespace certkv::cuda {
 inline constexpr int kKeySlots = 1, kValueSlots = 1;  // of each warp, in shared memory
 inline constexpr int kCopyStateBytes = 48;
 
-// Warps of a pass block that kernels are compiled for, most first. More of them have more copies
-// under way; fewer fit where a multiprocessor has 100 KB of shared memory (sm_86, sm_89, sm_120).
-inline constexpr int kWarpCounts[] = {kMostWarps, 5};
+// Warps of a pass block that kernels are compiled for. More of them have more copies under way;
+// fewer fit where a multiprocessor has 100 KB of shared memory (sm_86, sm_89, sm_120).
+struct WarpCounts {
+  int most, fewest;
+};
+CERTKV_HD constexpr WarpCounts warp_counts(PageKind kind) {
+  return kind == PageKind::K12V8 ? WarpCounts{10, 4} : WarpCounts{kMostWarps, 5};
+}
+inline constexpr int kFewWarps = 5;  // at most, of a block that leaves room for another
 // Of fewer warps, so many blocks share a multiprocessor's registers.
 inline constexpr int kMostResident = 2;
 

@@ -80,10 +80,10 @@ CERTKV_FN HalfAffine fit_affine(float lo, float hi, int levels) {
   return a;
 }
 // The nearest code, by the addition that rounds to integers. 0 where there is none.
-CERTKV_FN int code_of(double x, double offset, double scale) {
+CERTKV_FN int code_of(double x, double offset, double scale, int levels) {
   const double magic = 0x1.8p52, divisor = scale == 0 ? 1.0 : scale;
   const double code = ((x - offset) / divisor + magic) - magic;
-  return code >= 0 && code <= 255 ? int(code) : 0;
+  return code >= 0 && code <= double(levels) ? int(code) : 0;
 }
 
 // ---- a page -------------------------------------------------------------------------------------
@@ -93,7 +93,9 @@ inline constexpr int kSealRow = kSealDims + 4;  // bytes: threads of a warp in d
 inline constexpr int kSealGroups = kSealDims / 16;
 
 struct SealShared {
-  uint32_t key[kPageTokens][kSealRow / 4], value[kPageTokens][kSealRow / 4];   // codes, a byte each
+  // Codes, a byte each; of keys of 12 bits the upper eight, and the lower four, eight a word.
+  uint32_t key[kPageTokens][kSealRow / 4], value[kPageTokens][kSealRow / 4];
+  uint32_t key_rest[kPageTokens][kSealDims / 8 + 1];
   uint16_t scale[kPageTokens][kSealGroups], offset[kPageTokens][kSealGroups];  // of values
   uint16_t step[kPageTokens][kSealGroups], base[kPageTokens][kSealGroups];     // as decoded
   float key_scale[kSealDims], key_offset[kSealDims];
@@ -129,6 +131,7 @@ struct SealPage {
   }
   CERTKV_FN bool quantises() const { return args.page != nullptr; }
   CERTKV_FN PageLayoutDevice layout() const { return page_layout(args.head_dim, args.kind); }
+  CERTKV_FN int key_levels() const { return (1 << key_bits(args.kind)) - 1; }
   CERTKV_FN int group() const { return value_group(args.kind); }  // elements
   CERTKV_FN bool is_upper(int t) const {                          // its codes lie four bits higher
     return value_bits(args.kind) == 4 && t % 16 >= 8;
@@ -146,7 +149,7 @@ struct SealPage {
       lo = k < lo ? k : lo;
       hi = hi < k ? k : hi;
     }
-    const HalfAffine a = fit_affine(lo, hi, 255);
+    const HalfAffine a = fit_affine(lo, hi, key_levels());
     shared->key_scale[c] = f16_to_float(a.scale);
     shared->key_offset[c] = f16_to_float(a.offset);
     shared->key_fits[c] = a.fits;
@@ -180,14 +183,15 @@ struct SealPage {
     double norm2 = 0, error2 = 0, worst = 0;
     for (int c = 0; c < args.head_dim; c += 8) {
       const EightHalves from = eight(args.k, t, c);
-      uint32_t words[2] = {0, 0};
+      uint32_t words[2] = {0, 0}, rests = 0;
       CERTKV_EACH (i, 8) {
         const double x = float_from_16(args.dtype, from.x[i]);
         norm2 += x * x;
         if (!quantises()) continue;
         const double scale = shared->key_scale[c + i], offset = shared->key_offset[c + i];
-        const int code = code_of(x, offset, scale);
-        words[i / 4] |= uint32_t(code) << (8 * (i % 4));
+        const int code = code_of(x, offset, scale, key_levels());
+        words[i / 4] |= uint32_t(code) >> (key_bits(args.kind) - 8) << (8 * (i % 4));
+        rests |= uint32_t(code & 15) << (4 * i);
         const double error = magnitude_of(x - (double(code) * scale + offset));
         error2 += error * error;
         const double share = error / (scale == 0 ? 1.0 : scale);
@@ -195,6 +199,7 @@ struct SealPage {
       }
       shared->key[t][c / 4] = words[0];
       shared->key[t][c / 4 + 1] = words[1];
+      shared->key_rest[t][c / 8] = rests;
     }
     shared->key_norm2[t] = norm2;
     shared->key_error2[t] = error2;
@@ -230,8 +235,8 @@ struct SealPage {
         uint32_t words[2] = {0, 0};
         CERTKV_EACH (i, 8) {
           const double original = float_from_16(args.dtype, from.x[i]);
-          const int code = code_of(original, offset, scale);
-          words[i / 4] |= uint32_t(code & levels) << (8 * (i % 4));
+          const int code = code_of(original, offset, scale, levels);
+          words[i / 4] |= uint32_t(code) << (8 * (i % 4));
           const double error = original - (double(code) * double(scale) + double(offset));
           error2 += error * error;
         }
@@ -285,15 +290,32 @@ struct SealPage {
       const int t = tile * 16 + lane / 4 + reg % 2 * 8;
       to[at] = shared->key[t][step * 8 + reg / 2 * 4 + lane % 4];
     }
+    if (key_bits(args.kind) == 12) store_rests(thread);
     if (thread == 0) {
       double kbar2 = 0;
       for (int c = 0; c < args.head_dim; ++c) {
-        const double kbar =
-            magnitude_of(shared->key_offset[c]) + 255.0 * double(shared->key_scale[c]);
+        const double kbar = magnitude_of(shared->key_offset[c]) +
+                            double(key_levels()) * double(shared->key_scale[c]);
         kbar2 += kbar * kbar;
       }
       shared->kbar_norm = annotation(std::sqrt(kbar2));
     }
+  }
+  CERTKV_FN void store_rests(int thread) const {
+    const int pairs = args.head_dim / 64;
+    auto* to = reinterpret_cast<uint32_t*>(out() + layout().key_rest);
+    for (int at = thread; at < kPageTokens * args.head_dim / 8; at += kPageTokens) {
+      const int word = at % 2, step = at / 2 % 2, lane = at / 4 % 32;
+      const int pair = at / 128 % pairs, tile = at / 128 / pairs;
+      const int t = tile * 16 + lane / 4, c = (2 * pair + step) * 32 + word * 16 + lane % 4 * 4;
+      to[at] = rests_of(t, c) | rests_of(t + 8, c) << 4;
+    }
+  }
+  // Of four channels, in the lower halves of bytes.
+  CERTKV_FN uint32_t rests_of(int t, int c) const {
+    const uint32_t four = shared->key_rest[t][c / 8] >> (4 * (c % 8)) & 0xffffu;
+    const uint32_t two = (four | four << 8) & 0x00ff00ffu;
+    return (two | two << 4) & 0x0f0f0f0fu;
   }
   CERTKV_FN void serve_values(int t) const {
     const int power = exponent();

@@ -67,9 +67,9 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
       schedule_(uint64_t(options_.cache.scrub_steps)),
       step_(std::make_unique<StepBuffers>()),
       background_(pool.threads()) {
-  const std::string_view served[] = {"compact", "balanced", "k8v4", "k8v8"};
+  const std::string_view served[] = {"compact", "balanced", "k8v4", "k8v8", "k12v8"};
   require(std::ranges::count(served, std::string_view(options_.cache.layout)) == 1,
-          "cache.layout other than compact, balanced, k8v4 and k8v8");
+          "cache.layout other than compact, balanced, k8v4, k8v8 and k12v8");
   require(options_.cache.block_tokens == 16, "cache.block_tokens other than 16");
   require(config.head_dim == 64 || config.head_dim == 128, "a head_dim other than 64 and 128");
   require(config.heads_per_group() <= cuda::kMaxHeads, "more than 8 query heads a KV head");

@@ -6,9 +6,8 @@
 // was promoted, rung 3 over originals alone. The host learns at the end of the step what became of
 // every head.
 //
-// What it does not do yet is refused by the constructor or by fork(), by name: layouts but
-// `compact` and `balanced` (k8v4, k8v8), blocks but of 16 tokens, skipping. THREADS: calls come
-// from one thread.
+// What it does not do yet is refused by the constructor or by fork(), by name: layouts
+// `paper` and `classes`, blocks but of 16 tokens, skipping. THREADS: calls come from one thread.
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,7 @@ namespace certkv::cuda {
 namespace {
 
 // One of each kind of page.
-constexpr const char* kLayouts[] = {"compact", "balanced"};
+constexpr const char* kLayouts[] = {"compact", "balanced", "k12v8"};
 
 struct Page {
   PageFormat format;
@@ -141,6 +141,7 @@ TEST(DevicePage, TakesAsManyBytesAsTheLayoutPromises) {
   }
   EXPECT_EQ(page_layout(128, PageKind::K8V4).page_bytes(), 236u * 64);
   EXPECT_EQ(page_layout(128, PageKind::K8V8).page_bytes(), 276u * 64);
+  EXPECT_EQ(page_layout(128, PageKind::K12V8).page_bytes(), 340u * 64);
 }
 
 TEST(DevicePage, RefusesWhatTheDeviceDoesNotServe) {
@@ -153,7 +154,7 @@ TEST(DevicePage, RefusesWhatTheDeviceDoesNotServe) {
       EXPECT_NE(std::string(e.what()).find(why), std::string::npos) << e.what();
     }
   };
-  refused("k12v8", 128, 16, "layout k12v8");
+  refused("k12v8split", 128, 16, "layout k12v8split");
   refused("paper", 128, 16, "layout paper");
   refused("compact", 256, 16, "head_dim is 256");
   refused("compact", 96, 16, "head_dim is 96");
@@ -206,14 +207,18 @@ TEST(LaunchPlan, TakesTheMostWarpsThatFitTheDevice) {
       EXPECT_EQ(pass_warps(kH100, d, groups, PageKind::K8V8), 12);
       EXPECT_EQ(pass_warps(kA100, d, groups, PageKind::K8V8), d == 64 ? 12 : 5);
       EXPECT_EQ(pass_warps(kSmall, d, groups, PageKind::K8V8), 5);
+      EXPECT_EQ(pass_warps(kH100, d, groups, PageKind::K12V8), 10);
+      EXPECT_EQ(pass_warps(kA100, d, groups, PageKind::K12V8), d == 64 ? 10 : 4);
+      EXPECT_EQ(pass_warps(kSmall, d, groups, PageKind::K12V8), 4);
       for (const PageKind kind : kPageKinds) {
-        for (int warps : kWarpCounts) {  // at the edge
+        const WarpCounts counts = warp_counts(kind);
+        for (int warps : {counts.most, counts.fewest}) {  // at the edge
           const uint32_t needed = shared_layout(d, groups, warps, kind).bytes;
           EXPECT_EQ(pass_warps({1, needed, needed + 1024}, d, groups, kind), warps);
         }
-        EXPECT_LT(
-            pass_warps({1, shared_layout(d, groups, 12, kind).bytes - 1, 1 << 20}, d, groups, kind),
-            12);
+        EXPECT_LT(pass_warps({1, shared_layout(d, groups, counts.most, kind).bytes - 1, 1 << 20}, d,
+                             groups, kind),
+                  counts.most);
       }
     }
 }
@@ -247,14 +252,13 @@ TEST(LaunchPlan, ForetellsTheLongestSplitOfAnyLength) {
 TEST(LaunchPlan, RefusesADeviceWithTooLittleSharedMemory) {
   // 64 KB, as sm_75 has.
   const std::string what = thrown_by([] { plan_splits({68, 65536, 65536}, 128, 1, kV4, 100, 8); });
-  EXPECT_EQ(
-      what,
-      "InvalidArgument: the device's pass needs 82912 bytes of shared memory a block at "
-      "head_dim 128 and 1 to 4 query heads a KV head with values of 4 bits, the device offers "
-      "65536: use the CPU backend");
+  EXPECT_EQ(what,
+            "InvalidArgument: the device's pass needs 82912 bytes of shared memory a block at "
+            "head_dim 128 and 1 to 4 query heads a KV head with codes of k8v4, the device offers "
+            "65536: use the CPU backend");
   EXPECT_NE(thrown_by([] {
               pass_warps({1, 40 * 1024, 64 * 1024}, 64, 2, PageKind::K8V8);
-            }).find("5 to 8 query heads a KV head with values of 8 bits, the device offers 40960"),
+            }).find("5 to 8 query heads a KV head with codes of k8v8, the device offers 40960"),
             std::string::npos);
   EXPECT_THROW(plan_splits(kH100, 128, 1, kV4, 0, 8), Error);
   EXPECT_THROW(plan_splits(kH100, 128, 1, kV4, 8, 0), Error);

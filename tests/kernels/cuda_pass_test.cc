@@ -119,7 +119,7 @@ double sum_slack(const Served& x, double out_norm) {
 // The sharpest part of g_b that the oracle can state: rounding of the query to 16 bits, and sums.
 double score_slack(const Drawn& x, const BlockRef& block, size_t b, int h) {
   const oracle::ScoreError e = oracle::score_error(x.head, block, b, x.query(h));
-  return e.query * (1 + 1e-3) + oracle::gamma(double(x.head.dim())) * e.most;
+  return e.any_query * (1 + 1e-3) + oracle::gamma(double(x.head.dim())) * e.most;
 }
 
 // off: [heads, blocks] how far a score of a block may be from q k^ / sqrt(d).
@@ -279,7 +279,7 @@ TEST_P(OnDevice, ChargesEveryBlockItsScoreError) {
         } else {
           // The page is charged the largest of its blocks; those of one page are much alike.
           EXPECT_LE(pass.state.delta[i],
-                    1.3 * e.d + e.query + e.most * oracle::gamma(128) + 2 * cuda::kEpsWDevice);
+                    1.3 * e.d + e.any_query + e.most * oracle::gamma(128) + 2 * cuda::kEpsWDevice);
           // The factor in a and m2, from above.
           EXPECT_GE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])));
           EXPECT_LE(double(pass.state.c[i]), std::expm1(double(pass.state.delta[i])) * (1 + 1e-3));
@@ -304,7 +304,9 @@ TEST_P(OnDevice, ChargesTheExponentialWhereTheScoresAreZero) {
 // Large factors too: Delta_b of 0.5 to 30.
 TEST_P(OnDevice, BoundsTheFactorOfLargeErrors) {
   for (double q_scale : {5.0, 30.0, 300.0}) {
-    const Drawn x(layout(), 64, 2, 64 * 3, 5, DType::BF16, q_scale);
+    Drawn x(layout(), 64, 2, 64 * 3, 5, DType::BF16, q_scale);
+    if (x.head.format->layout.key.code_bits == 12)  // errors are a sixteenth
+      for (float& q : x.q) q *= 16;
     const DevicePass pass(x.head.context(), x.group(), x.head.blocks, {.warps = warps()});
     EXPECT_TRUE(pass.judged_alike());
     for (size_t i = 0; i < pass.state.delta.size(); ++i) {
@@ -316,20 +318,25 @@ TEST_P(OnDevice, BoundsTheFactorOfLargeErrors) {
   }
 }
 
-// Keys that codes hold exactly, so that D_b is 0 and what is charged is rounding alone.
+// Keys that codes hold exactly, so that D_b is 0 and what is charged is rounding alone. Codes of 12
+// bits hold 16 times the keys, and the query is a sixteenth, so that scores are the same.
 struct ExactKeys : Drawn {
   // q: head, channel -> query; key: token, channel -> 0 .. 255, both ends met in every group.
   template <typename Query, typename Key, typename Value>
   ExactKeys(const char* layout, int d, int n_heads, size_t tokens, Query query_of, Key key,
             Value value)
-      : Drawn(layout, d, n_heads, 0, 1) {
+      : Drawn(layout, d, n_heads, 0, 1, DType::F16) {
+    const bool fine = head.format->layout.key.code_bits == 12;
+    const double times = fine ? 16 : 1;
+    // 4094 is a half, and the step that brings it to 4095 is 1.
+    const double most = fine ? 4094 : 255;
     head.add(tokens, [&](size_t t, size_t c) {
-      const double k = t % 64 == 62 ? 0 : t % 64 == 63 ? 255 : key(t, c);
+      const double k = t % 64 == 62 ? 0 : t % 64 == 63 ? most : times * key(t, c);
       return std::pair{k, value(t, c)};
     });
     head.seal();
     for (int h = 0; h < n_heads; ++h)
-      for (int c = 0; c < d; ++c) q[size_t(h * d + c)] = query_of(h, c);
+      for (int c = 0; c < d; ++c) q[size_t(h * d + c)] = query_of(h, c) / float(times);
   }
   // What the pass itself charges, and nothing else, is what scores may be off.
   void expect_within_charge(int warps) const {

@@ -214,7 +214,8 @@ class DeviceSeal : public OnTestDevice {
       if (got[i] != want[i]) {
         const char* part = i < p.key_affine                   ? "key codes"
                            : i < p.notes                      ? "key scales"
-                           : i < p.key_bytes                  ? "notes"
+                           : i < p.key_rest                   ? "notes"
+                           : i < p.key_bytes                  ? "key rests"
                            : i - p.key_bytes < p.value_affine ? "value codes"
                            : i - p.key_bytes < p.norms        ? "value steps"
                                                               : "norms";
@@ -237,12 +238,12 @@ TEST_F(DeviceSeal, GivesTheHostsBytes) {
   for (uint64_t seed = 0; seed < kSeeds; ++seed)
     for (int d : {64, 128})
       for (DType dtype : {DType::F16, DType::BF16})
-        for (const char* layout : {"compact", "balanced"}) {
+        for (const char* layout : {"compact", "balanced", "k12v8"}) {
           compare(seed, dtype, d, layout, &statuses);
           if (HasFatalFailure()) return;
         }
   // The test must have tried what it is about.
-  const int pages = int(kSeeds) * 8 * kHeads * kPages;
+  const int pages = int(kSeeds) * 12 * kHeads * kPages;
   EXPECT_GE(statuses[size_t(SealStatus::Sealed)], pages / 2);
   EXPECT_GE(statuses[size_t(SealStatus::Unquantisable)], pages / 30);
   EXPECT_GE(statuses[size_t(SealStatus::NonFinite)], pages / 20);

@@ -72,9 +72,9 @@ ScoreError score_error(const SealedHead& head, const BlockRef& block, size_t b, 
   const double q_norm = std::sqrt(q2) / root;
   if (block.k != nullptr) return {0, q_norm * rows.notes.k_norm, q_norm * rows.notes.k_norm, 0};
   const bool fine = head.format->layout.key.read_residual;  // never scored from 16 bits
+  const double lost = 64 * double(head.dim()) * largest / root / 0x1.fcp14;
   return {std::min(rows.notes.kappa * by_channel / root, q_norm * rows.notes.e), charged / root,
-          q_norm * norm(rows.largest),
-          fine ? 0 : 64 * double(head.dim()) * largest / root / 0x1.fcp14};
+          q_norm * norm(rows.largest), fine ? 0 : lost, fine ? 16 * lost : lost};
 }
 
 Terms terms(const SealedHead& head, std::span<const BlockRef> blocks, const float* q,

@@ -18,16 +18,17 @@ struct ScoreError {
   // (||q|| K_b / sqrt(d) where keys are original), of all codes there are.
   double least = 0, most = 0;
   double query = 0;  // what 16 bits of q_c step_c can lose: 128 d / 2 last places of the largest
+  double any_query = 0;  // the same where keys of 12 bits, of 2048 d / 2, are scored like that too
 };
 ScoreError score_error(const SealedHead& head, const BlockRef& block, size_t b, const float* q);
 
 // T: blocks with quantised keys.
 struct Terms {
-  std::vector<double> mass;  // [blocks] sum of exp(score used - m), m the largest score used
-  std::vector<double> size;  // [blocks] the same times ||v^||
-  std::vector<double> bar;   // [blocks] mass times vbar_b of value codes, nu_b of original values
-  double m = 0, z = 0;       // Z' = sum of mass
-  double s = 0, h = 0, r = 0;        // E2, over T
+  std::vector<double> mass;    // [blocks] sum of exp(score used - m), m the largest score used
+  std::vector<double> size;    // [blocks] the same times ||v^||
+  std::vector<double> bar;     // [blocks] mass times vbar_b of value codes, nu_b of original values
+  double m = 0, z = 0;         // Z' = sum of mass
+  double s = 0, h = 0, r = 0;  // E2, over T
   double den = 0;
   double key_sqrt = 0, key_sum = 0;  // the two members of E4's minimum
   double e_val = 0;                  // E1

@@ -85,14 +85,15 @@ DevicePass::DevicePass(const AttendContext& context, const QueryGroup& q,
     vbar.push_back(notes != nullptr ? notes->block[t].vbar : block.nu);
   }
 
-  const cuda::PassShape shape{.head_dim = d,
-                              .heads = q.heads,
-                              .items = 1,
-                              .splits = int((pages + size_t(options.pages_per_split) - 1) /
-                                            size_t(options.pages_per_split)),
-                              .warps = options.warps,
-                              .kind = kind,
-                              .certificate = options.certificate};
+  const cuda::PassShape shape{
+      .head_dim = d,
+      .heads = q.heads,
+      .items = 1,
+      .splits =
+          int((pages + size_t(options.pages_per_split) - 1) / size_t(options.pages_per_split)),
+      .warps = options.warps > 0 ? options.warps : cuda::warp_counts(kind).most,
+      .kind = kind,
+      .certificate = options.certificate};
   const size_t sums = size_t(cuda::sums_floats(d)), heads = size_t(q.heads);
   // Poison where the pass must write.
   std::vector<float> records(pages * size_t(shape.groups()) * cuda::kRecordFloats, NAN);

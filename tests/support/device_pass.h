@@ -44,8 +44,9 @@ class OnDevice : public testing::TestWithParam<PassVariant> {
 };
 inline std::vector<PassVariant> every_variant() {
   std::vector<PassVariant> all;
-  for (const char* layout : {"k8v4", "k8v8"})
-    for (const int warps : cuda::kWarpCounts) all.push_back({layout, warps});
+  for (const cuda::PageKind kind : cuda::kPageKinds)
+    for (const int warps : {cuda::warp_counts(kind).most, cuda::warp_counts(kind).fewest})
+      all.push_back({cuda::page_kind_name(kind), warps});
   return all;
 }
 inline const auto kEveryVariant = testing::ValuesIn(every_variant());
@@ -54,7 +55,7 @@ inline std::string variant_name(const testing::TestParamInfo<PassVariant>& info)
 }
 
 struct DevicePassOptions {
-  int warps = cuda::kMostWarps;  // of a block
+  int warps = 0;  // of a block; 0: the most
   int pages_per_split = 8;
   bool certificate = true;
   std::function<void(std::byte* page)> damage =
