@@ -16,8 +16,9 @@ void run(const PassArgs& args, const PassShape& shape) {
   for (int i = 0; i < shape.items; ++i) {
     const PassItem& item = args.items[i];
     if (args.repeated && *item.again == 0) continue;
+    const bool served = !args.of_kind || item.kind == kKind;
     for (int split = args.first_split; split < args.first_split + shape.splits; ++split) {
-      if (split * pages_per_split(args, item) >= item.page_count) continue;
+      if (!served || split * pages_per_split(args, item) >= item.page_count) continue;
       // Of its own for each block, and poison: what a block reads it must have written.
       std::vector<std::byte, boost::alignment::aligned_allocator<std::byte, 128>> shared(
           bytes, std::byte(0xff));

@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kDim, kGroups, kWarps>)
   PassItem item = args.items[blockIdx.y];
   if (split * pages_per_split(args, item) >= item.page_count) return;
   if (args.repeated && *item.again == 0) return;
+  if (args.of_kind && item.kind != kKind) return;
   const Pass<kDim, kGroups, kCertificate, kWarps, kKind> block{args, item, shared, split,
                                                                int(threadIdx.y)};
   block.begin_copies();

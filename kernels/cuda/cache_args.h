@@ -170,7 +170,8 @@ struct TableArgs {
   uint32_t* found = nullptr;  // out [count]: 0, or what was damaged, and is sound again or dropped
 };
 
-// Digests (kernels/digest.h) of stretches of the device's memory, all of one length.
+// Digests (kernels/digest.h) of stretches of the device's memory, all of one length or each of its
+// own.
 struct DigestArgs {
   // [count] where each begins; or nullptr: n-th at first + n / per_row * row_stride + n % per_row *
   // bytes. All 16-byte aligned.
@@ -179,6 +180,8 @@ struct DigestArgs {
   uint64_t row_stride = 0;
   int32_t per_row = 1;
   uint32_t bytes = 0;  // a multiple of 16
+  // [count] in place of `bytes`, each a multiple of 16. REQUIRES a list, or per_row 1.
+  const uint32_t* lengths = nullptr;
   int32_t count = 0;
   uint64_t* digests = nullptr;  // out [count]
 };

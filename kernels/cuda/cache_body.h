@@ -205,7 +205,7 @@ CERTKV_FN void digest_stretch(const DigestArgs& args, int n) {
                               ? args.list[n]
                               : args.first + uint64_t(n / args.per_row) * args.row_stride +
                                     uint64_t(n % args.per_row) * args.bytes;
-  args.digests[n] = digest_of(from, int(args.bytes));
+  args.digests[n] = digest_of(from, int(args.lengths != nullptr ? args.lengths[n] : args.bytes));
 }
 
 // Whether rows are what the arena has of a block.

@@ -73,7 +73,7 @@ struct PassItem {
   const int32_t* value_slot = nullptr;  // the same of its values
   const float* k_norm = nullptr;        // [page_count, 4] of original keys, as annotated
   float unit = 1;                       // power of two that brings the largest norm near 1
-  PageKind kind = PageKind::K8V4;       // of its pages
+  PageKind kind = PageKind::K8V4;       // of its pages; see PassArgs::of_kind
   float* records = nullptr;             // out [page_count, groups, kRecordFloats]
   uint8_t* used = nullptr;              // out [page_count, 4] kUsedOriginalKey, kUsedOriginalValue
   float* splits = nullptr;              // out [splits, heads, sums_floats(head_dim)]
@@ -102,6 +102,7 @@ struct PassArgs {
   int32_t first_split = 0;          // of those that this launch takes
   DType dtype = DType::BF16;        // of originals
   bool repeated = false;            // only items whose `again` is not 0
+  bool of_kind = false;             // only items of the launch's kind; the merge takes all items
   bool after_append = false;        // a kernel of append() was enqueued right before
   bool sets_condition = false;      // Device::Setter, of any_failing
   uint64_t condition = 0;

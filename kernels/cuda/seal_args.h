@@ -15,6 +15,7 @@ namespace certkv::cuda {
 struct SealArgs {
   int32_t heads = 0, pages = 0, head_dim = 0;
   PageKind kind = PageKind::K8V4;
+  const PageKind* kinds = nullptr;  // [heads] in place of `kind`
   DType dtype = DType::BF16;
   // [64, head_dim] rows of 16 bits, 16-byte aligned.
   const std::byte *k = nullptr, *v = nullptr;

@@ -130,11 +130,12 @@ struct SealPage {
     return args.page + uint64_t(head()) * args.page_of_head + uint64_t(page()) * args.page_of_page;
   }
   CERTKV_FN bool quantises() const { return args.page != nullptr; }
-  CERTKV_FN PageLayoutDevice layout() const { return page_layout(args.head_dim, args.kind); }
-  CERTKV_FN int key_levels() const { return (1 << key_bits(args.kind)) - 1; }
-  CERTKV_FN int group() const { return value_group(args.kind); }  // elements
-  CERTKV_FN bool is_upper(int t) const {                          // its codes lie four bits higher
-    return value_bits(args.kind) == 4 && t % 16 >= 8;
+  CERTKV_FN PageLayoutDevice layout() const { return page_layout(args.head_dim, kind()); }
+  CERTKV_FN PageKind kind() const { return args.kinds != nullptr ? args.kinds[head()] : args.kind; }
+  CERTKV_FN int key_levels() const { return (1 << key_bits(kind())) - 1; }
+  CERTKV_FN int group() const { return value_group(kind()); }  // elements
+  CERTKV_FN bool is_upper(int t) const {                       // its codes lie four bits higher
+    return value_bits(kind()) == 4 && t % 16 >= 8;
   }
 
   // ---- phase 1: a thread has a channel ----------------------------------------------------------
@@ -190,7 +191,7 @@ struct SealPage {
         if (!quantises()) continue;
         const double scale = shared->key_scale[c + i], offset = shared->key_offset[c + i];
         const int code = code_of(x, offset, scale, key_levels());
-        words[i / 4] |= uint32_t(code) >> (key_bits(args.kind) - 8) << (8 * (i % 4));
+        words[i / 4] |= uint32_t(code) >> (key_bits(kind()) - 8) << (8 * (i % 4));
         rests |= uint32_t(code & 15) << (4 * i);
         const double error = magnitude_of(x - (double(code) * scale + offset));
         error2 += error * error;
@@ -209,7 +210,7 @@ struct SealPage {
     double norm2 = 0, error2 = 0;
     float largest_scale = 0, largest_offset = 0;
     bool fits = true;
-    const int levels = (1 << value_bits(args.kind)) - 1;
+    const int levels = (1 << value_bits(kind())) - 1;
     for (int g = 0; g < args.head_dim / group(); ++g) {
       float lo = __builtin_inff(), hi = -__builtin_inff();
       for (int c = g * group(); c < (g + 1) * group(); c += 8) {
@@ -290,7 +291,7 @@ struct SealPage {
       const int t = tile * 16 + lane / 4 + reg % 2 * 8;
       to[at] = shared->key[t][step * 8 + reg / 2 * 4 + lane % 4];
     }
-    if (key_bits(args.kind) == 12) store_rests(thread);
+    if (key_bits(kind()) == 12) store_rests(thread);
     if (thread == 0) {
       double kbar2 = 0;
       for (int c = 0; c < args.head_dim; ++c) {
@@ -379,7 +380,7 @@ struct SealPage {
     auto* codes = reinterpret_cast<uint32_t*>(values);
     const int words = int(layout().value_affine / 4);
     for (int at = thread; at < words; at += kSealThreads)
-      codes[at] = value_bits(args.kind) == 8 ? word_of_bytes(at) : word_of_nibbles(at);
+      codes[at] = value_bits(kind()) == 8 ? word_of_bytes(at) : word_of_nibbles(at);
     auto* affine = reinterpret_cast<uint32_t*>(values + layout().value_affine);
     for (int at = thread; at < kPageTokens * groups; at += kSealThreads) {
       const int g = at / 16 % groups, tile = at / 16 / groups;

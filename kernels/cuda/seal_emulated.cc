@@ -26,6 +26,9 @@ void check_seal(const SealArgs& a) {
 void check_digest(const DigestArgs& a) {
   CERTKV_EXPECT(a.count >= 0 && a.per_row > 0, InvalidArgument, "digests of {} pages, {} a row",
                 a.count, a.per_row);
+  CERTKV_EXPECT(a.lengths == nullptr || a.list != nullptr || a.per_row == 1, InvalidArgument,
+                "digests of stretches of several lengths, {} a row: 1, or a list, is needed",
+                a.per_row);
   const uint64_t bits = reinterpret_cast<uintptr_t>(a.first) | a.row_stride | a.bytes;
   CERTKV_EXPECT(bits % 16 == 0 && a.bytes <= uint32_t(INT32_MAX), InvalidArgument,
                 "pages of {} bytes in rows {} apart: their digests are taken in 16 bytes at a time",

@@ -64,19 +64,23 @@ DeviceCache::DeviceCache(const ModelConfig& config, ShardRange heads, CertifiedC
       pool_(pool),
       store_(std::move(store)),
       group_(group),
+      has_classes_(options_.cache.layout == kClassesLayout),
       schedule_(uint64_t(options_.cache.scrub_steps)),
       step_(std::make_unique<StepBuffers>()),
       background_(pool.threads()) {
-  const std::string_view served[] = {"compact", "balanced", "k8v4", "k8v8", "k12v8"};
+  const std::string_view served[] = {"compact", "balanced", "classes", "k8v4", "k8v8", "k12v8"};
   require(std::ranges::count(served, std::string_view(options_.cache.layout)) == 1,
-          "cache.layout other than compact, balanced, k8v4, k8v8 and k12v8");
+          "cache.layout other than compact, balanced, classes, k8v4, k8v8 and k12v8");
   require(options_.cache.block_tokens == 16, "cache.block_tokens other than 16");
   require(config.head_dim == 64 || config.head_dim == 128, "a head_dim other than 64 and 128");
   require(config.heads_per_group() <= cuda::kMaxHeads, "more than 8 query heads a KV head");
   const int64_t most = cuda::kMostSlots * config.kv_heads;
   require(options_.scratch.key_blocks <= most && options_.scratch.value_blocks <= most,
           "more than 8192 scratch blocks a KV head");
-  format_ = make_page_format(layout_by_name(options_.cache.layout), int(config.head_dim), 16);
+  if (has_classes_) classes_ = make_class_formats(int(config.head_dim), 16);
+  format_ = has_classes_
+                ? *classes_[0]
+                : make_page_format(layout_by_name(options_.cache.layout), int(config.head_dim), 16);
   kind_ = cuda::page_kind_of(format_);
   block_ = {options_.dtype, 16, uint16_t(config.head_dim)};
   page_bytes_ = cuda::page_layout(int(config.head_dim), kind_).page_bytes();
@@ -118,9 +122,15 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
   const uint64_t heads = uint64_t(config.heads_per_group());
   const uint64_t prompt = uint64_t(prompt_tokens) / kPageTokens;
   const uint64_t own = uint64_t(prompt_tokens % kPageTokens + max_tokens) / kPageTokens;
+  const bool classes = options.cache.layout == kClassesLayout;
+  const std::string_view layout =
+      classes ? class_layouts()[0] : std::string_view(options.cache.layout);
   const cuda::PageKind kind =
-      cuda::page_kind_of(make_page_format(layout_by_name(options.cache.layout), int(d), 16));
+      cuda::page_kind_of(make_page_format(layout_by_name(layout), int(d), 16));
   const uint64_t page = cuda::page_layout(int(d), kind).page_bytes();
+  // Any KV head may come to have the dearest class: its own pages for the prompt too.
+  const cuda::PageKind dearest = classes ? cuda::PageKind::K12V8 : kind;
+  const uint64_t largest = cuda::page_layout(int(d), dearest).page_bytes();
   const uint64_t entries = prompt + own + kPageTiles, blocks = entries * kPageTiles;
   const uint64_t tables = entries * sizeof(cuda::PageEntry) + blocks * (2 * 4 + 2 * 4);
   const uint64_t marks = 2 * 4 + kMarks * 4 + sizeof(cuda::LadderCounts);
@@ -135,10 +145,12 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
       n.answers += cells * 2 * dense_capacity(entries) * kPageTiles * block;
       continue;
     }
-    n.answers += cells * (own * page + 2 * kPageTiles * block);
+    n.answers += cells * (own * largest + 2 * kPageTiles * block);
+    if (classes && policy == Policy::Budget)  // and the originals of one head, to encode
+      n.answers += cells * prompt * largest + prompt * 2 * kPageTiles * block;
     if (options.cache.scrub_steps > 0)  // reserve_looks()
       n.answers += cells * 8 + cells * most_looks(prompt + own, options.cache.scrub_steps) *
-                                   (2 * 8 + sizeof(cuda::TableLook) + 4);
+                                   (2 * 8 + 4 + sizeof(cuda::TableLook) + 4);
     for (const int64_t of_layer : {options.scratch.key_blocks, options.scratch.value_blocks}) {
       const uint64_t quota =
           std::min(uint64_t(of_layer / config.kv_heads), (prompt + own) * kPageTiles);
@@ -151,8 +163,12 @@ DeviceCache::Need DeviceCache::need(const ModelConfig& config, int64_t kv_heads,
            sizeof(cuda::PassItem);
   };
   n.staging = staging(entries);
-  n.least_staging = staging(uint64_t(
-      cuda::most_pages_per_split(device, int(d), int((heads + 3) / 4), kind, int(entries), 1)));
+  uint64_t least = 0;
+  for (const cuda::PageKind any : cuda::kPageKinds)
+    if (classes || any == kind)
+      least = std::max(least, uint64_t(cuda::most_pages_per_split(
+                                  device, int(d), int((heads + 3) / 4), any, int(entries), 1)));
+  n.least_staging = staging(least);
   return n;
 }
 
@@ -170,6 +186,8 @@ int64_t DeviceCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t 
   p.open_k.resize(cells());
   p.open_v.resize(cells());
   if (audit_ != nullptr) s->audit = audit_->open_prompt(sequence_id, prompt_tokens, max_tokens);
+  s->kinds.assign(cells(), kind_);
+  s->recoded.resize(cells());
   const int64_t handle = s->handle;
   sequences_[handle] = std::move(s);
   return handle;
@@ -190,6 +208,9 @@ int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules&
   const size_t open = s->tokens - s->pages * kPageTokens;
   s->own_capacity = (open + size_t(max_tokens)) / kPageTokens;
   s->own = reserve(uint32_t(s->pages) * kBlocksPerPage, uint32_t(s->own_capacity) * kBlocksPerPage);
+  s->kinds.assign(cells(), kind_);
+  s->recoded.resize(cells());
+  if (has_classes_ && rules.policy == Policy::Budget && !from.failed()) choose_classes(s.get());
   lay_out(s.get());
   reserve_looks(s.get());
   if (climbs(rules.policy)) reserve_staging(s->capacity);
@@ -229,7 +250,12 @@ void DeviceCache::lay_out(Sequence* s) {
     s->slots_each = size_t(2 * kPageTiles + s->quota[0] + s->quota[1]);
     s->open_slot[0] = 0;
     s->open_slot[1] = kPageTiles;
-    s->own_page = {device_, n * s->own_capacity * page_bytes_, kAnswerMemory};
+    for (const cuda::PageKind kind : cuda::kPageKinds) {
+      if (std::ranges::count(s->kinds, kind) == 0) continue;
+      s->kinds_present.push_back(kind);
+      s->own_page_bytes = cuda::page_layout(int(config_.head_dim), kind).page_bytes();
+    }
+    s->own_page = {device_, n * s->own_capacity * s->own_page_bytes, kAnswerMemory};
   }
   s->slots = {device_, (n * s->slots_each + kept_slots(*s)) * block_bytes_,
               s->dense() ? kDenseMemory : kScratchMemory};
@@ -243,7 +269,7 @@ void DeviceCache::lay_out(Sequence* s) {
   for (size_t cell = 0; cell < n; ++cell) {
     for (size_t page = 0; page < p.pages; ++page) {
       cuda::PageEntry& e = entries[cell * s->capacity + page];
-      e.page = s->dense() ? nullptr : p.page.data() + (cell * p.pages + page) * page_bytes_;
+      e.page = s->dense() ? nullptr : page_at(*s, cell, page);
       e.wants = s->dense() ? 0xffu : 0;
       e.tokens = kPageTokens;
       for (size_t t = 0; t < kPageTiles; ++t) {
@@ -278,6 +304,16 @@ void DeviceCache::lay_out(Sequence* s) {
           (part == 0 ? p.open_k : p.open_v)[cell].data(), open_rows * d * 2);
   }
   reserve_filled(s);
+  if (s->kinds_present.size() > 1) {
+    s->seal_kinds = {device_, n, "kinds of pages"};
+    s->seal_bytes = {device_, n, "kinds of pages"};
+    std::vector<uint32_t> bytes;
+    for (const cuda::PageKind kind : s->kinds)
+      bytes.push_back(cuda::page_layout(int(config_.head_dim), kind).page_bytes());
+    device_.copy(s->seal_kinds.data(), s->kinds.data(), s->seal_kinds.bytes());
+    device_.copy(s->seal_bytes.data(), bytes.data(), s->seal_bytes.bytes());
+    device_.synchronize(Deadline::after(kDeviceDeadline));
+  }
   if (!s->dense()) lay_out_kept(s, entries, slot_of);
   const auto put = [&](auto* array, const auto& values, const char* what) {
     *array = {device_, values.size(), what};
@@ -379,6 +415,7 @@ uint64_t DeviceCache::tier1_bytes() const {
     if (s->decoding)
       sum += s->dense() ? s->slots.bytes()
                         : s->own_page.bytes() + s->kept * 2 * kPageTiles * block_bytes_;
+    for (const Sequence::Recoded& cell : s->recoded) sum += cell.page.bytes();
     if (std::find(seen.begin(), seen.end(), s->prompt.get()) != seen.end()) continue;
     seen.push_back(s->prompt.get());
     sum += s->prompt->page.bytes();
@@ -390,7 +427,9 @@ uint64_t DeviceCache::tier1_bytes() const {
 uint64_t DeviceCache::tier1_bytes(int64_t sequence) const {
   const Sequence& s = at(sequence);
   const uint64_t open = (s.tokens - s.pages * kPageTokens) * 4 * uint64_t(config_.head_dim);
-  return cells() * (s.pages * page_bytes_ + open) + kept_bytes(s);
+  uint64_t sum = cells() * open + kept_bytes(s);
+  for (size_t cell = 0; cell < cells(); ++cell) sum += s.pages * bytes_at(s, cell, s.pages);
+  return sum;
 }
 
 uint64_t DeviceCache::dense_bytes(int64_t sequence) const {

@@ -6,8 +6,10 @@
 // was promoted, rung 3 over originals alone. The host learns at the end of the step what became of
 // every head.
 //
-// What it does not do yet is refused by the constructor or by fork(), by name: layouts
-// `paper` and `classes`, blocks but of 16 tokens, skipping. THREADS: calls come from one thread.
+// What it does not do yet is refused by the constructor or by fork(), by name: layout
+// `paper`, blocks but of 16 tokens, skipping. Under layout `classes` a head's class is chosen when
+// its decode is forked, as on the CPU, and not revised; what would be served as `exact` has class
+// `k12v8`. THREADS: calls come from one thread.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +45,10 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   // From here on: what the log chooses is audited, and policy `dense` stays with our own pass, for
   // a library does not say what each block weighs. The log must outlive the cache.
   void watch(AuditLog* audit);
+  // Of the first class, where heads have classes.
   const PageFormat& format() const { return format_; }
+  // Of the pages of a KV head; head: of this rank.
+  cuda::PageKind kind(int64_t sequence, int layer, int head) const;
 
   int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) override;
   int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) override;
@@ -103,6 +108,15 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   const std::byte* on_device(const std::byte* in_arena) const;
   void lay_out(Sequence* s);
   void fill_dense(Sequence* s);
+  struct CellRows;
+  void choose_classes(Sequence* s);
+  bool read_rows(const Sequence& s, size_t cell, CellRows* rows) const;
+  void choose_class_of(const Sequence& s, size_t cell, CellRows* rows) const;
+  bool recode(Sequence* s, size_t cell, const CellRows& rows);
+  void attend(cuda::PassArgs pass, cuda::PassShape shape);
+  bool is_recoded(const Sequence& s, size_t cell, size_t page) const;
+  cuda::PageKind kind_at(const Sequence& s, size_t cell, size_t page) const;
+  size_t bytes_at(const Sequence& s, size_t cell, size_t page) const;
   void reserve_filled(Sequence* s);
   void enqueue_sealing();
   void seal_open(Sequence* s);
@@ -120,7 +134,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   bool is_kept(const Sequence& s, size_t cell, size_t page) const;
   void reserve_looks(Sequence* s);
   void enqueue_due();
-  void look(Sequence& by, std::span<const Look> looks);
+  void look(Sequence& s, Sequence& by, std::span<const Look> looks);
   void judge_looks(Sequence& s, const Sequence& by, std::span<const Look> looks, bool in_step);
   void judge_due();
   void look_at_tables(Sequence& s, std::span<const Look> looks, size_t items, size_t first);
@@ -166,10 +180,12 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   cuda::DenseOps* library_ = nullptr;
   cuda::ModelOps* conversions_ = nullptr;
   AuditLog* audit_ = nullptr;
+  bool has_classes_;
+  ClassFormats classes_;  // where heads have them
   PageFormat format_;
-  cuda::PageKind kind_;
+  cuda::PageKind kind_;  // of a prompt's pages
   BlockShape block_;
-  size_t page_bytes_, block_bytes_;
+  size_t page_bytes_, block_bytes_;   // of a prompt's pages
   const std::byte* arena_ = nullptr;  // where the device finds the arena
   std::span<const std::byte> arena_host_;
   ScrubSchedule schedule_;

@@ -44,7 +44,7 @@ void DeviceCache::paper(const cuda::PassArgs& first_pass, const cuda::PassShape&
   ops_.select_paper(ladder, paper);
   ops_.page_in(ladder);
   device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
-  ops_.attend(pass, shape);
+  attend(pass, shape);
   ops_.rank(ladder, paper);
   device_.when(b.words.data() + kAnyFailing, [&] { rung3(first_pass, shape, ladder); });
   ops_.forget(ladder);
@@ -60,7 +60,7 @@ void DeviceCache::explore(const cuda::PassArgs& first_pass, const cuda::PassShap
   ladder->explored_below = uint64_t(std::ceil(std::min(exploration(), 1.0) * 0x1p53));
   ops_.explore(*ladder);
   ops_.page_in(*ladder);
-  ops_.attend(pass, shape);
+  attend(pass, shape);
 }
 
 }  // namespace certkv

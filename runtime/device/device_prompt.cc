@@ -91,7 +91,8 @@ void DeviceCache::forget_taken() {
 // ---- a layer ------------------------------------------------------------------------------------
 
 void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
-                                const uint16_t* v, size_t head_stride, std::span<const float>) {
+                                const uint16_t* v, size_t head_stride,
+                                std::span<const float> last_q) {
   take_rows(sequence, layer, tokens, k, v, head_stride);
   Prompt& p = *at(sequence).prompt;
   const size_t d = size_t(config_.head_dim), heads = size_t(heads_.count());
@@ -144,6 +145,10 @@ void DeviceCache::store_prefill(int64_t sequence, int layer, size_t tokens, cons
     device_.copy(p.open_v[first_cell + h].data(), v + h * head_stride + sealed * d, open * 2);
   }
   device_.synchronize(Deadline::after(kDeviceDeadline));
+  if (has_classes_) {
+    p.last_q.resize(size_t(config_.layers));
+    p.last_q[size_t(layer)].assign(last_q.begin(), last_q.end());
+  }
   write_taken();  // from here on nothing reads what the caller holds, whatever is thrown
 
   for (size_t i = 0; i < status.size(); ++i) {

@@ -9,6 +9,7 @@
 // "Tier-1 digest".
 #include <algorithm>
 #include <set>
+#include <tuple>
 
 #include "kernels/base/log.h"
 #include "kernels/digest.h"
@@ -33,12 +34,31 @@ constexpr auto kDeviceDeadline = std::chrono::seconds(60);
 
 std::byte* DeviceCache::page_at(const Sequence& s, size_t cell, size_t page) const {
   const size_t of_prompt = s.prompt->pages;
+  if (is_recoded(s, cell, page))
+    return s.recoded[cell].page.data() + page * bytes_at(s, cell, page);
   if (page < of_prompt) return s.prompt->page.data() + (cell * of_prompt + page) * page_bytes_;
-  return s.own_page.data() + (cell * s.own_capacity + page - of_prompt) * page_bytes_;
+  return s.own_page.data() + (cell * s.own_capacity + page - of_prompt) * s.own_page_bytes;
+}
+
+bool DeviceCache::is_recoded(const Sequence& s, size_t cell, size_t page) const {
+  return page < s.prompt->pages && !s.recoded.empty() && s.recoded[cell].page.count() > 0;
+}
+
+cuda::PageKind DeviceCache::kind_at(const Sequence& s, size_t cell, size_t page) const {
+  return page < s.prompt->pages && !is_recoded(s, cell, page) ? kind_ : s.kinds[cell];
+}
+
+size_t DeviceCache::bytes_at(const Sequence& s, size_t cell, size_t page) const {
+  return cuda::page_layout(int(config_.head_dim), kind_at(s, cell, page)).page_bytes();
+}
+
+cuda::PageKind DeviceCache::kind(int64_t sequence, int layer, int head) const {
+  return at(sequence).kinds[size_t(layer) * size_t(heads_.count()) + size_t(head)];
 }
 
 uint64_t& DeviceCache::digest_of(Sequence& s, size_t cell, size_t page) const {
   const size_t of_prompt = s.prompt->pages;
+  if (is_recoded(s, cell, page)) return s.recoded[cell].digests[page];
   if (page < of_prompt) return s.prompt->digests[cell * of_prompt + page];
   return s.own_digests[cell * s.own_capacity + page - of_prompt];
 }
@@ -70,6 +90,8 @@ void DeviceCache::reserve_looks(Sequence* s) {
   const size_t looks = n * size_t(most_looks(pages, options_.cache.scrub_steps));
   s->look_at_host = {device_, looks, what};
   s->look_at = {device_, looks, what};
+  s->look_bytes_host = {device_, looks, what};
+  s->look_bytes = {device_, looks, what};
   s->seen = {device_, looks, what};
   s->seen_host = {device_, looks, what};
   s->tables_host = {device_, looks, what};
@@ -78,14 +100,17 @@ void DeviceCache::reserve_looks(Sequence* s) {
   s->found_host = {device_, looks, what};
 }
 
-// Enqueues taking the digests of pages, into the buffers of a sequence that holds them.
-void DeviceCache::look(Sequence& by, std::span<const Look> looks) {
+// Enqueues taking the digests of pages of s, into the buffers of a sequence of the same prompt.
+void DeviceCache::look(Sequence& s, Sequence& by, std::span<const Look> looks) {
   if (looks.empty()) return;
-  for (size_t i = 0; i < looks.size(); ++i)
-    by.look_at_host[i] = page_at(by, looks[i].cell, looks[i].page);
+  for (size_t i = 0; i < looks.size(); ++i) {
+    by.look_at_host[i] = page_at(s, looks[i].cell, looks[i].page);
+    by.look_bytes_host[i] = uint32_t(bytes_at(s, looks[i].cell, looks[i].page));
+  }
+  device_.copy(by.look_bytes.data(), by.look_bytes_host.data(), looks.size() * sizeof(uint32_t));
   device_.copy(by.look_at.data(), by.look_at_host.data(), looks.size() * sizeof(std::byte*));
   ops_.digest_pages({.list = by.look_at.data(),
-                     .bytes = uint32_t(page_bytes_),
+                     .lengths = by.look_bytes.data(),
                      .count = int32_t(looks.size()),
                      .digests = by.seen.data()});
   device_.copy(by.seen_host.data(), by.seen.data(), looks.size() * sizeof(uint64_t));
@@ -119,18 +144,16 @@ void DeviceCache::enqueue_due() {
   StepBuffers& b = *step_;
   b.due.clear();
   const uint64_t period = schedule_.period();
-  std::set<std::pair<const Prompt*, uint64_t>> shared;
+  std::set<std::tuple<const Prompt*, uint64_t, size_t>> shared;  // with the cell
   for (size_t row = 0; row < rows_.size(); ++row) {
     Sequence& s = at(rows_[row]);
     if (s.failed() || s.look_at.count() == 0) continue;
     const uint64_t now = s.tokens + 1;
-    const bool first = shared.emplace(s.prompt.get(), now % period).second;
-    const size_t lowest = first ? 0 : s.prompt->pages;
     // Sealed behind the step before, and not looked at since.
     const bool just_sealed =
         s.pages > s.prompt->pages && now == s.pages * uint64_t(kPageTokens) + 1;
     Due& due = b.due[rows_[row]];
-    const auto take = [&](size_t cell, size_t page) {
+    const auto take = [&](size_t cell, size_t page, size_t lowest) {
       if (is_kept(s, cell, page)) return;
       if (page >= lowest) due.digests.push_back({cell, page});
       due.tables.push_back({cell, page});  // every row has its own
@@ -139,13 +162,16 @@ void DeviceCache::enqueue_due() {
     for (size_t cell = 0; cell < cells(); ++cell) {
       const StepWhere where{s.id, int(cell / heads), int(heads_.begin) + int(cell % heads), now};
       bool newest_seen = false;
+      const bool own = is_recoded(s, cell, 0);
+      const size_t lowest =
+          own || shared.emplace(s.prompt.get(), now % period, cell).second ? 0 : s.prompt->pages;
       for (size_t page = schedule_.first_due(where); page < s.pages; page += size_t(period)) {
         newest_seen = page + 1 == s.pages;
-        take(cell, page);
+        take(cell, page, lowest);
       }
-      if (just_sealed && !newest_seen) take(cell, s.pages - 1);
+      if (just_sealed && !newest_seen) take(cell, s.pages - 1, lowest);
     }
-    look(s, due.digests);
+    look(s, s, due.digests);
     look_at_tables(s, due.tables, rows_.size() * heads, row * heads);
   }
 }
@@ -205,7 +231,7 @@ void DeviceCache::scrub_all(Sequence& s, Sequence& by) {
   if (tables)
     device_.copy(b.ladder.data(), b.ladder_host.data(), cells() * sizeof(cuda::LadderItem));
   const auto flush = [&] {
-    look(by, looks);
+    look(s, by, looks);
     if (tables) look_at_tables(s, looks, size_t(heads_.count()), 0);
     device_.synchronize(Deadline::after(kDeviceDeadline));
     judge_looks(s, by, looks, false);
@@ -255,8 +281,8 @@ PageRebuild DeviceCache::rebuild(Sequence& s, const Look& look, const uint16_t* 
                                  const uint16_t* v) {
   const char* what = "a damaged page's originals";
   const size_t part_bytes = kPageTiles * block_bytes_;
-  const DeviceArray<std::byte> rows(device_, 2 * part_bytes, what),
-      fresh(device_, page_bytes_, what);
+  const size_t bytes = bytes_at(s, look.cell, look.page);
+  const DeviceArray<std::byte> rows(device_, 2 * part_bytes, what), fresh(device_, bytes, what);
   const DeviceArray<uint8_t> status(device_, 1, what);
   const DeviceArray<float> notes(device_, 2 * kPageTiles, what);
   device_.copy(rows.data(), k, part_bytes);
@@ -264,7 +290,7 @@ PageRebuild DeviceCache::rebuild(Sequence& s, const Look& look, const uint16_t* 
   cuda::SealArgs a;
   a.heads = a.pages = 1;
   a.head_dim = int32_t(config_.head_dim);
-  a.kind = kind_;
+  a.kind = kind_at(s, look.cell, look.page);
   a.dtype = options_.dtype;
   a.k = rows.data();
   a.v = rows.data() + part_bytes;
@@ -274,23 +300,22 @@ PageRebuild DeviceCache::rebuild(Sequence& s, const Look& look, const uint16_t* 
   a.nu = notes.data() + kPageTiles;
   ops_.seal(a);
   std::byte* place = page_at(s, look.cell, look.page);
-  std::vector<std::byte> was(page_bytes_), is(page_bytes_);
+  std::vector<std::byte> was(bytes), is(bytes);
   uint8_t sealed = 0;
   device_.copy(&sealed, status.data(), sizeof sealed);
-  device_.copy(was.data(), place, page_bytes_);
-  device_.copy(is.data(), fresh.data(), page_bytes_);
+  device_.copy(was.data(), place, bytes);
+  device_.copy(is.data(), fresh.data(), bytes);
   device_.synchronize(Deadline::after(kDeviceDeadline));
   if (SealStatus(sealed) != SealStatus::Sealed) return PageRebuild::OtherDigest;
-  const uint64_t digest = payload_digest(is.data(), page_bytes_);
+  const uint64_t digest = payload_digest(is.data(), bytes);
   const bool same_bytes = was == is;
   uint64_t& as_sealed = digest_of(s, look.cell, look.page);
   if (digest != as_sealed && !same_bytes) return PageRebuild::OtherDigest;
   // As the next look will see it: the memory itself may be at fault.
   const DeviceArray<uint64_t> seen(device_, 1, what);
   uint64_t now = 0;
-  device_.copy(place, fresh.data(), page_bytes_);
-  ops_.digest_pages(
-      {.first = place, .bytes = uint32_t(page_bytes_), .count = 1, .digests = seen.data()});
+  device_.copy(place, fresh.data(), bytes);
+  ops_.digest_pages({.first = place, .bytes = uint32_t(bytes), .count = 1, .digests = seen.data()});
   device_.copy(&now, seen.data(), sizeof now);
   device_.synchronize(Deadline::after(kDeviceDeadline));
   CERTKV_EXPECT(now == digest, DeviceError,
@@ -308,7 +333,8 @@ void DeviceCache::repair(Sequence& s, const Look& look, bool in_step) {
   std::vector<Sequence*> sharers;
   for (const auto& [handle, other] : sequences_)
     if (other.get() != &s && other->prompt == s.prompt && look.page < s.prompt->pages &&
-        !other->dense())
+        !other->dense() && !is_recoded(s, look.cell, look.page) &&
+        !is_recoded(*other, look.cell, look.page))
       sharers.push_back(other.get());
   // It may have looked for others too, and failed in the same step.
   const auto has_failed = [](const Sequence* one) { return one->failed(); };

@@ -60,8 +60,12 @@ size_t DeviceCache::kept_slots(const Sequence& s) const {
 
 // Beyond what their codes would take.
 uint64_t DeviceCache::kept_bytes(const Sequence& s) const {
-  const size_t count = s.decoding ? s.kept : s.prompt->kept.size();
-  return count * (kKeptSlots * block_bytes_ - page_bytes_);
+  uint64_t sum = 0;
+  for (const Prompt::Kept& kept : s.prompt->kept)
+    if (!s.dense()) sum += kKeptSlots * block_bytes_ - bytes_at(s, kept.cell, kept.page);
+  for (const auto& [cell, page] : s.own_kept)
+    sum += kKeptSlots * block_bytes_ - bytes_at(s, cell, page);
+  return sum;
 }
 
 // The prompt's, in slots behind those of all cells.
@@ -136,14 +140,15 @@ void DeviceCache::enqueue_sealing() {
     a.heads = int32_t(n);
     a.pages = 1;
     a.head_dim = int32_t(config_.head_dim);
-    a.kind = kind_;
     a.dtype = options_.dtype;
     a.k = s.slots.data() + size_t(s.open_slot[kKeys]) * block_bytes_;
     a.v = s.slots.data() + size_t(s.open_slot[kValues]) * block_bytes_;
     a.rows_of_head = s.slots_each * block_bytes_;
     if (!s.dense()) {
-      a.page = s.own_page.data() + (s.pages - s.prompt->pages) * page_bytes_;
-      a.page_of_head = s.own_capacity * page_bytes_;
+      a.page = s.own_page.data() + (s.pages - s.prompt->pages) * s.own_page_bytes;
+      a.page_of_head = s.own_capacity * s.own_page_bytes;
+      a.kind = s.kinds_present.front();
+      if (s.seal_kinds.count() > 0) a.kinds = s.seal_kinds.data();
     }
     a.status = s.filled_status.data();
     a.largest_nu = s.filled_nu.data();
@@ -162,7 +167,8 @@ void DeviceCache::enqueue_sealing() {
     if (s.filled_digests.count() > 0) {
       ops_.digest_pages({.first = a.page,
                          .row_stride = a.page_of_head,
-                         .bytes = uint32_t(page_bytes_),
+                         .bytes = uint32_t(s.own_page_bytes),
+                         .lengths = s.seal_bytes.count() > 0 ? s.seal_bytes.data() : nullptr,
                          .count = int32_t(n),
                          .digests = s.filled_digests.data()});
       device_.copy(s.filled_digests_host.data(), s.filled_digests.data(), s.filled_digests.bytes());

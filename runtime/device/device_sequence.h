@@ -43,7 +43,8 @@ struct DeviceCache::Prompt {
   // [cells, pages] as sealed. Kept by the host alone: what damages a page in the device's memory
   // does not reach what tells of it, and the comparison is not the device's either.
   std::vector<uint64_t> digests;
-  bool verified = false;  // by the scrub, before its first step
+  bool verified = false;                   // by the scrub, before its first step
+  std::vector<std::vector<float>> last_q;  // [layers] of [queries, heads, head_dim]; of classes
   // Pages that cannot be quantised, as originals: keys, then values, [64, head_dim] each.
   struct Kept {
     size_t cell, page;
@@ -70,6 +71,18 @@ struct DeviceCache::Sequence {
   std::set<std::pair<size_t, size_t>> own_kept;  // (cell, page): of its own pages without codes
   uint64_t damaged_pages = 0;                    // it held, found since its last report
   std::vector<uint64_t> own_digests;             // [cells, own_capacity], as Prompt::digests
+  // Kinds of the cells' pages. The prompt's, of a cell whose kind is another than the prompt's own,
+  // are the sequence's: encoded anew at its fork.
+  std::vector<cuda::PageKind> kinds;  // [cells]
+  std::vector<cuda::PageKind> kinds_present;
+  struct Recoded {
+    DeviceArray<std::byte> page;  // [pages of the prompt, bytes of the kind]
+    std::vector<uint64_t> digests;
+  };
+  std::vector<Recoded> recoded;            // [cells], empty where it is none
+  size_t own_page_bytes = 0;               // from one page of own_page to the next
+  DeviceArray<cuda::PageKind> seal_kinds;  // [cells]; of classes alone
+  DeviceArray<uint32_t> seal_bytes;        // [cells]
 
   // On the device. capacity: entries of a cell; a cell has slots_each slots.
   size_t capacity = 0, own_capacity = 0, slots_each = 0;
@@ -100,6 +113,8 @@ struct DeviceCache::Sequence {
   // Pages whose digests are taken at once: of the scrub.
   HostArray<const std::byte*> look_at_host;
   DeviceArray<const std::byte*> look_at;
+  HostArray<uint32_t> look_bytes_host;
+  DeviceArray<uint32_t> look_bytes;
   DeviceArray<uint64_t> seen;
   HostArray<uint64_t> seen_host;
   HostArray<cuda::TableLook> tables_host;
@@ -121,8 +136,10 @@ struct DeviceCache::Due {
 
 // Of the rows under way, for all layers or, where a layer leaves nothing behind, for one at a time.
 struct DeviceCache::StepBuffers {
-  size_t rows = 0, pages = 0, splits = 0;  // capacities; splits of a KV head
-  int most_splits[2] = {1, 1};             // of this step's rows, in a first and a repeated pass
+  size_t rows = 0, pages = 0, splits = 0;          // capacities; splits of a KV head
+  std::vector<std::vector<cuda::PageKind>> kinds;  // [layers] of this step's pages, each once
+  size_t layer = 0;                                // under way
+  int most_splits[2] = {1, 1};  // of this step's rows, in a first and a repeated pass
   // What a step's enqueued work holds on to beside what it reads from the device's memory.
   struct Shape {
     size_t rows = 0;
@@ -130,8 +147,9 @@ struct DeviceCache::StepBuffers {
     int64_t rounds = 0;
     double shares[3] = {};
     int staged_splits = 0;
-    std::vector<double> paper;        // options of policy paper; ranking, exploration
-    uint64_t grown = 0;               // buffers that have moved
+    std::vector<double> paper;  // options of policy paper; ranking, exploration
+    uint64_t grown = 0;         // buffers that have moved
+    std::vector<std::vector<cuda::PageKind>> kinds;
     std::vector<int64_t> by_library;  // sequences whose keys and values a library reads
     friend bool operator==(const Shape&, const Shape&) = default;
   };

@@ -82,8 +82,12 @@ void DeviceCache::reserve_staging(size_t entries) {
     b.grown += grow_array(array, device_, count, what);
   };
   const size_t each = 2 * kPageTiles * block_bytes_;
-  const size_t least = size_t(cuda::most_pages_per_split(device_.shape(), int(d), int((n + 3) / 4),
-                                                         kind_, int(entries), 1));
+  size_t least = 0;
+  for (const cuda::PageKind kind : cuda::kPageKinds)
+    if (has_classes_ || kind == kind_)
+      least =
+          std::max(least, size_t(cuda::most_pages_per_split(
+                              device_.shape(), int(d), int((n + 3) / 4), kind, int(entries), 1)));
   for (size_t pages = entries; pages > b.staged_pages;) {
     try {
       grow(&b.stage, pages * each);
@@ -157,7 +161,10 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   const size_t items = rows_.size() * heads, all = layers * items;
   size_t pages = 1, quotas = 1, staged = 0;
   b.most_splits[0] = b.most_splits[1] = 1;
-  std::vector<std::array<cuda::SplitPlan, 2>> plans;
+  std::vector<std::array<cuda::SplitPlan, 2>> plans;  // [rows, layers, kinds]
+  constexpr size_t kKinds = std::size(cuda::kPageKinds);
+  b.kinds.assign(layers, {});
+  int largest = 1;
   for (int64_t handle : rows_) {
     const Sequence& s = at(handle);
     CERTKV_EXPECT(s.decoding && s.rules.policy == at(rows_[0]).rules.policy, InvalidArgument,
@@ -169,13 +176,24 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
     if (climbs(s.rules.policy)) staged = std::max(staged, s.capacity);
     // By the sequence's own length alone, so that its bits do not depend on its neighbours; a pass
     // that is repeated for a few KV heads spreads each over the whole device.
-    const auto plan = [&](size_t of) {
-      return cuda::plan_splits(device_.shape(), int(d), int(groups), kind_, entries, int(of));
-    };
-    plans.push_back({plan(heads), plan(1)});
-    for (size_t i = 0; i < 2; ++i)
-      b.most_splits[i] = std::max(b.most_splits[i], plans.back()[i].splits);
+    // Each kind has a launch of its own, which the layer's KV heads of that kind share.
+    for (size_t layer = 0; layer < layers; ++layer)
+      for (const cuda::PageKind kind : cuda::kPageKinds) {
+        const auto first = s.kinds.begin() + ptrdiff_t(layer * heads);
+        const auto of = std::count(first, first + ptrdiff_t(heads), kind);
+        plans.emplace_back();
+        if (of == 0) continue;
+        if (std::ranges::count(b.kinds[layer], kind) == 0) b.kinds[layer].push_back(kind);
+        const auto plan = [&](int sharing) {
+          return cuda::plan_splits(device_.shape(), int(d), int(groups), kind, entries, sharing);
+        };
+        plans.back() = {plan(int(of)), plan(1)};
+        for (size_t i = 0; i < 2; ++i)
+          b.most_splits[i] = std::max(b.most_splits[i], plans.back()[i].splits);
+        largest = std::max(largest, plans.back()[1].pages_per_split);
+      }
   }
+  for (auto& of_layer : b.kinds) std::ranges::sort(of_layer);
   const auto grow = [&](auto* array, cuda::Device& device, size_t count, const char* what) {
     b.grown += grow_array(array, device, count, what);
   };
@@ -214,8 +232,6 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
     grow(&b.out16, device_, items * n * d, "outputs of dense attention");
   }
   reserve_staging(staged);
-  int largest = 1;
-  for (const auto& plan : plans) largest = std::max(largest, plan[1].pages_per_split);
   b.staged_splits = std::min(int(b.staged_pages) / largest, b.most_splits[1]);
 
   const StepRules& rules = at(rows_[0]).rules;
@@ -228,6 +244,7 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
       b.staged_splits,
       paper ? figures_of(rules) : std::vector<double>{double(ranking()), exploration()},
       b.grown,
+      b.kinds,
       by_library() ? rows_ : std::vector<int64_t>{}};
   // An audit waits within the step: none is like another.
   shape_ = audit_ == nullptr ? b.name_of(shape) : ++b.names;
@@ -249,9 +266,10 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
         p.pages = s.entries.data() + entry;
         p.page_count = int32_t(s.pages + (open + 16) / 16);
         p.heads = int32_t(n);
-        p.kind = kind_;
-        p.pages_per_split = plans[row][0].pages_per_split;
-        p.repeated_per_split = plans[row][1].pages_per_split;
+        p.kind = s.kinds[cell];
+        const auto& plan = plans[(row * layers + layer) * kKinds + size_t(p.kind)];
+        p.pages_per_split = plan[0].pages_per_split;
+        p.repeated_per_split = plan[1].pages_per_split;
         p.scaled = b.scaled.data() + item * n * d;
         p.norm = b.norm.data() + item * n;
         p.key_slot = s.slot_of[kKeys].data() + entry * kPageTiles;
@@ -306,6 +324,7 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
   const size_t heads = size_t(heads_.count()), items = rows_.size() * heads;
   const size_t d = size_t(config_.head_dim), n = size_t(config_.heads_per_group());
   const size_t first = size_t(layer) * items;
+  b.layer = size_t(layer);
   const Policy policy = at(rows_[0]).rules.policy;
   const int branch = layer % int(kLearning);
   device_.join(branch);  // what this layer overwrites is learned from there
@@ -334,8 +353,6 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
                         .heads = int(n),
                         .items = int(items),
                         .splits = b.most_splits[0],
-                        .warps = cuda::pass_warps(device_.shape(), int(d), int((n + 3) / 4), kind_),
-                        .kind = kind_,
                         .certificate = true};
   // Of a policy that climbs: what is made must be used.
   cuda::Device::Condition failing;
@@ -345,7 +362,7 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
   pass.after_append = audit_ == nullptr;  // an audit copies in between
   pass.sets_condition = failing.setter.armed;
   pass.condition = failing.setter.handle;
-  ops_.attend(pass, shape);
+  attend(pass, shape);
   pass.after_append = pass.sets_condition = false;
   if (climbs(policy)) {
     const LadderOptions& rules = at(rows_[0]).rules.ladder;
@@ -419,6 +436,20 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
   group_.alive();
 }
 
+// A launch for each kind of page that the layer's items have; the last one's merge takes all.
+void DeviceCache::attend(cuda::PassArgs pass, cuda::PassShape shape) {
+  const std::vector<cuda::PageKind>& kinds = step_->kinds[step_->layer];
+  const bool merge = shape.merge;
+  pass.of_kind = kinds.size() > 1;
+  for (const cuda::PageKind kind : kinds) {
+    shape.kind = kind;
+    shape.warps = cuda::pass_warps(device_.shape(), shape.head_dim, shape.groups(), kind);
+    shape.merge = merge && kind == kinds.back();
+    ops_.attend(pass, shape);
+    pass.after_append = false;
+  }
+}
+
 void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape& first_shape,
                         const cuda::LadderArgs& ladder) {
   StepBuffers& b = *step_;
@@ -432,7 +463,7 @@ void DeviceCache::climb(const cuda::PassArgs& first_pass, const cuda::PassShape&
       ops_.climb(ladder);
       ops_.page_in(ladder);
       device_.fill(b.words.data() + kAnyFailing, 0, sizeof(uint32_t));
-      ops_.attend(pass, shape);
+      attend(pass, shape);
       if (ranking() > 0) ops_.rank(ladder, paper_args(ladder));
     });
   rung3(first_pass, shape, ladder);
@@ -470,7 +501,7 @@ void DeviceCache::rung3(const cuda::PassArgs& pass, const cuda::PassShape& shape
         dense.splits = one.splits = std::min(b.staged_splits, shape.splits - first);
         one.merge = first + one.splits == shape.splits;
         ops_.stage_dense(ladder, dense, i);
-        ops_.attend(staged, one);
+        attend(staged, one);
       }
       ops_.take_dense(ladder, dense, i);
     });
@@ -557,7 +588,8 @@ void DeviceCache::read_reports(Sequence* s) {
     g.canary = counts.canary;
     g.attended_tokens = s->tokens;
     const uint64_t coded = s->dense() ? 0 : s->pages;
-    const uint64_t pass_bytes = coded * page_bytes_ +
+    if (has_classes_) g.precision = int(s->kinds[cell]);  // numbered alike
+    const uint64_t pass_bytes = coded * bytes_at(*s, cell, s->pages) +
                                 (s->tokens - coded * kPageTokens) * originals +
                                 (g.f_blocks + g.x_blocks) * block_bytes_;
     const uint64_t promoted_bytes =

@@ -249,6 +249,67 @@ TEST_F(DeviceSeal, GivesTheHostsBytes) {
   EXPECT_GE(statuses[size_t(SealStatus::NonFinite)], pages / 20);
 }
 
+// Heads of several kinds at once, as far apart as the largest needs; and digests of several
+// lengths.
+TEST_F(DeviceSeal, SealsEachHeadAsItsKind) {
+  constexpr int kDim = 64;
+  constexpr size_t kElements = size_t(kPageTokens * kDim), kCount = std::size(kPageKinds);
+  const size_t room = page_layout(kDim, PageKind::K12V8).page_bytes();
+  RowDrawer drawer(3);
+  std::vector<Rows> rows;
+  std::vector<uint16_t> k, v;
+  std::vector<PageKind> kinds;
+  std::vector<uint32_t> lengths;
+  for (size_t n = 0; n < kCount; ++n) {
+    rows.push_back(drawer.draw(kNormal, DType::F16, kDim));
+    k.insert(k.end(), rows[n].k.begin(), rows[n].k.end());
+    v.insert(v.end(), rows[n].v.begin(), rows[n].v.end());
+    kinds.push_back(kPageKinds[kCount - 1 - n]);
+    lengths.push_back(page_layout(kDim, kinds[n]).page_bytes());
+  }
+  const auto keys = put(k), values = put(v);
+  const auto of_heads = put(kinds);
+  const auto bytes = put(lengths);
+  const auto pages = put(std::vector<std::byte>(kCount * room, kUntouched));
+  const auto status = put(std::vector<uint8_t>(kCount, 9));
+  const auto notes = put(std::vector<float>(2 * kCount * kPageTiles, -1));
+  const auto digests = put(std::vector<uint64_t>(kCount, 0));
+  SealArgs a;
+  a.heads = int32_t(kCount);
+  a.pages = 1;
+  a.head_dim = kDim;
+  a.kinds = of_heads.data();
+  a.dtype = DType::F16;
+  a.k = reinterpret_cast<const std::byte*>(keys.data());
+  a.v = reinterpret_cast<const std::byte*>(values.data());
+  a.rows_of_head = kElements * 2;
+  a.page = pages.data();
+  a.page_of_head = room;
+  a.status = status.data();
+  a.k_norm = notes.data();
+  a.nu = notes.data() + kCount * kPageTiles;
+  a.notes_of_head = kPageTiles * sizeof(float);
+  ops_->seal(a);
+  ops_->digest_pages({.first = pages.data(),
+                      .row_stride = room,
+                      .lengths = bytes.data(),
+                      .count = int32_t(kCount),
+                      .digests = digests.data()});
+  const auto got = get(pages);
+  const auto seen = get(digests);
+  for (size_t n = 0; n < kCount; ++n) {
+    const HostPage host = on_host(rows[n], DType::F16, kDim, page_kind_name(kinds[n]));
+    ASSERT_EQ(host.status, SealStatus::Sealed);
+    expect_same_bytes(page_layout(kDim, kinds[n]), got.data() + n * room, host.device.data());
+    for (size_t i = lengths[n]; i < room; ++i) ASSERT_EQ(got[n * room + i], kUntouched);
+    EXPECT_EQ(seen[n], payload_digest(host.device.data(), lengths[n]));
+  }
+  EXPECT_NE(thrown_by([&] {
+              ops_->digest_pages({.per_row = 2, .lengths = bytes.data()});
+            }).find("stretches of several lengths, 2 a row"),
+            std::string::npos);
+}
+
 // The page a decode has filled, of each of two heads: one that can be quantised, one that cannot.
 TEST_F(DeviceSeal, BeginsTheOpenBlocksAnew) {
   constexpr int kDim = 64, kCapacity = 7;

@@ -180,18 +180,42 @@ TEST_F(DeviceEngineTest, BitsDoNotDependOnNeighboursOrThreads) {
   requests[3].id = 6;  // another stream of draws
   requests[3].sampling.temperature = 0.8;
   requests[3].sampling.top_k = 40;
-  const RunResult together = run(options(), 1, 2, requests);
-  ASSERT_EQ(together.completions.size(), 4u);
-  EXPECT_NE(together.completions.at({5, Policy::Budget}).tokens,
-            together.completions.at({6, Policy::Budget}).tokens)
-      << "nothing was drawn";
-  expect_same(together, run(options(), 1, 1, requests), "1 thread");
-  RunResult alone;
-  for (const Request& r : requests) {
-    const RunResult one = run(options(), 1, 2, {r});
-    alone.completions.insert(one.completions.begin(), one.completions.end());
+  for (const char* layout : {"compact", "classes"}) {
+    JobOptions o = options();
+    o.cache.layout = layout;
+    const RunResult together = run(o, 1, 2, requests);
+    ASSERT_EQ(together.completions.size(), 4u);
+    EXPECT_NE(together.completions.at({5, Policy::Budget}).tokens,
+              together.completions.at({6, Policy::Budget}).tokens)
+        << "nothing was drawn";
+    expect_same(together, run(o, 1, 1, requests), "1 thread");
+    RunResult alone;
+    for (const Request& r : requests) {
+      const RunResult one = run(o, 1, 2, {r});
+      alone.completions.insert(one.completions.begin(), one.completions.end());
+    }
+    expect_same(together, alone, "alone");
   }
-  expect_same(together, alone, "alone");
+}
+
+// Tolerances that ask for several classes, and an answer that fills pages of theirs.
+TEST_F(DeviceEngineTest, ClassesCertifyEveryHeadStep) {
+  JobOptions o = options();
+  o.cache.layout = "classes";
+  for (const double tolerance : {0.1, 0.03, 0.01}) {
+    const RunResult r = run(o, 1, 2, {request(0, tolerance)});
+    const Completion& c = only(r);
+    EXPECT_FALSE(c.failed) << c.error;
+    EXPECT_EQ(c.counts.certified + c.counts.exact, head_steps()) << tolerance;
+    o.cache.layout = "compact";
+    const RunResult coarse = run(o, 1, 2, {request(0, tolerance)});
+    o.cache.layout = "classes";
+    // Codes that are fine enough in place of originals.
+    EXPECT_GE(c.counts.rungs[0], only(coarse).counts.rungs[0]) << tolerance;
+    if (tolerance < 0.1) {
+      EXPECT_GT(c.counts.rungs[0], only(coarse).counts.rungs[0]) << tolerance;
+    }
+  }
 }
 
 // What a step reads for the next one depends on the KV head alone.
@@ -349,7 +373,7 @@ TEST_F(DeviceEngineTest, RefusesByNameWhatItCannotDo) {
       EXPECT_NE(std::string(e.what()).find(name), std::string::npos) << e.what();
     }
   };
-  refused([](JobOptions* o) { o->cache.layout = "classes"; }, "cache.layout");
+  refused([](JobOptions* o) { o->cache.layout = "paper"; }, "cache.layout");
   refused([](JobOptions* o) { o->cache.block_tokens = 32; }, "cache.block_tokens");
   refused([](JobOptions* o) { o->skip.share = 0.1; }, "skip.share");
 #ifdef CERTKV_TEST_ON_GPU

@@ -55,13 +55,14 @@ std::vector<uint16_t> random_rows(size_t tokens, uint32_t seed) {
 
 // A cache on a device of its own.
 struct OwnCache {
-  explicit OwnCache(uint64_t device_bytes)
+  explicit OwnCache(uint64_t device_bytes, const char* layout = "compact")
       : device(cuda::make_emulated_device({.total_bytes = device_bytes})),
         ops(cuda::make_emulated_cache_ops(*device)),
         holder(uint64_t(32) << 20),
         store(holder.attach(0)),
         world(LocalWorld::create(1)),
         group(world->communicator(0)) {
+    options.cache.layout = layout;
     options.scratch.key_blocks = options.scratch.value_blocks = 16;
     cache.emplace(config, ShardRange{0, int64_t(kKvHeads)}, options, *device, *ops, pool, store,
                   *group);
@@ -70,7 +71,7 @@ struct OwnCache {
     const int64_t prompt = cache->create(int64_t(tokens), 1, kAnswer);
     for (int layer = 0; layer < int(config.layers); ++layer) {
       const auto k = random_rows(tokens, uint32_t(layer)), v = random_rows(tokens, 77);
-      cache->store_prefill(prompt, layer, tokens, k.data(), v.data(), tokens * kDim, {});
+      cache->store_prefill(prompt, layer, tokens, k.data(), v.data(), tokens * kDim, last_q);
     }
     return prompt;
   }
@@ -87,6 +88,7 @@ struct OwnCache {
   uint64_t taken() const { return device->total_bytes() - device->free_bytes(); }
 
   ModelConfig config = small_config();
+  std::vector<float> last_q;  // of every layer
   CertifiedCacheOptions options;
   std::unique_ptr<cuda::Device> device;
   std::unique_ptr<cuda::CacheOps> ops;
@@ -112,6 +114,28 @@ TEST(DeviceMemory, OfASequenceIsWhatWasForetold) {
       for (const Policy policy : policies) c.fork(prompt, policy);
       EXPECT_EQ(c.taken(), need.prompt + need.answers + need.scratch + need.staging)
           << tokens << " tokens, " << policies.size() << " policies";
+    }
+}
+
+// Classes: as foretold where every head has the dearest one, and no more elsewhere.
+TEST(DeviceMemory, OfClassesIsNoMoreThanWasForetold) {
+  for (const size_t tokens : {40u, 700u, 3000u})
+    for (const float sharpness : {0.0f, 4.0f}) {
+      OwnCache c(kRoomy, "classes");
+      std::mt19937 random(7);
+      std::normal_distribution<float> normal;
+      for (size_t i = 0; i < kKvHeads * kPerGroup * kDim; ++i)
+        c.last_q.push_back(sharpness * normal(random));
+      const DeviceCache::Need need = c.need(tokens, {Policy::Budget});
+      const int64_t sequence = c.fork(c.prefill(tokens));
+      const uint64_t foretold = need.prompt + need.answers + need.scratch + need.staging;
+      EXPECT_LE(c.taken(), foretold);
+      bool dearest = true;
+      for (int layer = 0; layer < 2; ++layer)
+        for (int head = 0; head < int(kKvHeads); ++head)
+          dearest &= c.cache->kind(sequence, layer, head) == cuda::PageKind::K12V8;
+      const uint64_t meanwhile = tokens / 64 * 64 * 4 * kDim;  // originals of one head, to encode
+      EXPECT_EQ(dearest && tokens >= 64, c.taken() + meanwhile == foretold && tokens >= 64);
     }
 }
 
