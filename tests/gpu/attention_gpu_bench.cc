@@ -1,11 +1,12 @@
-// Times the certified pass on a GPU: attention_gpu_bench [repeats [tokens batch]].
+// Times the certified pass on a GPU: attention_gpu_bench [repeats [tokens batch [layout]]].
 //
-// 32 query heads over 8 KV heads, head_dim 128, layout compact, at 8K to 128K tokens, batch 1 and
-// 4; pages of random keys and values as the product seals them, copied to shuffled places; an open
-// page of 40 tokens; a share of the blocks from originals, drawn at random. Variants take turns
-// within one run: the pass with and without its certificate, with 0 and 5 % originals, and a kernel
-// that reads the pages' bytes alone. Each measurement is a CUDA graph of several passes over copies
-// that together are larger than the L2 cache; the median of the repeats is printed, per pass.
+// 32 query heads over 8 KV heads, head_dim 128, layout compact or the one named, at 8K to 128K
+// tokens, batch 1 and 4; pages of random keys and values as the product seals them, copied to
+// shuffled places; an open page of 40 tokens; a share of the blocks from originals, drawn at
+// random. Variants take turns within one run: the pass with and without its certificate, with 0 and
+// 5 % originals, and a kernel that reads the pages' bytes alone. Each measurement is a CUDA graph
+// of several passes over copies that together are larger than the L2 cache; the median of the
+// repeats is printed, per pass.
 #include <cuda_runtime_api.h>
 #include <fmt/core.h>
 
@@ -70,11 +71,20 @@ struct Setup {
   std::vector<void*> held;
 };
 
+// Of the program's layout.
+PageFormat& format() {
+  static PageFormat f = make_page_format(layout_by_name("compact"), kDim, 16);
+  return f;
+}
+cuda::PageKind kind() {
+  return cuda::page_kind_of(format());
+}
+
 // Pages as sealed, in device memory's order.
 const std::vector<std::byte>& made_pages() {
   static const std::vector<std::byte> all = [] {
-    const PageFormat f = make_page_format(layout_by_name("compact"), kDim, 16);
-    const size_t bytes = cuda::page_layout(kDim, cuda::PageKind::K8V4).page_bytes();
+    const PageFormat& f = format();
+    const size_t bytes = cuda::page_layout(kDim, kind()).page_bytes();
     std::vector<std::byte> out(kMadePages * bytes), page(f.page_bytes + 64);
     auto* aligned = reinterpret_cast<std::byte*>((uintptr_t(page.data()) + 63) / 64 * 64);
     std::vector<uint16_t> k(64 * kDim), v(k);
@@ -99,16 +109,17 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
   constexpr int kOpen = (kOpenTokens + 15) / 16;
   s.pages = tokens / 64 + kOpen;  // and the open blocks, one by one
   s.items = batch * kKvHeads;
-  s.page_bytes = cuda::page_layout(kDim, cuda::PageKind::K8V4).page_bytes();
+  s.page_bytes = cuda::page_layout(kDim, kind()).page_bytes();
   s.copy_bytes = size_t(tokens / 64) * size_t(s.items) * s.page_bytes;
   const int copies = int(std::max<size_t>(1, (kColdBytes + s.copy_bytes - 1) / s.copy_bytes));
   const cuda::SplitPlan plan =
-      cuda::plan_splits(cuda::device_shape(), kDim, 1, cuda::PageKind::K8V4, s.pages, s.items);
+      cuda::plan_splits(cuda::device_shape(), kDim, 1, kind(), s.pages, s.items);
   s.shape = {.head_dim = kDim,
              .heads = kHeads,
              .items = s.items,
              .splits = plan.splits,
              .warps = plan.warps,
+             .kind = kind(),
              .certificate = certificate};
   s.args.pages_per_split = plan.pages_per_split;
   s.args.dtype = DType::BF16;
@@ -290,6 +301,7 @@ int main(int argc, char** argv) {
     fmt::print("{}, {} multiprocessors, medians of {}; GB/s: page bytes over time\n", device.name,
                device.multiProcessorCount, repeats);
     fmt::print("{:>7} {:>5} {:26}\n", "tokens", "batch", "variant");
+    if (argc > 4) format() = make_page_format(layout_by_name(argv[4]), kDim, 16);
     if (argc > 3) {
       bench(std::atoi(argv[2]), std::atoi(argv[3]), repeats, stream);
       return 0;
