@@ -81,7 +81,10 @@ class DeviceCanary : public ::testing::Test {
         if (seen == 0) continue;  // nothing was read beside its originals
         EXPECT_EQ(r.outcome, Outcome::Exact);
         EXPECT_TRUE(std::isfinite(r.candidate.bound));
-        EXPECT_GT(r.candidate.bound, r.returned.bound);
+        // Sharp scores of 12-bit codes, by exact products, round less than those of originals.
+        if (cuda::key_bits(hit->cache.kind(sequence, 0, 0)) == 8) {
+          EXPECT_GT(r.candidate.bound, r.returned.bound);
+        }
         // Both are exact within their bounds.
         double apart = 0;
         for (size_t e = 0; e < kDim; ++e) {
@@ -110,54 +113,62 @@ TEST_F(DeviceCanary, DamageWithAValidDigestSendsTheLayerToRung4) {
     Damage damage;
     const char* said;
   };
-  const Case cases[] = {
-      {"eta_b of a quarter",
-       [](std::byte* page) {
-         for (int b = 0; b < 4; ++b) notes_of(page)[b].eta *= 0.25f;
-       },
-       "a value of its codes is off by more than promised"},
-      {"nu_b of a quarter",
-       [](std::byte* page) {
-         for (int b = 0; b < 4; ++b) notes_of(page)[b].nu *= 0.25f;
-       },
-       "a value's norm is above what was promised"},
-      {"steps of values that are larger by an eighth",
-       [](std::byte* page) {
-         const cuda::PageLayoutDevice p = cuda::page_layout(kDim, cuda::PageKind::K8V4);
-         auto* halves = reinterpret_cast<uint16_t*>(page + p.key_bytes + p.value_affine);
-         for (size_t i = 0; i < 64 * kDim / 16 * 2; ++i)
-           if (i / 2 % 2 == 0) halves[i] = uint16_t(halves[i] + 0x80);
-       },
-       "a value of its codes is off by more than promised"},
-      {"a scale of keys that is larger by a quarter",
-       [](std::byte* page) {
-         auto* halves = reinterpret_cast<uint16_t*>(
-             page + cuda::page_layout(kDim, cuda::PageKind::K8V4).key_affine);
-         for (size_t i = 0; i < 4; ++i) halves[i] = uint16_t(halves[i] + 0x100);
-       },
-       "a score of its codes is off by more than promised"}};
-  for (const Case& c : cases) {
-    SCOPED_TRACE(c.name);
-    OneRank hit(backend_, 1, Policy::Budget), exact(backend_, 0, Policy::Dense);
-    hit.tolerance = kTolerance;
-    hit.sharpness = exact.sharpness = kSharpness;
-    damage(&hit, kAll, c.damage);
-    const int64_t a = hit.start(1, 1)[0], b = exact.start(1, 1)[0];
-    uint64_t seen = 0;
-    std::string log;
-    for (int n = 0; n < 4; ++n) {
-      std::string lines;
-      const uint64_t now = step(&hit, a, &exact, b, &lines);
-      if (now > 0) log += lines;
-      seen += now;
+  for (const cuda::PageKind kind : cuda::kPageKinds) {
+    const cuda::PageLayoutDevice p = cuda::page_layout(kDim, kind);
+    const Case cases[] = {{"eta_b of a quarter",
+                           [](std::byte* page) {
+                             for (int b = 0; b < 4; ++b) notes_of(page)[b].eta *= 0.25f;
+                           },
+                           "a value of its codes is off by more than promised"},
+                          {"nu_b of a quarter",
+                           [](std::byte* page) {
+                             for (int b = 0; b < 4; ++b) notes_of(page)[b].nu *= 0.25f;
+                           },
+                           "a value's norm is above what was promised"},
+                          {"steps of values that are larger by an eighth",
+                           [&](std::byte* page) {
+                             auto* halves =
+                                 reinterpret_cast<uint16_t*>(page + p.key_bytes + p.value_affine);
+                             for (size_t i = 0; i < 64 * kDim / size_t(value_group(kind)) * 2; ++i)
+                               if (i / 2 % 2 == 0) halves[i] = uint16_t(halves[i] + 0x80);
+                           },
+                           "a value of its codes is off by more than promised"},
+                          {"a scale of keys that is larger by a quarter",
+                           [&](std::byte* page) {
+                             auto* halves = reinterpret_cast<uint16_t*>(page + p.key_affine);
+                             for (size_t i = 0; i < 4; ++i) halves[i] = uint16_t(halves[i] + 0x100);
+                           },
+                           "a score of its codes is off by more than promised"}};
+    for (const Case& c : cases) {
+      // Finer values that promise even less are not read again.
+      if (kind != cuda::PageKind::K8V4 && &c == &cases[0]) continue;
+      SCOPED_TRACE(testing::Message() << c.name << ", " << cuda::page_kind_name(kind));
+      OneRank hit(backend_, 1, Policy::Budget, 0, cuda::page_kind_name(kind)),
+          exact(backend_, 0, Policy::Dense);
+      // What finer codes err by is less: so that some heads climb.
+      hit.tolerance = kind == cuda::PageKind::K8V4   ? kTolerance
+                      : kind == cuda::PageKind::K8V8 ? kTolerance / 2
+                                                     : kTolerance / 10;
+      hit.sharpness = exact.sharpness = kSharpness;
+      damage(&hit, kAll, c.damage);
+      const int64_t a = hit.start(1, 1)[0], b = exact.start(1, 1)[0];
+      uint64_t seen = 0;
+      std::string log;
+      for (int n = 0; n < 4; ++n) {
+        std::string lines;
+        const uint64_t now = step(&hit, a, &exact, b, &lines);
+        if (now > 0) log += lines;
+        seen += now;
+      }
+      fmt::print("{}, {}: {} looks failed\n", c.name, cuda::page_kind_name(kind), seen);
+      EXPECT_GT(seen, 0u);
+      EXPECT_NE(
+          log.find(fmt::format("canary: sequence 1 layer {} KV head {} block ", kLayer, kHead)),
+          std::string::npos)
+          << log;
+      EXPECT_NE(log.find(c.said), std::string::npos) << log;
+      EXPECT_NE(log.find("the layer goes dense"), std::string::npos) << log;
     }
-    fmt::print("{}: {} looks failed\n", c.name, seen);
-    EXPECT_GT(seen, 0u);
-    EXPECT_NE(log.find(fmt::format("canary: sequence 1 layer {} KV head {} block ", kLayer, kHead)),
-              std::string::npos)
-        << log;
-    EXPECT_NE(log.find(c.said), std::string::npos) << log;
-    EXPECT_NE(log.find("the layer goes dense"), std::string::npos) << log;
   }
 }
 

@@ -96,12 +96,12 @@ class OneRank {
  public:
   // scratch: blocks of a layer, keys and values each; 0: as by default.
   OneRank(DeviceBackend& backend, int64_t scrub_steps, Policy policy = Policy::Naive,
-          int64_t scratch = 0)
+          int64_t scratch = 0, const char* layout = "compact")
       : backend_(backend),
         policy_(policy),
         ops(*backend.cache),
-        cache(config_, {0, kKvHeads}, options_with(scrub_steps, scratch), *backend.device, ops,
-              pool_, store_, *group_) {}
+        cache(config_, {0, kKvHeads}, options_with(scrub_steps, scratch, layout), *backend.device,
+              ops, pool_, store_, *group_) {}
 
   std::vector<int64_t> start(int64_t id, int forks,
                              const std::function<void(int64_t)>& before_fork = {}) {
@@ -195,8 +195,10 @@ class OneRank {
     c.head_dim = kDim;
     return c;
   }
-  static CertifiedCacheOptions options_with(int64_t scrub_steps, int64_t scratch) {
+  static CertifiedCacheOptions options_with(int64_t scrub_steps, int64_t scratch,
+                                            const char* layout) {
     CertifiedCacheOptions o;
+    o.cache.layout = layout;
     o.cache.scrub_steps = scrub_steps;
     o.dtype = DType::BF16;
     if (scratch > 0) o.scratch.key_blocks = o.scratch.value_blocks = scratch;
