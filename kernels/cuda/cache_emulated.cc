@@ -5,8 +5,8 @@
 #include "kernels/cuda/explore_body.h"
 #include "kernels/cuda/library_body.h"
 #include "kernels/cuda/paper_body.h"
-#include "kernels/cuda/rank_body.h"
 #include "kernels/cuda/prefetch_body.h"
+#include "kernels/cuda/rank_body.h"
 #include "kernels/cuda/seal_ops.h"
 
 namespace certkv::cuda {
