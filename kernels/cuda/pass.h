@@ -29,6 +29,10 @@ void check_shape(const PassArgs& args, const PassShape& shape);
 // Throws std::logic_error where a kernel breaks a rule of the device (an access not aligned, a copy
 // not waited for).
 void attend_emulated(const PassArgs& args, const PassShape& shape);
+// Who emulates the shapes that no cache on an emulated device asks for, without certificates or of
+// few warps; until then they are refused (InvalidArgument). Before the first pass.
+using PassEmulation = void (*)(const PassArgs& args, const PassShape& shape);
+void emulate_others_by(PassEmulation emulation);
 
 // What one item of a pass has left, in host memory, and the notes of its blocks as the device
 // serves them.
