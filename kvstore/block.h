@@ -17,8 +17,8 @@ namespace certkv {
 
 static_assert(std::endian::native == std::endian::little, "kvstore/FORMAT.md is little-endian");
 
-// Whose context the tokens are: the 128-bit hash of (token prefix, model digest, layout digest), or
-// a private random id. Bit 63 of `hi` tells them apart. {0, 0} is nobody.
+// Whose context the tokens are: a name that others can know and ask for (kvstore/content_owner.h),
+// or a private random id. Bit 63 of `hi` tells them apart. {0, 0} is nobody.
 struct OwnerId {
   uint64_t hi = 0;
   uint64_t lo = 0;

@@ -1,7 +1,5 @@
 #include "kvstore/client.h"
 
-#include <xxhash.h>
-
 #include <atomic>
 #include <cstring>
 #include <limits>
@@ -175,17 +173,6 @@ OwnerId private_owner() {
     owner = {random_u64() & ~(uint64_t(1) << 63), random_u64()};
   } while (owner.is_nobody());
   return owner;
-}
-
-OwnerId content_owner(std::span<const int32_t> tokens, uint64_t model_digest,
-                      uint64_t layout_digest) {
-  // Lengths and digests first: no two different inputs are the same bytes.
-  const uint64_t head[3] = {model_digest, layout_digest, tokens.size()};
-  const XXH128_hash_t seed = XXH3_128bits(head, sizeof head);
-  const XXH128_hash_t a = XXH3_128bits_withSeed(tokens.data(), tokens.size_bytes(), seed.low64);
-  const uint64_t words[4] = {seed.high64, seed.low64, a.high64, a.low64};
-  const XXH128_hash_t h = XXH3_128bits(words, sizeof words);
-  return {h.high64 | uint64_t(1) << 63, h.low64};
 }
 
 StoreClient::StoreClient(std::shared_ptr<StoreClientState> state) : state_(std::move(state)) {}

@@ -44,9 +44,6 @@ struct StoreCapacity {
 uint64_t reservation_bytes(const ReserveRequest& request);
 
 OwnerId private_owner();  // random, never nobody
-// The hash of a token prefix under a model and a layout (digests of any kind, 64 bits each).
-OwnerId content_owner(std::span<const int32_t> tokens, uint64_t model_digest,
-                      uint64_t layout_digest);
 
 class StoreClient;
 struct StoreClientState;

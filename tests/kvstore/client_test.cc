@@ -300,18 +300,6 @@ TEST(StoreClient, OverlappingReservationsOfOneOwnerAreRefusedAndTakeNothing) {
             BlockStatus::Ok);
 }
 
-TEST(StoreClient, OwnersOfEqualPrefixesAreEqualAndOthersAreNot) {
-  const std::vector<int32_t> a{1, 2, 3}, b{1, 2}, c{1, 2, 4};
-  EXPECT_EQ(content_owner(a, 7, 8), content_owner(a, 7, 8));
-  EXPECT_NE(content_owner(a, 7, 8), content_owner(b, 7, 8));
-  EXPECT_NE(content_owner(a, 7, 8), content_owner(c, 7, 8));
-  EXPECT_NE(content_owner(a, 7, 8), content_owner(a, 8, 7));
-  EXPECT_NE(content_owner({}, 7, 8), content_owner({}, 7, 9));
-  EXPECT_TRUE(content_owner(a, 7, 8).is_content());
-  EXPECT_FALSE(private_owner().is_content());
-  EXPECT_NE(private_owner(), private_owner());
-}
-
 TEST(StoreClient, AfterDetachingEverySpanIsUselessAndHarmless) {
   ThreadHolder holder;
   auto client = holder.attach();
