@@ -40,11 +40,12 @@ struct StoreClientState {
 struct OriginalsSpan::State {
   std::shared_ptr<StoreClientState> client;
   SpanRecord record;
+  std::atomic<bool> keep{false};
 
   ~State() {
     if (client == nullptr) return;
     client->directory.remove(&record);
-    const ReleaseRequest release{record.version, 0};
+    const ReleaseRequest release{record.version, keep ? 1u : 0u};
     client->channel.post(ControlOp::Release, payload_of(release));
   }
 
@@ -60,6 +61,10 @@ struct OriginalsSpan::State {
   std::byte* unsealed_slot(uint32_t layer, uint32_t kv_head, uint32_t block) const {
     client->throw_if_lost();
     std::byte* s = slot(layer, kv_head, block);
+    CERTKV_EXPECT(!record.adopted, InvalidArgument,
+                  "block (layer {}, KV head {}, block {}) was adopted: only the session that "
+                  "reserved it may write it",
+                  layer, kv_head, block);
     CERTKV_EXPECT(load_seal(s) == 0, InvalidArgument,
                   "block (layer {}, KV head {}, block {}) is sealed already and never changes",
                   layer, kv_head, block);
@@ -152,6 +157,25 @@ bool OriginalsSpan::sealed(uint32_t layer, uint32_t kv_head, uint32_t block) con
   return load_seal(state_->slot(layer, kv_head, block)) != 0;
 }
 
+bool OriginalsSpan::sealed_throughout() const {
+  const ReserveRequest& r = request();
+  const size_t slot = r.shape.slot_bytes();
+  for (const std::byte* run : state_->record.runs)
+    for (uint32_t b = 0; b < r.blocks; ++b)
+      if (load_seal(run + b * slot) == 0) return false;
+  return true;
+}
+
+bool OriginalsSpan::adopted() const {
+  return state_->record.adopted;
+}
+uint32_t OriginalsSpan::version() const {
+  return state_->record.version;
+}
+void OriginalsSpan::keep() {
+  state_->keep = true;
+}
+
 const std::byte* OriginalsSpan::run(uint32_t layer, uint32_t kv_head) const {
   return state_->slot(layer, kv_head, state_->record.request.first_block);
 }
@@ -187,48 +211,60 @@ StoreClient::~StoreClient() {
   detach();
 }
 
-OriginalsSpan StoreClient::reserve(const ReserveRequest& request) {
-  state_->throw_if_lost();
-  const AllocateRequest wire{request.owner,
-                             request.first_layer,
-                             request.layers,
-                             request.first_kv_head,
-                             request.kv_heads,
-                             request.first_block,
-                             request.blocks,
-                             uint16_t(request.shape.dtype),
-                             request.shape.block_tokens,
-                             request.shape.head_dim,
+namespace {
+
+// What is wrong with a request is found here, before it travels.
+AllocateRequest wire_of(const ReserveRequest& r, const char* what) {
+  const AllocateRequest wire{r.owner,
+                             r.first_layer,
+                             r.layers,
+                             r.first_kv_head,
+                             r.kv_heads,
+                             r.first_block,
+                             r.blocks,
+                             uint16_t(r.shape.dtype),
+                             r.shape.block_tokens,
+                             r.shape.head_dim,
                              0};
   const std::string defect = allocation_defect(wire);
-  CERTKV_EXPECT(defect.empty(), InvalidArgument, "reserving space for originals: {}", defect);
-  const auto reply = state_->channel.request(ControlOp::Allocate, payload_of(wire));
-  CERTKV_EXPECT(reply.status != ControlStatus::NoSpace, OutOfMemory,
-                "the node's store has no room for these originals: {}. Raise store.arena, or let "
-                "fewer or shorter requests run at once",
-                reply.text());
-  CERTKV_EXPECT(reply.status == ControlStatus::Ok, InvalidArgument, "the store refused: {}",
-                reply.text());
+  CERTKV_EXPECT(defect.empty(), InvalidArgument, "{} originals: {}", what, defect);
+  return wire;
+}
 
+// The fixed part of a reply that a list of offsets follows.
+template <typename Head>
+Head head_of(std::span<const std::byte> payload) {
+  Head head;
+  CERTKV_EXPECT(payload.size() >= sizeof head, CommError,
+                "the store's answer about a reservation is too short");
+  std::memcpy(&head, payload.data(), sizeof head);
+  return head;
+}
+
+}  // namespace
+
+OriginalsSpan StoreClient::span_of(const ReserveRequest& request, uint32_t version,
+                                   uint64_t run_bytes, uint32_t runs,
+                                   std::span<const std::byte> offsets, uint64_t fence,
+                                   bool adopted) {
   // Whatever goes wrong from here on, the state's destructor gives the space back.
   auto span = std::make_shared<OriginalsSpan::State>();
-  AllocateReply head;
-  const bool whole = reply.payload.size() >= sizeof head;
-  if (whole) std::memcpy(&head, reply.payload.data(), sizeof head);
-  CERTKV_EXPECT(whole && head.runs == request.runs() && head.run_bytes == run_bytes(wire) &&
-                    reply.payload.size() == sizeof head + head.runs * sizeof(uint64_t),
-                CommError, "the store's answer to a reservation has the wrong form");
   SpanRecord& record = span->record;
   record.request = request;
   record.boot_nonce = state_->channel.attached().boot_nonce;
-  record.fence = state_->channel.attached().session;
-  record.version = head.version;
+  record.fence = fence;
+  record.version = version;
+  record.adopted = adopted;
   span->client = state_;
-  record.runs.reserve(head.runs);
-  for (size_t i = 0; i < head.runs; ++i) {
+  CERTKV_EXPECT(runs == request.runs() &&
+                    run_bytes == uint64_t(request.blocks) * request.shape.slot_bytes() &&
+                    offsets.size() == runs * sizeof(uint64_t),
+                CommError, "the store's answer about a reservation has the wrong form");
+  record.runs.reserve(runs);
+  for (size_t i = 0; i < runs; ++i) {
     uint64_t offset = 0;
-    std::memcpy(&offset, reply.payload.data() + sizeof head + i * sizeof offset, sizeof offset);
-    record.runs.push_back(state_->arena.at(offset, head.run_bytes));
+    std::memcpy(&offset, offsets.data() + i * sizeof offset, sizeof offset);
+    record.runs.push_back(state_->arena.at(offset, run_bytes));
   }
   CERTKV_EXPECT(state_->directory.add(&record), InvalidArgument,
                 "the owner has a live reservation that overlaps layers {}+{}, KV heads {}+{}, "
@@ -238,6 +274,34 @@ OriginalsSpan StoreClient::reserve(const ReserveRequest& request) {
   OriginalsSpan handle;
   handle.state_ = std::move(span);
   return handle;
+}
+
+OriginalsSpan StoreClient::reserve(const ReserveRequest& request) {
+  state_->throw_if_lost();
+  const AllocateRequest wire = wire_of(request, "reserving space for");
+  const auto reply = state_->channel.request(ControlOp::Allocate, payload_of(wire));
+  CERTKV_EXPECT(reply.status != ControlStatus::NoSpace, OutOfMemory,
+                "the node's store has no room for these originals: {}. Raise store.arena, or let "
+                "fewer or shorter requests run at once",
+                reply.text());
+  CERTKV_EXPECT(reply.status == ControlStatus::Ok, InvalidArgument, "the store refused: {}",
+                reply.text());
+  const auto head = head_of<AllocateReply>(reply.payload);
+  return span_of(request, head.version, head.run_bytes, head.runs,
+                 std::span(reply.payload).subspan(sizeof head), state_->channel.attached().session,
+                 false);
+}
+
+OriginalsSpan StoreClient::adopt(const ReserveRequest& request, uint32_t older_than) {
+  state_->throw_if_lost();
+  const AdoptRequest wire{wire_of(request, "adopting"), older_than, 0};
+  const auto reply = state_->channel.request(ControlOp::Adopt, payload_of(wire));
+  if (reply.status == ControlStatus::NotThere) return {};
+  CERTKV_EXPECT(reply.status == ControlStatus::Ok, InvalidArgument, "the store refused: {}",
+                reply.text());
+  const auto head = head_of<AdoptReply>(reply.payload);
+  return span_of(request, head.part.version, head.part.run_bytes, head.part.runs,
+                 std::span(reply.payload).subspan(sizeof head), head.fence, true);
 }
 
 StoreCapacity StoreClient::capacity() {

@@ -85,6 +85,14 @@ class OriginalsSpan {
   // Where a (layer, KV head)'s slots lie in the mapped arena, one after the other (FORMAT.md): for
   // readers that check identity and digest themselves, as a device does.
   const std::byte* run(uint32_t layer, uint32_t kv_head) const;
+  // True where all blocks are sealed. What they hold is checked when it is read.
+  bool sealed_throughout() const;
+  // An adopted span is read only: sealing in it throws InvalidArgument.
+  bool adopted() const;
+  uint32_t version() const;  // of the reservation
+  // The store keeps the space when all its holders have given it back, until somebody needs the
+  // room: for whoever asks for this owner later. Of no effect for private owners.
+  void keep();
   void reset() { state_.reset(); }  // drops this handle's share
 
  private:
@@ -109,6 +117,17 @@ class StoreClient {
   // InvalidArgument (shape, range, or an overlap with a live span of the same owner), StoreLost,
   // DeadlineExceeded.
   OriginalsSpan reserve(const ReserveRequest& request);
+
+  // A share of what another session, living or dead, or this one has reserved under an owner that
+  // can be asked for: the newest reservation that covers the request and, where older_than is not
+  // 0, whose version is below it. Its sealed blocks can be read, and stay while the span lives;
+  // which are sealed is the caller's to ask. Empty where there is none: a miss.
+  //
+  // Writing never changes hands. Every process of this user has the arena mapped writable, so no
+  // token in a header would keep a writer that was taken for dead from writing where its successor
+  // writes. What an orphan lacks is reserved anew, elsewhere, as another version.
+  // Throws InvalidArgument (shape, range, private owner), StoreLost, DeadlineExceeded.
+  OriginalsSpan adopt(const ReserveRequest& request, uint32_t older_than = 0);
 
   StoreCapacity capacity();
   std::string status_json();  // the store's own account of itself
@@ -136,6 +155,9 @@ class StoreClient {
  private:
   friend class OriginalsSpan;
   explicit StoreClient(std::shared_ptr<StoreClientState> state);
+  OriginalsSpan span_of(const ReserveRequest& request, uint32_t version, uint64_t run_bytes,
+                        uint32_t runs, std::span<const std::byte> offsets, uint64_t fence,
+                        bool adopted);
   std::shared_ptr<StoreClientState> state_;
 };
 

@@ -31,6 +31,7 @@ enum class ControlOp : uint16_t {
   Status = 5,
   Heartbeat = 6,
   Detach = 7,
+  Adopt = 9,
 };
 inline constexpr uint16_t kReplyBit = 0x8000;  // set in `op` of a reply
 
@@ -38,6 +39,7 @@ enum class ControlStatus : uint32_t {
   Ok = 0,
   BadRequest = 1,  // payload: text
   NoSpace = 2,     // payload: text
+  NotThere = 3,    // adopt: no such reservation
 };
 
 struct FrameHeader {
@@ -82,7 +84,18 @@ struct AllocateReply {
 };
 struct ReleaseRequest {
   uint32_t version = 0;
-  uint32_t reserved = 0;
+  uint32_t keep = 0;  // 1: of a name that others can ask for; stays as an orphan
+};
+// Which reservation, and which part of it: the newest one of `ranges.owner` and its shape that
+// covers the ranges and, where older_than is not 0, whose version is below that.
+struct AdoptRequest {
+  AllocateRequest ranges;
+  uint32_t older_than = 0, reserved = 0;
+};
+// Followed by the offsets of the asked part's runs, as after AllocateReply.
+struct AdoptReply {
+  AllocateReply part;
+  uint64_t fence = 0;  // session that reserved and writes it
 };
 struct CapacityReply {
   uint64_t total_bytes = 0, free_bytes = 0, largest_bytes = 0;
@@ -94,6 +107,8 @@ static_assert(sizeof(AttachRequest) == 8 && sizeof(AttachReply) == 32);
 static_assert(sizeof(AllocateRequest) == 48 && offsetof(AllocateRequest, first_layer) == 16);
 static_assert(offsetof(AllocateRequest, dtype) == 40 && offsetof(AllocateRequest, head_dim) == 44);
 static_assert(sizeof(AllocateReply) == 16 && offsetof(AllocateReply, run_bytes) == 8);
+static_assert(sizeof(AdoptRequest) == 56 && offsetof(AdoptRequest, older_than) == 48);
+static_assert(sizeof(AdoptReply) == 24 && offsetof(AdoptReply, fence) == 16);
 static_assert(sizeof(ReleaseRequest) == 8 && sizeof(CapacityReply) == 24);
 static_assert(sizeof(HeartbeatFrame) == 8);
 

@@ -64,8 +64,11 @@ std::optional<ExtentTable::Reservation> ExtentTable::allocate(uint64_t session,
     r.offsets.push_back(pieces.size() == 1 ? pieces[0].offset + i * bytes : pieces[i].offset);
   }
   Held held;
-  held.session = session;
-  held.content = request.owner.is_content();
+  held.fence = session;
+  held.holders[session] = 1;
+  held.request = request;
+  held.offsets = r.offsets;
+  if (held.content()) versions_[request.owner].insert(r.version);
   for (const Piece& p : pieces) held.bytes += p.bytes;
   held.pieces = std::move(pieces);
   free_bytes_ -= held.bytes;
@@ -90,41 +93,95 @@ void ExtentTable::give_back_clean(Piece piece) {
   }
 }
 
+std::optional<ExtentTable::Adoption> ExtentTable::adopt(uint64_t session,
+                                                        const AdoptRequest& request) {
+  const AllocateRequest& want = request.ranges;
+  const auto known = versions_.find(want.owner);
+  if (known == versions_.end()) return std::nullopt;
+  const auto covers = [](uint32_t first, uint32_t count, uint32_t a, uint32_t a_count) {
+    return a >= first && uint64_t(a) + a_count <= uint64_t(first) + count;
+  };
+  for (auto v = known->second.rbegin(); v != known->second.rend(); ++v) {
+    if (request.older_than != 0 && *v >= request.older_than) continue;
+    Held& held = held_.at(*v);
+    const AllocateRequest& has = held.request;
+    if (shape_of(has) != shape_of(want) ||
+        !covers(has.first_layer, has.layers, want.first_layer, want.layers) ||
+        !covers(has.first_kv_head, has.kv_heads, want.first_kv_head, want.kv_heads) ||
+        !covers(has.first_block, has.blocks, want.first_block, want.blocks))
+      continue;
+    Adoption a;
+    a.version = *v;
+    a.fence = held.fence;
+    a.run_bytes = run_bytes(want);
+    const uint64_t skipped = (want.first_block - has.first_block) * shape_of(has).slot_bytes();
+    for (uint32_t l = 0; l < want.layers; ++l)
+      for (uint32_t h = 0; h < want.kv_heads; ++h) {
+        const size_t run = size_t(want.first_layer - has.first_layer + l) * has.kv_heads +
+                           (want.first_kv_head - has.first_kv_head + h);
+        a.offsets.push_back(held.offsets[run] + skipped);
+      }
+    ++held.holders[session];
+    return a;
+  }
+  return std::nullopt;
+}
+
 void ExtentTable::free_held(std::map<uint32_t, Held>::iterator it) {
   for (const Piece& p : it->second.pieces) dirty_.push_back(p);
   free_bytes_ += it->second.bytes;
+  if (const auto known = versions_.find(it->second.request.owner); known != versions_.end()) {
+    known->second.erase(it->first);
+    if (known->second.empty()) versions_.erase(known);
+  }
   held_.erase(it);
 }
 
-bool ExtentTable::release(uint64_t session, uint32_t version) {
+void ExtentTable::make_orphan(Held& held, bool spared, Clock::time_point now) {
+  held.spared = spared;
+  held.orphaned = now;
+}
+
+bool ExtentTable::release(uint64_t session, uint32_t version, bool keep) {
   const auto it = held_.find(version);
-  if (it == held_.end() || it->second.orphan || it->second.session != session) return false;
-  free_held(it);
+  if (it == held_.end()) return false;
+  Held& held = it->second;
+  const auto mine = held.holders.find(session);
+  if (mine == held.holders.end()) return false;
+  held.keep = held.keep || (keep && held.content());
+  if (--mine->second == 0) held.holders.erase(mine);
+  if (!held.orphan()) return true;
+  if (held.keep)
+    make_orphan(held, false, Clock::now());
+  else
+    free_held(it);
   return true;
 }
 
 void ExtentTable::release_session(uint64_t session, Clock::time_point now) {
   for (auto it = held_.begin(); it != held_.end();) {
     const auto next = std::next(it);
-    if (it->second.session == session && !it->second.orphan && !it->second.content) free_held(it);
+    Held& held = it->second;
+    if (held.holders.erase(session) != 0 && held.orphan()) {
+      if (held.content())
+        make_orphan(held, true, now);
+      else
+        free_held(it);
+    }
     it = next;
   }
-  orphan_session(session, now);
 }
 
 void ExtentTable::orphan_session(uint64_t session, Clock::time_point now) {
-  for (auto& [version, held] : held_) {
-    if (held.session != session || held.orphan) continue;
-    held.orphan = true;
-    held.orphaned = now;
-  }
+  for (auto& [version, held] : held_)
+    if (held.holders.erase(session) != 0 && held.orphan()) make_orphan(held, true, now);
 }
 
 bool ExtentTable::evict_one(Clock::time_point now) {
   auto oldest = held_.end();
   for (auto it = held_.begin(); it != held_.end(); ++it) {
     const Held& h = it->second;
-    if (!h.orphan || now - h.orphaned < grace_) continue;
+    if (!h.orphan() || (h.spared && now - h.orphaned < grace_)) continue;
     if (oldest == held_.end() || h.orphaned < oldest->second.orphaned) oldest = it;
   }
   if (oldest == held_.end()) return false;
@@ -161,13 +218,13 @@ uint64_t ExtentTable::dirty_bytes() const {
 
 size_t ExtentTable::orphans() const {
   return size_t(
-      std::count_if(held_.begin(), held_.end(), [](const auto& h) { return h.second.orphan; }));
+      std::count_if(held_.begin(), held_.end(), [](const auto& h) { return h.second.orphan(); }));
 }
 
 uint64_t ExtentTable::bytes_of(uint64_t session) const {
   uint64_t sum = 0;
   for (const auto& [version, held] : held_) {
-    if (held.session == session && !held.orphan) sum += held.bytes;
+    if (held.holders.contains(session)) sum += held.bytes;
   }
   return sum;
 }

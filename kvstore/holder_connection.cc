@@ -55,6 +55,8 @@ void HolderConnection::handle() {
       break;
     case ControlOp::Allocate:
       return handle_allocate(payload);
+    case ControlOp::Adopt:
+      return handle_adopt(payload);
     case ControlOp::Release:
       return handle_release(payload);
     case ControlOp::Heartbeat:
@@ -118,10 +120,25 @@ void HolderConnection::handle_allocate(std::span<const std::byte> payload) {
   reply(ControlStatus::Ok, answer);
 }
 
+void HolderConnection::handle_adopt(std::span<const std::byte> payload) {
+  AdoptRequest request;
+  if (!parse_payload(payload, request) || request.reserved != 0) return reject("adopt");
+  if (const std::string defect = allocation_defect(request.ranges); !defect.empty())
+    return refuse(defect);
+  if (!request.ranges.owner.is_content()) return refuse("a private owner cannot be adopted");
+  const auto got = holder_.extents.adopt(session_, request);
+  if (!got) return reply(ControlStatus::NotThere, {});
+  const AdoptReply head{{got->version, uint32_t(got->offsets.size()), got->run_bytes}, got->fence};
+  std::vector<std::byte> answer(sizeof head + got->offsets.size() * sizeof(uint64_t));
+  std::memcpy(answer.data(), &head, sizeof head);
+  std::memcpy(answer.data() + sizeof head, got->offsets.data(), answer.size() - sizeof head);
+  reply(ControlStatus::Ok, answer);
+}
+
 void HolderConnection::handle_release(std::span<const std::byte> payload) {
   ReleaseRequest request;
-  if (!parse_payload(payload, request) || request.reserved != 0) return reject("release");
-  if (!holder_.extents.release(session_, request.version)) {
+  if (!parse_payload(payload, request) || request.keep > 1) return reject("release");
+  if (!holder_.extents.release(session_, request.version, request.keep == 1)) {
     return refuse(fmt::format("this session holds no reservation {}", request.version));
   }
   holder_.scrub();

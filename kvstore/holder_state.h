@@ -147,6 +147,7 @@ class HolderConnection : public std::enable_shared_from_this<HolderConnection> {
   void handle();
   void handle_attach(std::span<const std::byte> payload);
   void handle_allocate(std::span<const std::byte> payload);
+  void handle_adopt(std::span<const std::byte> payload);
   void handle_release(std::span<const std::byte> payload);
   void handle_heartbeat(std::span<const std::byte> payload);
 

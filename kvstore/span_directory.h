@@ -25,6 +25,7 @@ struct SpanRecord {
   uint64_t boot_nonce = 0;
   uint64_t fence = 0;
   uint32_t version = 0;
+  bool adopted = false;          // another reservation call's: to be read, not written
   std::vector<std::byte*> runs;  // [layers, kv_heads], first slot of each
 
   bool contains(uint32_t layer, uint32_t kv_head, uint32_t block) const {
@@ -55,7 +56,9 @@ BlockStatus check_header(const SpanRecord& record, const BlockId& id, const std:
 // away under them.
 class SpanDirectory {
  public:
-  // False where a live record of this owner overlaps: an id would have two meanings.
+  // False where a live record of this owner overlaps and both were reserved here: two writers of
+  // one block. Adopted ones may overlap: their versions tell them apart, or they are the same
+  // blocks.
   bool add(const SpanRecord* record);
   void remove(const SpanRecord* record);
 

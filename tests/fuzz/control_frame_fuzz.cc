@@ -103,7 +103,17 @@ class Session {
     } else if (op == ControlOp::Release) {
       ReleaseRequest r;
       require(parse_payload(request, r), "a release of another length was accepted");
-      require(held_.erase(r.version) == 1, "what is not held was released");
+      auto& adopted = adopted_[r.version];
+      if (adopted > 0)
+        --adopted;
+      else
+        require(held_.erase(r.version) == 1, "what is not held was released");
+    } else if (op == ControlOp::Adopt) {
+      AdoptReply head;
+      require(body.size() >= sizeof head, "an adoption without a head");
+      std::memcpy(&head, body.data(), sizeof head);
+      require(body.size() == sizeof head + 8 * size_t(head.part.runs), "another number of runs");
+      ++adopted_[head.part.version];
     } else if (op == ControlOp::Detach) {
       held_.clear();
     }
@@ -112,6 +122,7 @@ class Session {
   test::RawClient client_;
   uint64_t sequence_ = 0, session_ = 0;
   std::map<uint32_t, std::vector<std::pair<uint64_t, uint64_t>>> held_;  // by reservation
+  std::map<uint32_t, uint64_t> adopted_;                                 // holds besides that one
 };
 
 // A good client is answered, and its detaching frees what it held.

@@ -53,6 +53,12 @@ ReserveRequest small_request(uint32_t blocks = 2) {
   return r;
 }
 
+ReserveRequest shared_request() {
+  ReserveRequest r = small_request(8);
+  r.owner = {uint64_t(1) << 63, 42};
+  return r;
+}
+
 // The store is nobody's child here, so its end shows in /proc; a zombie counts as ended.
 bool running(int64_t pid) {
   std::ifstream in("/proc/" + std::to_string(pid) + "/stat");
@@ -236,6 +242,36 @@ TEST(StoreProcess, ADeadRanksSpaceIsKeptUntilOthersNeedIt) {
             std::ptrdiff_t(small_shape().elements()));
 }
 
+// What a relaunched job does: another process finds the dead one's blocks by their owner's name.
+TEST(StoreProcess, AKilledRanksSealedBlocksAreAdoptedAndTheirDigestsHold) {
+  const SpawnedStore store = spawn_store(quick(), kSilence);
+  auto client = attach(store);
+  Child rank("sharing-rank", store.socket);
+  ASSERT_EQ(rank.line(), "sealed");
+  rank.end(SIGKILL);
+  ASSERT_TRUE(eventually(
+      [&] { return client->status_json().find("\"dead_ranks\":1") != std::string::npos; }));
+  OriginalsSpan span = client->adopt(shared_request());
+  ASSERT_FALSE(span.empty());
+  EXPECT_FALSE(span.sealed_throughout());
+  for (uint32_t b = 0; b < 8; ++b) {
+    const Copied c = read_copy(*client->reader(), span.id(0, 0, b), small_shape());
+    if (b == 7) {  // it was killed while it wrote this one: payload without a seal
+      EXPECT_EQ(c.result.status, BlockStatus::Absent);
+      continue;
+    }
+    ASSERT_EQ(c.result.status, BlockStatus::Ok);
+    EXPECT_EQ(c.k, known_rows(small_shape(), 0, 0, b, false));
+    EXPECT_EQ(c.v, known_rows(small_shape(), 0, 0, b, true));
+  }
+  BlockId stale = span.id(0, 0, 0);
+  ++stale.version;
+  EXPECT_EQ(read_copy(*client->reader(), stale, small_shape()).result.status, BlockStatus::Absent);
+  stale = span.id(0, 0, 0);
+  ++stale.boot_nonce;
+  EXPECT_EQ(read_copy(*client->reader(), stale, small_shape()).result.status, BlockStatus::Absent);
+}
+
 TEST(StoreProcess, ARankThatLeavesInGoodOrderFreesItsSpaceAtOnce) {
   const SpawnedStore store = spawn_store(quick(), kSilence);
   auto client = attach(store);
@@ -341,6 +377,18 @@ int be_rank(const std::string& socket) {
   return 0;
 }
 
+int be_sharing_rank(const std::string& socket) {
+  auto client = attach({socket, 0}, 1);
+  OriginalsSpan span = client->reserve(shared_request());
+  for (uint32_t b = 0; b < 7; ++b) seal_known(span, 0, 0, b);
+  const auto rows = span.rows(0, 0, 7);
+  rows.k[0] = rows.v[0] = 1;
+  std::puts("sealed");
+  std::fflush(stdout);
+  sleep(30);
+  return 0;
+}
+
 int be_starter() {
   const SpawnedStore store = spawn_store(quick(), kSilence);
   auto client = attach(store, 1);
@@ -369,6 +417,8 @@ int main(int argc, char** argv) {
     }
   }
   if (words.size() == 2 && words[0] == "rank") return certkv::test::be_rank(words[1]);
+  if (words.size() == 2 && words[0] == "sharing-rank")
+    return certkv::test::be_sharing_rank(words[1]);
   if (words.size() == 2 && words[0] == "starter") return certkv::test::be_starter();
   testing::InitGoogleTest(&argc, argv);
   return RUN_ALL_TESTS();
