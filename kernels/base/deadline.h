@@ -17,6 +17,7 @@ class Deadline {
   static Deadline after(std::chrono::milliseconds d) {
     return Deadline(Clock::now() + d * kDeadlineFactor);
   }
+  static Deadline at(Clock::time_point at) { return Deadline(at); }
   static Deadline never() { return Deadline(Clock::time_point::max()); }
   bool passed() const { return Clock::now() >= at_; }
   Clock::time_point at() const { return at_; }
