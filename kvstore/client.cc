@@ -304,6 +304,62 @@ OriginalsSpan StoreClient::adopt(const ReserveRequest& request, uint32_t older_t
                  std::span(reply.payload).subspan(sizeof head), head.fence, true);
 }
 
+std::vector<ListedReservation> StoreClient::list() {
+  const Arena& arena = state_->arena;
+  std::vector<ListedReservation> all;
+  ListRequest request;
+  for (;;) {
+    const auto reply = state_->channel.request(ControlOp::List, payload_of(request));
+    std::span<const std::byte> rest = reply.payload;
+    const auto take = [&](void* out, size_t n) {
+      CERTKV_EXPECT(rest.size() >= n, CommError, "the store's list ends in the middle of an entry");
+      std::memcpy(out, rest.data(), n);
+      rest = rest.subspan(n);
+    };
+    CERTKV_EXPECT(reply.status == ControlStatus::Ok, CommError, "the store lists nothing: {}",
+                  reply.text());
+    ListReply head;
+    take(&head, sizeof head);
+    for (uint32_t i = 0; i < head.count; ++i) {
+      ListEntry e;
+      take(&e, sizeof e);
+      const AllocateRequest& r = e.ranges;
+      const std::string defect = allocation_defect(r);
+      CERTKV_EXPECT(defect.empty() && e.version > request.after && e.orphan <= 1, CommError,
+                    "the store lists reservation {} after {}: {}", e.version, request.after,
+                    defect);
+      request.after = e.version;
+      ListedReservation& listed = all.emplace_back();
+      listed.request = {r.owner,         shape_of(r), r.first_layer, r.layers,
+                        r.first_kv_head, r.kv_heads,  r.first_block, r.blocks};
+      listed.version = e.version;
+      listed.fence = e.fence;
+      listed.orphan = e.orphan != 0;
+      CERTKV_EXPECT(rest.size() / sizeof(uint64_t) >= listed.request.runs(), CommError,
+                    "the store's list ends in the middle of an entry");
+      for (uint64_t run = 0; run < listed.request.runs(); ++run) {
+        uint64_t offset = 0;
+        take(&offset, sizeof offset);
+        listed.runs.push_back(arena.at(offset, run_bytes(r)));
+      }
+    }
+    CERTKV_EXPECT(rest.empty() && head.more <= (head.count > 0 ? 1u : 0u), CommError,
+                  "the store's list has the wrong form");
+    if (head.more == 0) return all;
+  }
+}
+
+std::string StoreClient::peers() {
+  return state_->channel.request(ControlOp::Peers, {}).text();
+}
+
+void StoreClient::report(const std::string& text) {
+  CERTKV_EXPECT(text.size() <= kMaxRequestPayload, InvalidArgument,
+                "a report of {} bytes on peers: at most {} are kept", text.size(),
+                kMaxRequestPayload);
+  state_->channel.request(ControlOp::Report, text_payload(text));
+}
+
 StoreCapacity StoreClient::capacity() {
   const auto reply = state_->channel.request(ControlOp::Capacity, {});
   CapacityReply c;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "kernels/base/deadline.h"
 #include "kvstore/block.h"
@@ -44,6 +45,15 @@ struct StoreCapacity {
 uint64_t reservation_bytes(const ReserveRequest& request);
 
 OwnerId private_owner();  // random, never nobody
+
+// A reservation as its node's store lists it. The offsets were checked against the arena.
+struct ListedReservation {
+  ReserveRequest request;
+  uint32_t version = 0;
+  uint64_t fence = 0;            // session that made it: what its blocks' headers carry
+  bool orphan = false;           // nobody holds it: it may be gone the next moment
+  std::vector<std::byte*> runs;  // [layers, kv_heads], first slot of each, in this mapping
+};
 
 class StoreClient;
 struct StoreClientState;
@@ -128,6 +138,15 @@ class StoreClient {
   // writes. What an orphan lacks is reserved anew, elsewhere, as another version.
   // Throws InvalidArgument (shape, range, private owner), StoreLost, DeadlineExceeded.
   OriginalsSpan adopt(const ReserveRequest& request, uint32_t older_than = 0);
+
+  // All reservations of the store, of every session, those made while it is asked for perhaps.
+  // Throws StoreLost, DeadlineExceeded, CommError (an answer of the wrong form).
+  std::vector<ListedReservation> list();
+
+  // What the node's server last reported of the other nodes (JSON, at most 4096 bytes); empty where
+  // nothing was. report() is the server's: it replaces the text.
+  std::string peers();
+  void report(const std::string& text);
 
   StoreCapacity capacity();
   std::string status_json();  // the store's own account of itself

@@ -18,7 +18,7 @@ namespace certkv {
 
 inline constexpr uint32_t kFrameMagic = 0x43564b43;  // "CKVC"
 inline constexpr size_t kFrameHeaderBytes = 40;
-inline constexpr size_t kMaxRequestPayload = 256;
+inline constexpr size_t kMaxRequestPayload = 4096;
 inline constexpr size_t kMaxReplyPayload = 256 * 1024;
 inline constexpr uint64_t kMaxRuns = 16384;  // of one reservation
 inline constexpr uint64_t kMaxRunBlocks = uint64_t(1) << 24;
@@ -31,7 +31,10 @@ enum class ControlOp : uint16_t {
   Status = 5,
   Heartbeat = 6,
   Detach = 7,
+  List = 8,
   Adopt = 9,
+  Peers = 10,
+  Report = 11,
 };
 inline constexpr uint16_t kReplyBit = 0x8000;  // set in `op` of a reply
 
@@ -97,6 +100,21 @@ struct AdoptReply {
   AllocateReply part;
   uint64_t fence = 0;  // session that reserved and writes it
 };
+struct ListRequest {  // reservations whose version is above `after`, in the order of versions
+  uint32_t after = 0;
+  uint32_t reserved = 0;
+};
+// Followed by `count` entries, each by the offsets (8 bytes each) of its runs.
+struct ListReply {
+  uint32_t count = 0;
+  uint32_t more = 0;  // 1: there are more; ask again after the last version
+};
+struct ListEntry {
+  AllocateRequest ranges;  // as reserved
+  uint64_t fence = 0;      // session that reserved and writes it
+  uint32_t version = 0;
+  uint32_t orphan = 0;  // 1: nobody holds it
+};
 struct CapacityReply {
   uint64_t total_bytes = 0, free_bytes = 0, largest_bytes = 0;
 };
@@ -109,6 +127,10 @@ static_assert(offsetof(AllocateRequest, dtype) == 40 && offsetof(AllocateRequest
 static_assert(sizeof(AllocateReply) == 16 && offsetof(AllocateReply, run_bytes) == 8);
 static_assert(sizeof(AdoptRequest) == 56 && offsetof(AdoptRequest, older_than) == 48);
 static_assert(sizeof(AdoptReply) == 24 && offsetof(AdoptReply, fence) == 16);
+static_assert(sizeof(ListRequest) == 8 && sizeof(ListReply) == 8 && sizeof(ListEntry) == 64);
+static_assert(offsetof(ListEntry, fence) == 48 && offsetof(ListEntry, version) == 56);
+// Whatever the largest reservation, a page has room for it.
+static_assert(sizeof(ListReply) + sizeof(ListEntry) + kMaxRuns * 8 <= kMaxReplyPayload);
 static_assert(sizeof(ReleaseRequest) == 8 && sizeof(CapacityReply) == 24);
 static_assert(sizeof(HeartbeatFrame) == 8);
 

@@ -203,6 +203,13 @@ bool ExtentTable::scrub(uint64_t bytes) {
   return !dirty_.empty();
 }
 
+void ExtentTable::list(uint32_t after, const std::function<bool(const Listed&)>& visit) const {
+  for (auto it = held_.upper_bound(after); it != held_.end(); ++it) {
+    const Held& h = it->second;
+    if (!visit({it->first, h.fence, h.orphan(), h.request, h.offsets})) return;
+  }
+}
+
 uint64_t ExtentTable::largest_bytes() const {
   uint64_t largest = 0;
   for (const auto& [offset, bytes] : clean_) largest = std::max(largest, bytes);

@@ -68,6 +68,16 @@ class ExtentTable {
   // Zeroes up to `bytes` of dirty space; true while some is left.
   bool scrub(uint64_t bytes);
 
+  // What is held, by version, from the first above `after` on, until `visit` gives false.
+  struct Listed {
+    uint32_t version = 0;
+    uint64_t fence = 0;
+    bool orphan = false;
+    const AllocateRequest& request;
+    const std::vector<uint64_t>& offsets;  // of its runs
+  };
+  void list(uint32_t after, const std::function<bool(const Listed&)>& visit) const;
+
   uint64_t total_bytes() const { return total_; }
   uint64_t free_bytes() const { return free_bytes_; }  // dirty included
   uint64_t largest_bytes() const;                      // contiguous; dirty space counted apart

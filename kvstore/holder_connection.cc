@@ -57,6 +57,14 @@ void HolderConnection::handle() {
       return handle_allocate(payload);
     case ControlOp::Adopt:
       return handle_adopt(payload);
+    case ControlOp::List:
+      return handle_list(payload);
+    case ControlOp::Peers:
+      if (!payload.empty()) break;
+      return reply(ControlStatus::Ok, holder_.peers);
+    case ControlOp::Report:
+      holder_.peers.assign(payload.begin(), payload.end());
+      return reply(ControlStatus::Ok, {});
     case ControlOp::Release:
       return handle_release(payload);
     case ControlOp::Heartbeat:
@@ -132,6 +140,29 @@ void HolderConnection::handle_adopt(std::span<const std::byte> payload) {
   std::vector<std::byte> answer(sizeof head + got->offsets.size() * sizeof(uint64_t));
   std::memcpy(answer.data(), &head, sizeof head);
   std::memcpy(answer.data() + sizeof head, got->offsets.data(), answer.size() - sizeof head);
+  reply(ControlStatus::Ok, answer);
+}
+
+void HolderConnection::handle_list(std::span<const std::byte> payload) {
+  ListRequest request;
+  if (!parse_payload(payload, request) || request.reserved != 0) return reject("list");
+  ListReply head;
+  std::vector<std::byte> answer(sizeof head);
+  const auto append = [&](const void* bytes, size_t n) {
+    const auto* b = static_cast<const std::byte*>(bytes);
+    answer.insert(answer.end(), b, b + n);
+  };
+  holder_.extents.list(request.after, [&](const ExtentTable::Listed& r) {
+    const size_t need = sizeof(ListEntry) + r.offsets.size() * sizeof(uint64_t);
+    head.more = answer.size() + need > kMaxReplyPayload;
+    if (head.more != 0) return false;
+    const ListEntry entry{r.request, r.fence, r.version, r.orphan ? 1u : 0u};
+    append(&entry, sizeof entry);
+    append(r.offsets.data(), r.offsets.size() * sizeof(uint64_t));
+    ++head.count;
+    return true;
+  });
+  std::memcpy(answer.data(), &head, sizeof head);
   reply(ControlStatus::Ok, answer);
 }
 

@@ -63,6 +63,7 @@ struct HolderState {
   size_t attached = 0;
   uint64_t next_session = 1;
   uint64_t refused = 0, malformed = 0, dead_ranks = 0;
+  std::vector<std::byte> peers;  // what was last reported: the holder keeps it and does not read it
   bool scrubbing = false, ended = false;
   std::string why;
   std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
@@ -148,6 +149,7 @@ class HolderConnection : public std::enable_shared_from_this<HolderConnection> {
   void handle_attach(std::span<const std::byte> payload);
   void handle_allocate(std::span<const std::byte> payload);
   void handle_adopt(std::span<const std::byte> payload);
+  void handle_list(std::span<const std::byte> payload);
   void handle_release(std::span<const std::byte> payload);
   void handle_heartbeat(std::span<const std::byte> payload);
 

@@ -106,6 +106,18 @@ TEST(Format, AnAllocateRequestIsTheseBytes) {
   EXPECT_EQ(raw(r), expected.get());
 }
 
+TEST(Format, AListEntryIsTheseBytes) {
+  const ListEntry e{{{1, 2}, 3, 4, 5, 6, 7, 8, uint16_t(DType::F16), 16, 128, 0}, 9, 10, 1};
+  Bytes expected;
+  expected.put(1, 8).put(2, 8);
+  for (const uint64_t x : {3, 4, 5, 6, 7, 8}) expected.put(x, 4);
+  for (const uint64_t x : {1, 16, 128, 0}) expected.put(x, 2);
+  expected.put(9, 8).put(10, 4).put(1, 4);
+  EXPECT_EQ(raw(e), expected.get());
+  EXPECT_EQ(raw(ListRequest{7, 0}), Bytes().put(7, 4).put(0, 4).get());
+  EXPECT_EQ(raw(ListReply{2, 1}), Bytes().put(2, 4).put(1, 4).get());
+}
+
 TEST(Format, SlotsAreAlignedForEveryShape) {
   for (const int tokens : {1, 3, 16, 32, 255, 256}) {
     for (const int dim : {1, 64, 96, 128, 256, 1024}) {
