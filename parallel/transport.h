@@ -123,6 +123,7 @@ class TransportReply {
   std::span<std::byte> reserve(size_t bytes);
   void shrink(size_t bytes);  // REQUIRES bytes <= what was reserved
   size_t limit() const { return limit_; }
+  std::span<const std::byte> body() const { return window_.bytes().first(bytes_); }
 
  private:
   friend class HandlerPool;
