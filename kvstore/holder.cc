@@ -133,6 +133,7 @@ void HolderState::end(const std::string& reason) {
   signals.cancel(ignored);
   life_timer.cancel();
   turn_timer.cancel();
+  if (server != nullptr) server->stop();
   const auto open = connections;  // close() erases
   for (const auto& [key, connection] : open) connection->close("the store ends");
   io.stop();
@@ -157,11 +158,12 @@ std::string HolderState::status() const {
       "\"arena_bytes\":{},\"total_bytes\":{},\"free_bytes\":{},\"dirty_bytes\":{},"
       "\"largest_bytes\":{},\"reservations\":{},\"orphans\":{},\"connections\":{},"
       "\"connections_refused\":{},\"frames_malformed\":{},\"dead_ranks\":{},\"progress\":{},"
+      "\"server\":{},"
       "\"sessions\":[",
       getpid(), boot_nonce, std::chrono::duration<double>(up).count(), arena.bytes(),
       extents.total_bytes(), extents.free_bytes(), extents.dirty_bytes(), extents.largest_bytes(),
       extents.reservations(), extents.orphans(), connections.size(), refused, malformed, dead_ranks,
-      arena.progress());
+      arena.progress(), server == nullptr ? "null" : server->describe());
   bool first = true;
   for (const auto& [key, connection] : connections) {
     if (!connection->attached()) continue;
@@ -175,6 +177,10 @@ Holder::Holder(Arena arena, uint64_t boot_nonce, const HolderOptions& options)
     : state_(std::make_unique<HolderState>(std::move(arena), boot_nonce, options)) {
   state_->extents.set_grace(std::max(options.linger, std::chrono::milliseconds(0)));
   state_->bind();
+  if (options.server.command.empty()) return;
+  ServerChildOptions child = options.server;
+  child.command.insert(child.command.end(), {"--holder", socket()});
+  state_->server = std::make_unique<ServerChild>(state_->io, std::move(child), [] {});
 }
 
 Holder::~Holder() {
@@ -191,6 +197,7 @@ std::string Holder::run() {
   if (s.options.handle_signals) s.watch_signals();
   s.accept();
   s.turn();
+  if (s.server != nullptr) s.server->start();
   s.end_after(s.options.attach_within, "no rank attached in time");
   s.io.run();
   return s.why;

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "kvstore/arena.h"
+#include "kvstore/server_child.h"
 
 namespace certkv {
 
@@ -24,6 +25,9 @@ struct HolderOptions {
   bool handle_signals = false;  // SIGTERM and SIGINT end run()
   bool quiet_at_end = false;    // let go of standard error when the last rank is gone, so that a
                                 // launcher that waits for its end does not wait out the linger time
+  // The process that talks to other nodes; "--holder" and the socket's name are appended. None
+  // unless its command is given.
+  ServerChildOptions server;
 };
 
 struct HolderState;

@@ -95,8 +95,11 @@ void HolderConnection::handle_attach(std::span<const std::byte> payload) {
   }
   rank_ = request.rank;
   session_ = holder_.next_session++;
-  ++holder_.attached;
-  holder_.life_timer.cancel();
+  is_server_ = holder_.server != nullptr && peer_.pid == holder_.server->pid();
+  if (!is_server_) {
+    ++holder_.attached;
+    holder_.life_timer.cancel();
+  }
   const AttachReply answer{holder_.boot_nonce, session_, holder_.arena.bytes(), uint64_t(getpid())};
   out_ = make_frame(uint16_t(header_.op | kReplyBit), ControlStatus::Ok, header_.sequence, session_,
                     payload_of(answer));
@@ -195,9 +198,10 @@ void HolderConnection::close(const std::string& why) {
     if (!holder_.ended) log_warning("connection of pid {} dropped: {}", peer_.pid, why);
     return;
   }
+  if (!detached_) holder_.extents.orphan_session(session_, ExtentTable::Clock::now());
+  if (is_server_) return;  // the holder says its end
   --holder_.attached;
   if (!detached_) {
-    holder_.extents.orphan_session(session_, ExtentTable::Clock::now());
     ++holder_.dead_ranks;
     if (!holder_.ended) {
       log_error("rank {} (pid {}) is lost: its connection ended without a farewell ({})", rank_,

@@ -59,6 +59,7 @@ struct HolderState {
   boost::asio::signal_set signals;
   boost::asio::steady_timer life_timer;  // ends the store when nobody needs it
   boost::asio::steady_timer turn_timer;
+  std::unique_ptr<ServerChild> server;
   std::map<HolderConnection*, std::shared_ptr<HolderConnection>> connections;
   size_t attached = 0;
   uint64_t next_session = 1;
@@ -164,6 +165,7 @@ class HolderConnection : public std::enable_shared_from_this<HolderConnection> {
   uint64_t session_ = 0;
   uint64_t progress_ = 0;
   uint32_t rank_ = 0;
+  bool is_server_ = false;  // the holder's own child: keeps nobody's job alive
   bool closed_ = false, detached_ = false;
 };
 

@@ -167,6 +167,10 @@ std::vector<std::string> store_arguments(const StoreProcessOptions& o) {
                              "--linger-ms",        std::to_string(o.linger.count()),
                              "--attach-within-ms", std::to_string(o.attach_within.count()),
                              "--max-connections",  std::to_string(o.max_connections)};
+  if (!o.listen.empty()) a.insert(a.end(), {"--listen", o.listen, "--require", o.require});
+  if (!o.peers.empty()) a.insert(a.end(), {"--peers", o.peers});
+  if (!o.key_file.empty()) a.insert(a.end(), {"--key-file", o.key_file});
+  if (o.key_fd >= 0) a.insert(a.end(), {"--key-fd", std::to_string(o.key_fd)});
   if (!o.socket.empty()) a.insert(a.end(), {"--socket", o.socket});
   if (o.ready_fd >= 0) a.insert(a.end(), {"--ready-fd", std::to_string(o.ready_fd)});
   return a;
@@ -190,18 +194,47 @@ StoreProcessOptions parse_store_arguments(const std::vector<std::string>& argume
       o.attach_within = milliseconds(std::clamp<int64_t>(to_number(key, value), -1, 1 << 30));
     } else if (key == "--max-connections") {
       o.max_connections = size_t(std::clamp<int64_t>(to_number(key, value), 1, 65536));
+    } else if (key == "--listen") {
+      o.listen = value;
+    } else if (key == "--require") {
+      o.require = value;
+    } else if (key == "--peers") {
+      o.peers = value;
+    } else if (key == "--key-file") {
+      o.key_file = value;
+    } else if (key == "--key-fd") {
+      o.key_fd = int(std::clamp<int64_t>(to_number(key, value), -1, 1 << 20));
     } else if (key == "--ready-fd") {
       o.ready_fd = int(std::clamp<int64_t>(to_number(key, value), -1, 1 << 20));
     } else {
       CERTKV_THROW(InvalidArgument,
                    "store: unknown argument {}; known are --socket, --arena-bytes, --linger-ms, "
-                   "--attach-within-ms, --max-connections, --ready-fd",
+                   "--attach-within-ms, --max-connections, --ready-fd, --listen, --require, "
+                   "--peers, --key-file, --key-fd",
                    key);
     }
   }
   CERTKV_EXPECT(o.arena_bytes > 0, InvalidArgument, "store: --arena-bytes is needed");
   return o;
 }
+
+namespace {
+
+// The child that serves other nodes, where one is wanted.
+ServerChildOptions server_child(const StoreProcessOptions& o) {
+  ServerChildOptions child;
+  if (o.listen.empty()) return child;
+  child.key = o.key_fd >= 0         ? JobKey::from_fd(o.key_fd)
+              : !o.key_file.empty() ? JobKey::from_file(o.key_file)
+                                    : JobKey::generate();
+  child.command = {
+      o.executable, "store-server", "--listen", o.listen,
+      "--require",  o.require,      "--key-fd", std::to_string(ServerChildOptions::kKeyFd)};
+  if (!o.peers.empty()) child.command.insert(child.command.end(), {"--peers", o.peers});
+  return child;
+}
+
+}  // namespace
 
 SpawnedStore spawn_store(const StoreProcessOptions& options, milliseconds silence) {
   int ends[2];
@@ -254,6 +287,7 @@ int run_store(const StoreProcessOptions& options) {
     holder_options.max_connections = options.max_connections;
     holder_options.handle_signals = true;
     holder_options.quiet_at_end = ready.valid();
+    holder_options.server = server_child(options);
     Holder holder(
         Arena::create(options.arena_bytes, boot_nonce,
                       [&](uint64_t bytes) { tell(ready.get(), fmt::format("memory {}", bytes)); }),

@@ -20,6 +20,12 @@ struct StoreProcessOptions {
   std::chrono::milliseconds linger{2000};          // < 0: for ever
   std::chrono::milliseconds attach_within{10000};  // < 0: for ever
   size_t max_connections = 256;
+  // The server for other nodes: none unless an address to listen at is given.
+  std::string listen;            // "host:port"
+  std::string require = "auto";  // network: auto, tcp, shm, rdma
+  std::string peers;             // "host:port,host:port": stores that get copies
+  std::string key_file;          // the job's key; empty and no key_fd: a key of this store alone
+  int key_fd = -1;
   int ready_fd = -1;  // a pipe to whoever started it; -1: prints its socket to standard output
   std::string executable = "/proc/self/exe";  // of spawn_store; an absolute path
 };
@@ -37,7 +43,8 @@ SpawnedStore spawn_store(const StoreProcessOptions& options, std::chrono::millis
 
 // The body of `certkv store`: makes the arena, serves until it ends itself, SIGTERM or SIGINT.
 // Returns the exit code: 0; 2 for bad arguments and for an arena that memory has no room for; 1 for
-// anything else. Logs its errors. REQUIRES to be called from the main thread of a process of its own.
+// anything else. Logs its errors. REQUIRES to be called from the main thread of a process of its
+// own.
 int run_store(const StoreProcessOptions& options);
 
 // The command line after `store`, and back. parse throws InvalidArgument.

@@ -18,6 +18,8 @@ constexpr Command kCommands[] = {
     {"make-model", "write a demo model whose answers are known", make_model_command},
     {"run", "answer a batch of requests, on all ranks of mpirun or in this process", run_command},
     {"store", "serve a node's originals to its ranks (a job starts it by itself)", store_command},
+    {"store-server", "serve a store's originals to other nodes (the store starts it by itself)",
+     store_server_command},
     {"verify", "check an audit's certificates against the originals, in float64", verify_command},
 };
 
@@ -27,7 +29,7 @@ std::string short_help() {
       "attention output\n\n"
       "usage: certkv COMMAND [--key value ...]\n\n";
   for (const Command& command : commands()) {
-    text += fmt::format("  {:<11} {}\n", command.name, command.summary);
+    text += fmt::format("  {:<12} {}\n", command.name, command.summary);
   }
   return text + "\ncertkv COMMAND --help lists the keys of a command; certkv --version.\n";
 }

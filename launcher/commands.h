@@ -53,6 +53,7 @@ int doctor_command(Args& args);
 int make_model_command(Args& args);
 int run_command(Args& args);
 int store_command(Args& args);
+int store_server_command(Args& args);
 int verify_command(Args& args);
 
 }  // namespace certkv

@@ -20,6 +20,8 @@ struct StoreKeys {
   int64_t attach_within_ms = StoreProcessOptions().attach_within.count();
   int64_t max_connections = int64_t(StoreProcessOptions().max_connections);
   int ready_fd = -1;
+  std::string listen, require = StoreProcessOptions().require, peers, key_file;
+  int key_fd = -1;
 };
 
 void add_keys(OptionTable& table, StoreKeys& o) {
@@ -50,6 +52,23 @@ void add_keys(OptionTable& table, StoreKeys& o) {
              .cost = "file descriptors",
              .min = 1,
              .max = 65536});
+  table.add("listen", &o.listen,
+            {.meaning = "serves other nodes at this address, host:port; empty: no network at all"});
+  table.add("require", &o.require,
+            {.meaning = "the network must be this: auto takes what there is, tcp, shm (one node), "
+                        "rdma"});
+  table.add("peers", &o.peers,
+            {.meaning = "stores of other nodes that get copies of what is sealed, host:port with "
+                        "commas between"});
+  table.add("key_file", &o.key_file,
+            {.meaning = "file (mode 0600) with the key that all processes of a job share, 64 "
+                        "hexadecimal digits; without it and key_fd a random one"});
+  table.add("key_fd", &o.key_fd,
+            {.meaning = "an inherited descriptor to read that key from; -1: none",
+             .unit = "number",
+             .cost = "nothing",
+             .min = -1,
+             .max = 1 << 20});
   table.add("ready_fd", &o.ready_fd,
             {.meaning = "a file descriptor to tell when it can be attached to, instead of standard "
                         "output; -1: none",
@@ -82,6 +101,11 @@ int store_command(Args& args) {
   options.attach_within = std::chrono::milliseconds(keys.attach_within_ms);
   options.max_connections = size_t(keys.max_connections);
   options.ready_fd = keys.ready_fd;
+  options.listen = keys.listen;
+  options.require = keys.require;
+  options.peers = keys.peers;
+  options.key_file = keys.key_file;
+  options.key_fd = keys.key_fd;
   return run_store(options);
 }
 

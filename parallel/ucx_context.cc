@@ -77,7 +77,15 @@ std::string ucx_transports(const std::string& require, const char* user) {
 
 UcxContext make_ucx_context(const std::string& require) {
   static std::once_flag once;
-  std::call_once(once, [] { ucs_log_push_handler(log_from_ucx); });
+  std::call_once(once, [] {
+    ucs_log_push_handler(log_from_ucx);
+    // What UCX reads from the environment alone. What the user has set stays.
+    // Without this one shared memory refuses endpoints that are told of errors.
+    setenv("UCX_POSIX_ERROR_HANDLING", "y", 0);
+    // A server that was killed comes back to its port at once; two at one port remain impossible.
+    setenv("UCX_TCP_CM_REUSEADDR", "y", 0);
+    setenv("UCX_RDMA_CM_REUSEADDR", "y", 0);
+  });
 
   ucp_config_t* read = nullptr;
   ucs_status_t status = ucp_config_read(nullptr, nullptr, &read);
@@ -91,8 +99,6 @@ UcxContext make_ucx_context(const std::string& require) {
                   ucp_get_version_string(), key, value, ucx_text(s));
   };
   set("TLS", ucx_transports(require, std::getenv("UCX_TLS")));
-  // Without it shared memory refuses endpoints that are told of errors.
-  set("POSIX_ERROR_HANDLING", "y");
 
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
