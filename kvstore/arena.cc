@@ -239,6 +239,21 @@ void Arena::stamp_progress() {
       .fetch_add(1, std::memory_order_relaxed);
 }
 
+void Arena::set_replication(Replication r) {
+  auto& header = *reinterpret_cast<ArenaHeader*>(base_);
+  std::atomic_ref<uint64_t>(header.replication_lag).store(r.lag_bytes, std::memory_order_relaxed);
+  std::atomic_ref<uint64_t>(header.replication_limit)
+      .store(r.limit_bytes, std::memory_order_relaxed);
+}
+
+Arena::Replication Arena::replication() const {
+  auto& header = *reinterpret_cast<ArenaHeader*>(base_);
+  return {
+      std::atomic_ref<uint64_t>(header.replication_lag).load(std::memory_order_relaxed),
+      std::atomic_ref<uint64_t>(header.replication_limit).load(std::memory_order_relaxed),
+  };
+}
+
 uint64_t Arena::progress() const {
   return std::atomic_ref<uint64_t>(reinterpret_cast<ArenaHeader*>(base_)->progress)
       .load(std::memory_order_relaxed);

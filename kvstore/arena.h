@@ -50,6 +50,13 @@ class Arena {
   void stamp_progress();  // store only
   uint64_t progress() const;
 
+  // Of ArenaHeader. THREADS: safe.
+  struct Replication {
+    uint64_t lag_bytes = 0, limit_bytes = 0;
+  };
+  void set_replication(Replication r);
+  Replication replication() const;
+
  private:
   Arena(int fd, std::byte* base, uint64_t bytes) : fd_(fd), base_(base), bytes_(bytes) {}
   void drop() noexcept;

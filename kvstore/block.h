@@ -119,11 +119,16 @@ struct ArenaHeader {
   uint64_t reserved = 0;
   uint64_t checksum = 0;
   uint64_t progress = 0;
-  uint64_t reserved1[7] = {};
+  // Written by the node's server, outside the checksum as well; 0 while none runs.
+  uint64_t replication_lag = 0;    // bytes that are sealed here and not yet copied as asked
+  uint64_t replication_limit = 0;  // who seals waits while the lag is above it; 0: nobody waits
+  uint64_t reserved1[5] = {};
 };
 static_assert(sizeof(ArenaHeader) == 128 && std::is_trivially_copyable_v<ArenaHeader>);
 static_assert(offsetof(ArenaHeader, uid) == 12 && offsetof(ArenaHeader, boot_nonce) == 16);
 static_assert(offsetof(ArenaHeader, arena_bytes) == 24 && offsetof(ArenaHeader, checksum) == 56);
 static_assert(offsetof(ArenaHeader, progress) == 64);
+static_assert(offsetof(ArenaHeader, replication_lag) == 72);
+static_assert(offsetof(ArenaHeader, replication_limit) == 80);
 
 }  // namespace certkv

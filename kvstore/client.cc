@@ -5,6 +5,7 @@
 #include <limits>
 #include <mutex>
 #include <shared_mutex>
+#include <thread>
 #include <utility>
 
 #include "kernels/base/error.h"
@@ -20,7 +21,8 @@ namespace certkv {
 // Mapping and directory outlive the client for as long as a span or a reader needs them.
 struct StoreClientState {
   StoreClientState(const StoreClientOptions& o, Deadline deadline)
-      : channel(o.socket, o.rank, o.deadline, o.heartbeat, deadline),
+      : patience(o.deadline),
+        channel(o.socket, o.rank, o.deadline, o.heartbeat, deadline),
         arena(Arena::map(channel.take_arena_fd(), channel.attached().arena_bytes,
                          channel.attached().boot_nonce)) {}
 
@@ -31,6 +33,24 @@ struct StoreClientState {
                   channel.lost_reason());
   }
 
+  // Holds up who seals faster than the node's server copies.
+  void wait_for_copies() const {
+    Arena::Replication r = arena.replication();
+    if (r.lag_bytes <= r.limit_bytes || r.limit_bytes == 0) return;
+    const Deadline deadline = Deadline::after(patience);
+    while (r.limit_bytes != 0 && r.lag_bytes > r.limit_bytes) {
+      throw_if_lost();
+      CERTKV_EXPECT(
+          !deadline.passed(), DeadlineExceeded,
+          "copies of the originals on other nodes lag by {} bytes, and the limit of {} was "
+          "not met again within {} ms: the peers or the network are too slow, or are gone",
+          r.lag_bytes, r.limit_bytes, patience.count());
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      r = arena.replication();
+    }
+  }
+
+  const std::chrono::milliseconds patience;
   ClientChannel channel;
   Arena arena;
   SpanDirectory directory;
@@ -116,6 +136,7 @@ void OriginalsSpan::seal_block(uint32_t layer, uint32_t kv_head, uint32_t block,
                                const uint16_t* v, uint16_t tokens) {
   const BlockShape& shape = request().shape;
   state_->expect_tokens(tokens);
+  state_->client->wait_for_copies();
   const std::shared_lock lock(state_->client->directory.mutex());  // detaching waits for us
   std::byte* slot = state_->unsealed_slot(layer, kv_head, block);
   const size_t bytes = shape.payload_bytes(), used = size_t(tokens) * shape.head_dim * 2;
@@ -141,6 +162,7 @@ void OriginalsSpan::seal_in_place(uint32_t layer, uint32_t kv_head, uint32_t blo
                                   uint16_t tokens) {
   const BlockShape& shape = request().shape;
   state_->expect_tokens(tokens);
+  state_->client->wait_for_copies();
   const std::shared_lock lock(state_->client->directory.mutex());  // detaching waits for us
   std::byte* slot = state_->unsealed_slot(layer, kv_head, block);
   const size_t bytes = shape.payload_bytes(), used = size_t(tokens) * shape.head_dim * 2;
@@ -347,6 +369,15 @@ std::vector<ListedReservation> StoreClient::list() {
                   "the store's list has the wrong form");
     if (head.more == 0) return all;
   }
+}
+
+StoreClient::ReplicationLag StoreClient::replication() const {
+  const Arena::Replication r = state_->arena.replication();
+  return {r.lag_bytes, r.limit_bytes};
+}
+
+void StoreClient::set_replication(ReplicationLag lag) {
+  state_->arena.set_replication({lag.lag_bytes, lag.limit_bytes});
 }
 
 std::string StoreClient::peers() {

@@ -74,7 +74,9 @@ class OriginalsSpan {
 
   // Copies rows [tokens, head_dim] of k and v into the block, zeroes the rest, writes digests and
   // header, publishes. Throws InvalidArgument when the block lies outside, is sealed already or the
-  // token count is not in 1 .. block_tokens; StoreLost when the store is known to be gone.
+  // token count is not in 1 .. block_tokens; StoreLost when the store is known to be gone. While
+  // the copies on other nodes lag by more than the server's limit it waits for them, and throws
+  // DeadlineExceeded where that takes longer than StoreClientOptions::deadline.
   void seal_block(uint32_t layer, uint32_t kv_head, uint32_t block, const uint16_t* k,
                   const uint16_t* v, uint16_t tokens);
   void seal_block(uint32_t layer, uint32_t kv_head, uint32_t block, const uint16_t* k,
@@ -142,6 +144,14 @@ class StoreClient {
   // All reservations of the store, of every session, those made while it is asked for perhaps.
   // Throws StoreLost, DeadlineExceeded, CommError (an answer of the wrong form).
   std::vector<ListedReservation> list();
+
+  // How far the copies on other nodes are behind, and from where on sealing waits for them. Written
+  // by the node's server, into the arena's header.
+  struct ReplicationLag {
+    uint64_t lag_bytes = 0, limit_bytes = 0;
+  };
+  ReplicationLag replication() const;
+  void set_replication(ReplicationLag lag);
 
   // What the node's server last reported of the other nodes (JSON, at most 4096 bytes); empty where
   // nothing was. report() is the server's: it replaces the text.

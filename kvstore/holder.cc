@@ -180,7 +180,9 @@ Holder::Holder(Arena arena, uint64_t boot_nonce, const HolderOptions& options)
   if (options.server.command.empty()) return;
   ServerChildOptions child = options.server;
   child.command.insert(child.command.end(), {"--holder", socket()});
-  state_->server = std::make_unique<ServerChild>(state_->io, std::move(child), [] {});
+  state_->server = std::make_unique<ServerChild>(state_->io, std::move(child), [s = state_.get()] {
+    s->arena.set_replication({});  // nobody waits for a server that is gone
+  });
 }
 
 Holder::~Holder() {

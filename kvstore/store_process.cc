@@ -169,6 +169,7 @@ std::vector<std::string> store_arguments(const StoreProcessOptions& o) {
                              "--max-connections",  std::to_string(o.max_connections)};
   if (!o.listen.empty()) a.insert(a.end(), {"--listen", o.listen, "--require", o.require});
   if (!o.peers.empty()) a.insert(a.end(), {"--peers", o.peers});
+  if (o.replicas != 1) a.insert(a.end(), {"--replicas", std::to_string(o.replicas)});
   if (!o.key_file.empty()) a.insert(a.end(), {"--key-file", o.key_file});
   if (o.key_fd >= 0) a.insert(a.end(), {"--key-fd", std::to_string(o.key_fd)});
   if (!o.socket.empty()) a.insert(a.end(), {"--socket", o.socket});
@@ -200,6 +201,8 @@ StoreProcessOptions parse_store_arguments(const std::vector<std::string>& argume
       o.require = value;
     } else if (key == "--peers") {
       o.peers = value;
+    } else if (key == "--replicas") {
+      o.replicas = int(std::clamp<int64_t>(to_number(key, value), 1, 3));
     } else if (key == "--key-file") {
       o.key_file = value;
     } else if (key == "--key-fd") {
@@ -210,7 +213,7 @@ StoreProcessOptions parse_store_arguments(const std::vector<std::string>& argume
       CERTKV_THROW(InvalidArgument,
                    "store: unknown argument {}; known are --socket, --arena-bytes, --linger-ms, "
                    "--attach-within-ms, --max-connections, --ready-fd, --listen, --require, "
-                   "--peers, --key-file, --key-fd",
+                   "--peers, --replicas, --key-file, --key-fd",
                    key);
     }
   }
@@ -231,6 +234,7 @@ ServerChildOptions server_child(const StoreProcessOptions& o) {
       o.executable, "store-server", "--listen", o.listen,
       "--require",  o.require,      "--key-fd", std::to_string(ServerChildOptions::kKeyFd)};
   if (!o.peers.empty()) child.command.insert(child.command.end(), {"--peers", o.peers});
+  child.command.insert(child.command.end(), {"--replicas", std::to_string(o.replicas)});
   return child;
 }
 

@@ -24,6 +24,7 @@ struct StoreProcessOptions {
   std::string listen;            // "host:port"
   std::string require = "auto";  // network: auto, tcp, shm, rdma
   std::string peers;             // "host:port,host:port": stores that get copies
+  int replicas = 1;              // copies in all, this node's included
   std::string key_file;          // the job's key; empty and no key_fd: a key of this store alone
   int key_fd = -1;
   int ready_fd = -1;  // a pipe to whoever started it; -1: prints its socket to standard output

@@ -22,6 +22,7 @@ struct StoreKeys {
   int ready_fd = -1;
   std::string listen, require = StoreProcessOptions().require, peers, key_file;
   int key_fd = -1;
+  int64_t replicas = StoreProcessOptions().replicas;
 };
 
 void add_keys(OptionTable& table, StoreKeys& o) {
@@ -60,6 +61,13 @@ void add_keys(OptionTable& table, StoreKeys& o) {
   table.add("peers", &o.peers,
             {.meaning = "stores of other nodes that get copies of what is sealed, host:port with "
                         "commas between"});
+  table.add(
+      "replicas", &o.replicas,
+      {.meaning = "copies of every sealed block, this node's included; the others go to peers",
+       .unit = "copies",
+       .cost = "host memory and network of the peers",
+       .min = 1,
+       .max = 3});
   table.add("key_file", &o.key_file,
             {.meaning = "file (mode 0600) with the key that all processes of a job share, 64 "
                         "hexadecimal digits; without it and key_fd a random one"});
@@ -106,6 +114,7 @@ int store_command(Args& args) {
   options.peers = keys.peers;
   options.key_file = keys.key_file;
   options.key_fd = keys.key_fd;
+  options.replicas = int(keys.replicas);
   return run_store(options);
 }
 

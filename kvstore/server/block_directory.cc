@@ -93,17 +93,23 @@ std::vector<BlockDirectory::Held> BlockDirectory::refresh() {
   return all;
 }
 
-std::shared_ptr<const SpanRecord> BlockDirectory::look_up(const Index& index,
-                                                          const BlockId& id) const {
+BlockDirectory::Found BlockDirectory::look_up(const Index& index, const BlockId& id) const {
+  Found found;
   const auto it = index.find(key_of(id.owner, id.version));
-  if (it == index.end()) return nullptr;
-  for (const auto& r : it->second) {
-    if (r->boot_nonce == id.boot_nonce && r->version == id.version &&
-        r->request.owner == id.owner && r->contains(id.layer, id.kv_head, id.block)) {
-      return r;
+  if (it == index.end()) return found;
+  // The newest first: what a copy of a damaged block was made into lies behind it.
+  for (auto at = it->second.rbegin(); at != it->second.rend(); ++at) {
+    const auto& r = *at;
+    if (r->boot_nonce != id.boot_nonce || r->version != id.version ||
+        r->request.owner != id.owner || !r->contains(id.layer, id.kv_head, id.block)) {
+      continue;
     }
+    BlockHeader header;
+    const std::byte* slot = r->slot(id.layer, id.kv_head, id.block);
+    if (check_header(*r, id, slot, header) == BlockStatus::Ok) return {r, true};
+    if (found.record == nullptr) found.record = r;
   }
-  return nullptr;
+  return found;
 }
 
 std::shared_ptr<const SpanRecord> BlockDirectory::find(const BlockId& id) {
@@ -111,13 +117,13 @@ std::shared_ptr<const SpanRecord> BlockDirectory::find(const BlockId& id) {
     const std::lock_guard lock(mutex_);
     return index_;
   };
-  if (auto found = look_up(*now(), id)) return found;
+  if (const Found found = look_up(*now(), id); found.holds) return found.record;
   {
     const std::lock_guard lock(asking_);
-    if (Deadline::Clock::now() - asked_ < least_) return look_up(*now(), id);
+    if (Deadline::Clock::now() - asked_ < least_) return look_up(*now(), id).record;
   }
   refresh();
-  return look_up(*now(), id);
+  return look_up(*now(), id).record;
 }
 
 }  // namespace certkv

@@ -24,9 +24,10 @@ class BlockDirectory {
   explicit BlockDirectory(std::shared_ptr<StoreClient> client,
                           std::chrono::milliseconds least = std::chrono::milliseconds(20));
 
-  // Where the block is, or nothing. Asks the holder again on a miss, but not too often. The record
-  // stays valid while it is held; the bytes it leads to may be anybody's by then, and are checked.
-  // THREADS: safe.
+  // Where the block is: of several records that name it (the rest of a copy that a dead server left
+  // half-filled lies elsewhere) the one whose slot holds it, else any, else nothing. Asks the
+  // holder again where none holds it, but not too often. The record stays valid while it is held;
+  // the bytes it leads to may be anybody's by then, and are checked. THREADS: safe.
   std::shared_ptr<const SpanRecord> find(const BlockId& id);
 
   struct Held {
@@ -39,7 +40,11 @@ class BlockDirectory {
 
  private:
   using Index = std::unordered_map<uint64_t, std::vector<std::shared_ptr<const SpanRecord>>>;
-  std::shared_ptr<const SpanRecord> look_up(const Index& index, const BlockId& id) const;
+  struct Found {
+    std::shared_ptr<const SpanRecord> record;
+    bool holds = false;
+  };
+  Found look_up(const Index& index, const BlockId& id) const;
   Held held_of(ListedReservation listed) const;
 
   const std::shared_ptr<StoreClient> client_;

@@ -83,8 +83,14 @@ void BlockServer::read(const TransportRequest& request, TransportReply& reply) {
                       record->contains(e.id.layer, e.id.kv_head, e.id.block);
     if (!same) record = directory_->find(e.id);
     WireBlock status = WireBlock::Absent;
-    if (record != nullptr) {
-      status = record->request.shape == shape ? put_block(*record, e, to) : WireBlock::Corrupt;
+    const auto put = [&] {
+      if (record == nullptr) return WireBlock::Absent;
+      return record->request.shape == shape ? put_block(*record, e, to) : WireBlock::Corrupt;
+    };
+    status = put();
+    if (same && status != WireBlock::Ok) {
+      record = directory_->find(e.id);
+      status = put();
     }
     std::memcpy(statuses + i * sizeof(uint32_t), &status, sizeof status);
     ok += status == WireBlock::Ok;

@@ -12,6 +12,8 @@
 #include "kernels/base/error.h"
 #include "kernels/base/log.h"
 #include "kvstore/server/block_server.h"
+#include "kvstore/server/replica_store.h"
+#include "kvstore/server/replicator.h"
 #include "kvstore/server/wire.h"
 #include "kvstore/unique_fd.h"
 #include "parallel/ucx_transport.h"
@@ -78,22 +80,36 @@ int serve(const StoreServerOptions& options) {
   session.socket = options.holder;
   session.rank = kServerRank;
   const auto client = StoreClient::attach(session, Deadline::after(kAttach));
-  BlockServer blocks(std::make_shared<BlockDirectory>(client));
+  const auto directory = std::make_shared<BlockDirectory>(client);
+  BlockServer blocks(directory);
+  ReplicaStore copies(client, directory);
   TransportOptions network;
   network.listen = options.listen;
   network.require = options.require;
   network.heartbeat = options.heartbeat;
   network.silence = options.silence;
-  const auto transport =
+  network.limits.handler_threads = 2;  // a copy that waits for the holder keeps no reader waiting
+  const std::shared_ptr<Transport> transport =
       make_transport(key, network, [&](const TransportRequest& request, TransportReply& reply) {
         switch (ServerOp(request.op)) {
           case ServerOp::Read:
             return blocks.read(request, reply);
           case ServerOp::Replicate:
-            break;
+            return copies.take(request, reply);
+          case ServerOp::Forget:
+            return copies.forget(request, reply);
         }
         CERTKV_THROW(InvalidArgument, "operation {} is not known to this server", request.op);
       });
+  // Until placement comes from the members of a cluster: the list as it was given.
+  std::vector<std::string> peers = options.peers;
+  std::erase(peers, transport->address());
+  ReplicatorOptions copying;
+  copying.replicas = options.replicas;
+  copying.lag_limit_bytes = options.lag_limit_bytes;
+  Replicator replicator(
+      client, directory, transport, [peers](const OwnerId&, uint32_t, uint32_t) { return peers; },
+      copying);
   for (;;) {
     const BlockServerCounts c = blocks.counts();
     nlohmann::ordered_json report;
@@ -101,6 +117,17 @@ int serve(const StoreServerOptions& options) {
     report["peers"] = options.peers;
     report["served"] = {{"requests", c.requests}, {"blocks", c.blocks},   {"ok", c.ok},
                         {"absent", c.absent},     {"corrupt", c.corrupt}, {"bytes", c.bytes}};
+    const ReplicaCounts held = copies.counts();
+    report["held_for_others"] = {{"runs", held.runs},
+                                 {"blocks", held.blocks},
+                                 {"bytes", held.bytes},
+                                 {"refused", held.refused}};
+    const ReplicationStatus r = replicator.status();
+    report["replication"] = {
+        {"replicas", options.replicas},     {"runs", r.runs},
+        {"sealed_blocks", r.sealed_blocks}, {"copied_blocks", r.copied_blocks},
+        {"lag_bytes", r.lag_bytes},         {"missing_copies", r.missing_copies},
+        {"damaged_runs", r.damaged_runs}};
     client->report(report.dump());
     client->stamp_progress();
     pollfd p{signals.get(), POLLIN, 0};
@@ -133,6 +160,8 @@ std::vector<std::string> store_server_arguments(const StoreServerOptions& o) {
   if (o.key_fd >= 0) a.insert(a.end(), {"--key-fd", std::to_string(o.key_fd)});
   if (!o.key_file.empty()) a.insert(a.end(), {"--key-file", o.key_file});
   if (!o.peers.empty()) a.insert(a.end(), {"--peers", join(o.peers)});
+  a.insert(a.end(), {"--replicas", std::to_string(o.replicas), "--lag-limit-bytes",
+                     std::to_string(o.lag_limit_bytes)});
   return a;
 }
 
@@ -141,8 +170,9 @@ StoreServerOptions parse_store_server_arguments(const std::vector<std::string>& 
   const auto number = [](const std::string& key, const std::string& text) {
     int64_t x = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), x);
-    CERTKV_EXPECT(error == std::errc() && end == text.data() + text.size() && x >= 0 && x < 1 << 30,
-                  InvalidArgument, "store-server: {} '{}' is no whole number", key, text);
+    CERTKV_EXPECT(
+        error == std::errc() && end == text.data() + text.size() && x >= 0 && x < int64_t(1) << 50,
+        InvalidArgument, "store-server: {} '{}' is no whole number", key, text);
     return x;
   };
   for (size_t i = 0; i < arguments.size(); i += 2) {
@@ -161,6 +191,10 @@ StoreServerOptions parse_store_server_arguments(const std::vector<std::string>& 
       o.key_file = value;
     } else if (key == "--peers") {
       o.peers = split(value);
+    } else if (key == "--replicas") {
+      o.replicas = unsigned(number(key, value));
+    } else if (key == "--lag-limit-bytes") {
+      o.lag_limit_bytes = uint64_t(number(key, value));
     } else if (key == "--heartbeat-ms") {
       o.heartbeat = milliseconds(number(key, value));
     } else if (key == "--silence-ms") {
@@ -168,7 +202,8 @@ StoreServerOptions parse_store_server_arguments(const std::vector<std::string>& 
     } else {
       CERTKV_THROW(InvalidArgument,
                    "store-server: unknown argument {}; known are --holder, --listen, --require, "
-                   "--key-fd, --key-file, --peers, --heartbeat-ms, --silence-ms",
+                   "--key-fd, --key-file, --peers, --replicas, --lag-limit-bytes, "
+                   "--heartbeat-ms, --silence-ms",
                    key);
     }
   }

@@ -11,12 +11,14 @@
 namespace certkv {
 
 struct StoreServerOptions {
-  std::string holder;            // control socket of the node's store
-  std::string listen;            // "host:port"
-  std::string require = "auto";  // TransportOptions::require
-  int key_fd = -1;               // the job's key, from an inherited descriptor, or
-  std::string key_file;          // from a file of mode 0600
-  std::vector<std::string> peers;
+  std::string holder;              // control socket of the node's store
+  std::string listen;              // "host:port"
+  std::string require = "auto";    // TransportOptions::require
+  int key_fd = -1;                 // the job's key, from an inherited descriptor, or
+  std::string key_file;            // from a file of mode 0600
+  std::vector<std::string> peers;  // stores that get copies, the best first; itself is left out
+  unsigned replicas = 1;           // copies in all, this node's included
+  uint64_t lag_limit_bytes = uint64_t(256) << 20;  // sealing waits while copies lag by more
   std::chrono::milliseconds heartbeat{250}, silence{2000};
 };
 

@@ -118,6 +118,18 @@ TEST(Format, AListEntryIsTheseBytes) {
   EXPECT_EQ(raw(ListReply{2, 1}), Bytes().put(2, 4).put(1, 4).get());
 }
 
+TEST(Format, TheLagOfCopiesStandsBehindTheProgressCounter) {
+  ArenaHeader h;
+  h.replication_lag = 0x0807060504030201;
+  h.replication_limit = 9;
+  const auto bytes = raw(h);
+  const std::vector<uint8_t> there(bytes.begin() + 72, bytes.begin() + 88);
+  EXPECT_EQ(there, Bytes().put(0x0807060504030201, 8).put(9, 8).get());
+  const uint64_t before = arena_checksum(h);
+  h.replication_lag = 1;
+  EXPECT_EQ(arena_checksum(h), before);
+}
+
 TEST(Format, SlotsAreAlignedForEveryShape) {
   for (const int tokens : {1, 3, 16, 32, 255, 256}) {
     for (const int dim : {1, 64, 96, 128, 256, 1024}) {
