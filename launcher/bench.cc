@@ -28,6 +28,8 @@ constexpr struct {
      bench_decode_command},
     {"prefill", "a model's prefill in this process, by phase, with its peak of memory",
      "certkv bench prefill --model reader --context 8192,16384,32768", bench_prefill_command},
+    {"store", "reading and sealing originals, beside memcpy and ucx_perftest",
+     "certkv bench store --json store.json", bench_store_command},
 };
 
 std::string usage() {

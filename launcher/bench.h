@@ -20,6 +20,8 @@ int bench_classes_command(const std::vector<std::string>& values);
 int bench_decode_command(const std::vector<std::string>& values);   // launcher/bench_engine.cc
 int bench_prefill_command(const std::vector<std::string>& values);  // launcher/bench_engine.cc
 
+int bench_store_command(const std::vector<std::string>& values);    // launcher/bench_store.cc
+
 // "a,b,c" without empty words. Throws InvalidArgument naming `key`.
 std::vector<std::string> split_list(const std::string& text, const char* key);
 // The same as numbers from `least` on.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""certkv bench decode, prefill and classes: the figures add up. Speed is never judged."""
+"""certkv bench decode, prefill, classes and store: the figures add up. Speed is never judged."""
 
 import os
 import tempfile
@@ -91,6 +91,28 @@ class Bench(unittest.TestCase):
                 self.assertGreater(c["certified"], 0)
         self.assertGreater(report["cases"][0]["rungs"]["0"], 0)
         self.assertEqual(report["cases"][3]["classes"]["exact"], questions * kv_heads)
+
+    def test_store_compares_every_byte_and_gives_ratios_of_one_run(self):
+        job = product.certkv("bench", "store", "--blocks", 64, "--seal-blocks", 1500, "--repeat", 2,
+                             "--message-bytes", 65536, "--json", self.json)
+        job.expect_exit(0).expect_nothing_left()
+        report = product.read_json(self.json)
+        self.assertTrue(report["consistent"])
+        local, remote, seal = report["local"], report["remote"], report["seal"]
+        self.assertEqual(local["bytes"], 64 * 8192)
+        self.assertAlmostEqual(local["ratio"], local["gb_per_s"] / local["memcpy_gb_per_s"])
+        self.assertEqual(seal["blocks"], 1500)
+        self.assertAlmostEqual(seal["blocks_per_s"] * seal["seconds"], 1500)
+        self.assertEqual(remote["blocks_8k"]["blocks_per_request"], 8)
+        self.assertEqual(remote["blocks_4k"]["blocks_per_request"], 16)
+        for kind in ("blocks_8k", "blocks_4k"):
+            self.assertGreater(remote[kind]["gb_per_s"], 0)
+            most = remote["ucx_perftest_gb_per_s"]
+            if most is None:  # not installed: said, and no ratio made up
+                job.expect_text("ucx_perftest is not installed")
+                self.assertNotIn("ratio", remote[kind])
+            else:
+                self.assertAlmostEqual(remote[kind]["ratio"], remote[kind]["gb_per_s"] / most)
 
     def test_classes_refuses_what_it_cannot_measure_by_name(self):
         for arguments, message in (
