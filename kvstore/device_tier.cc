@@ -62,6 +62,20 @@ DeviceTier DeviceTier::fork() const {
   return copy;
 }
 
+DeviceTier DeviceTier::fork_pages(size_t pages) const {
+  DeviceTier copy(format_, dtype_, account_);
+  const size_t blocks = size_t(format_->blocks());
+  copy.pages_.assign(pages_.begin(), pages_.begin() + ptrdiff_t(pages));
+  copy.tokens_ = pages * size_t(format_->group_tokens);
+  copy.sealed_blocks_ = pages * blocks;
+  for (size_t p = 0; p < pages; ++p)
+    for (size_t b = 0; b < blocks; ++b) {
+      copy.refs_.push_back(sealed_ref(*pages_[p], int(b)));
+      if (pages_[p]->quantised) ++copy.quantised_blocks_;
+    }
+  return copy;
+}
+
 void DeviceTier::append(const uint16_t* k, const uint16_t* v, size_t tokens, const SealSink& sink) {
   const size_t d = size_t(format_->head_dim), group = size_t(format_->group_tokens);
   CERTKV_EXPECT(open_tokens_ == 0 || open_digest() == open_sealed_, OriginalsLost,

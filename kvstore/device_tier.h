@@ -48,6 +48,9 @@ class DeviceTier {
   // A fork shares the sealed pages and copies the open block; no scratch pointer comes along.
   DeviceTier fork() const;
 
+  // The first pages alone, shared, nothing open. REQUIRES pages <= pages() and no re-encoding.
+  DeviceTier fork_pages(size_t pages) const;
+
   // Appends rows [tokens, head_dim]; every scale group that becomes full is sealed at once, from
   // its own tokens, and never rewritten. Throws NonFinite (naming the token) before anything of the
   // offending group is served, and OriginalsLost where open tokens are no longer those that came:

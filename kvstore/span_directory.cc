@@ -58,7 +58,7 @@ bool SpanDirectory::add(const SpanRecord* record) {
   const std::unique_lock lock(mutex_);
   auto& list = records_[record->request.owner];
   for (const SpanRecord* other : list) {
-    if (!other->adopted && !record->adopted && overlap(other->request, record->request))
+    if (!record->request.owner.is_content() && overlap(other->request, record->request))
       return false;
   }
   list.push_back(record);

@@ -56,9 +56,8 @@ BlockStatus check_header(const SpanRecord& record, const BlockId& id, const std:
 // away under them.
 class SpanDirectory {
  public:
-  // False where a live record of this owner overlaps and both were reserved here: two writers of
-  // one block. Adopted ones may overlap: their versions tell them apart, or they are the same
-  // blocks.
+  // False where a live record of this private owner overlaps: the caller's mistake. Of a name that
+  // others can ask for there may be several versions, and several records of one.
   bool add(const SpanRecord* record);
   void remove(const SpanRecord* record);
 

@@ -17,8 +17,10 @@ struct CertifiedCache::Sequence {
   int64_t handle = 0;
   int64_t id = 0;  // of the request: for log lines and exploration
   StepRules rules;
-  OriginalsSpan prefix, own;  // blocks of the prompt (shared by forks), and those after it
-  uint32_t prefix_blocks = 0;
+  SpanList spans;                   // of the prompt (shared by forks), then of the answer
+  uint32_t prefix_blocks = 0;       // of the prompt's sealed groups
+  std::vector<OwnerId> segments;    // names of the prompt's whole segments, where it may share them
+  size_t shared_tokens = 0;         // of the prompt, whose originals the store had
   uint32_t audit = 0;               // its stream in the audit
   std::vector<HeadState> heads;     // [layers, local_kv_heads]
   std::vector<GroupReport> groups;  // [local_kv_heads], of the layer under way
@@ -38,8 +40,8 @@ struct CertifiedCache::Sequence {
 class CertifiedCache::Originals : public SpanOriginals {
  public:
   Originals(const CertifiedCache& cache, const Sequence& s, int layer, int head)
-      : SpanOriginals(cache.reader_.get(), cache.options_.read_deadline, s.prefix, s.prefix_blocks,
-                      s.own, uint32_t(layer), uint32_t(cache.heads_.begin + head)) {}
+      : SpanOriginals(cache.reader_.get(), cache.options_.read_deadline, s.spans, uint32_t(layer),
+                      uint32_t(cache.heads_.begin + head)) {}
 };
 
 }  // namespace certkv

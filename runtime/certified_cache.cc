@@ -11,6 +11,7 @@
 
 #include "kernels/arith/rounding.h"
 #include "kernels/base/log.h"
+#include "kvstore/content_owner.h"
 #include "parallel/communicator.h"
 #include "runtime/audit/log.h"
 #include "runtime/cache_sequence.h"
@@ -77,6 +78,9 @@ CacheNeed cache_need(const ModelConfig& config, int64_t kv_heads,
   const uint64_t all_blocks = pages(prompt + max_tokens) * blocks;
   need.scratch = n * heads * std::min(quota, 2 * all_blocks) * block;
   need.arena = heads * shape.slot_bytes() * blocks * (pages(prompt) + n * (pages(max_tokens) + 1));
+  // Every reservation may be rounded up run by run: a prompt's segments, its rest, each answer.
+  const uint64_t spans = uint64_t(prompt) / kSegmentTokens + 1 + n;
+  need.arena += heads * spans * kArenaGranule;
   return need;
 }
 
@@ -107,20 +111,30 @@ OriginalsSpan CertifiedCache::reserve(uint32_t first_block, uint32_t blocks) {
 }
 
 int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) {
+  auto s = make_sequence(prompt_tokens, sequence_id);
+  s->spans.add(reserve(0, s->prefix_blocks));
+  return keep_sequence(std::move(s), prompt_tokens, max_tokens);
+}
+
+std::unique_ptr<CertifiedCache::Sequence> CertifiedCache::make_sequence(int64_t prompt_tokens,
+                                                                        int64_t sequence_id) {
   auto s = std::make_unique<Sequence>();
   const int64_t groups = prompt_tokens / format_->group_tokens;  // only whole groups are sealed
-  s->handle = next_++;
   s->id = sequence_id;
   s->prefix_blocks = uint32_t(groups * format_->blocks());
-  s->prefix = reserve(0, s->prefix_blocks);
   const size_t key_quota = size_t(options_.scratch.key_blocks / config_.kv_heads);
   const size_t value_quota = size_t(options_.scratch.value_blocks / config_.kv_heads);
   for (int64_t i = 0; i < config_.layers * heads_.count(); ++i) {
     s->heads.emplace_back(DeviceTier(format_, options_.dtype, account_), key_quota, value_quota);
     if (has_classes_) s->heads.back().precision.formats = &classes_;
   }
-  if (audit_ != nullptr) s->audit = audit_->open_prompt(sequence_id, prompt_tokens, max_tokens);
-  const int64_t handle = s->handle;
+  return s;
+}
+
+int64_t CertifiedCache::keep_sequence(std::unique_ptr<Sequence> s, int64_t prompt_tokens,
+                                      int64_t max_tokens) {
+  const int64_t handle = s->handle = next_++;
+  if (audit_ != nullptr) s->audit = audit_->open_prompt(s->id, prompt_tokens, max_tokens);
   sequences_[handle] = std::move(s);
   return handle;
 }
@@ -135,8 +149,10 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
   s->handle = next_++;
   s->id = from.id;
   s->rules = rules;
-  s->prefix = from.prefix;
+  from.spans.keep();  // the prompt is complete: others may share it, now and later
+  s->spans = from.spans;
   s->prefix_blocks = from.prefix_blocks;
+  s->segments = from.segments;
   s->report.error = from.report.error;
   s->report.error_text = from.report.error_text;
   s->has_failed = from.failed();
@@ -145,7 +161,7 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
   const int64_t open =
       int64_t(from.heads[0].tier.tokens()) - int64_t(from.prefix_blocks) * format_->block_tokens;
   const int64_t groups = (open + max_tokens) / format_->group_tokens;
-  s->own = reserve(s->prefix_blocks, uint32_t(groups * format_->blocks()));
+  s->spans.add(reserve(s->prefix_blocks, uint32_t(groups * format_->blocks())));
   s->heads.reserve(from.heads.size());
   for (const HeadState& h : from.heads) s->heads.push_back(h.fork());
   if (audit_ != nullptr)
@@ -171,9 +187,13 @@ SealSink CertifiedCache::sink(Sequence& s, int layer, int head) {
     const size_t rows = size_t(format_->block_tokens) * size_t(format_->head_dim);
     for (int b = 0; b < blocks; ++b) {
       const uint32_t block = first + uint32_t(b);
-      OriginalsSpan& span = block < s.prefix_blocks ? s.prefix : s.own;
-      span.seal_block(uint32_t(layer), uint32_t(heads_.begin + head), block, k + size_t(b) * rows,
-                      v + size_t(b) * rows);
+      const uint32_t kv_head = uint32_t(heads_.begin + head);
+      OriginalsSpan* span = s.spans.find(uint32_t(layer), kv_head, block);
+      CERTKV_EXPECT(span != nullptr, InvalidArgument,
+                    "no space was reserved for block {} of layer {} KV head {}", block, layer,
+                    kv_head);
+      if (span->adopted()) continue;  // these very originals are there, sealed
+      span->seal_block(uint32_t(layer), kv_head, block, k + size_t(b) * rows, v + size_t(b) * rows);
     }
     group_.alive();
     if (store_ != nullptr) store_->stamp_progress();
@@ -198,7 +218,9 @@ void CertifiedCache::store_prefill(int64_t sequence, int layer, size_t tokens, c
   }
   pool_.parallel_for(heads, [&](size_t h) {
     DeviceTier& tier = s.heads[size_t(layer) * heads + h].tier;
-    tier.append(k + h * tokens * d, v + h * tokens * d, tokens, sink(s, layer, int(h)));
+    const size_t held = tier.tokens();  // pages shared with another sequence
+    const size_t from = (h * tokens + held) * d;
+    tier.append(k + from, v + from, tokens - held, sink(s, layer, int(h)));
   });
   if (audit_ == nullptr) return;
   for (size_t h = 0; h < heads; ++h) {

@@ -46,8 +46,8 @@ CacheNeed cache_need(const ModelConfig& config, int64_t kv_heads,
                      const CertifiedCacheOptions& options, int64_t prompt_tokens,
                      int64_t max_tokens, int forks);
 
-// Space in the arena for blocks [first_block, first_block + blocks) of these KV heads in all layers;
-// empty where none are wanted or there is no store. Throws OutOfMemory, StoreLost.
+// Space in the arena for blocks [first_block, first_block + blocks) of these KV heads in all
+// layers; empty where none are wanted or there is no store. Throws OutOfMemory, StoreLost.
 OriginalsSpan reserve_originals(StoreClient* store, const BlockShape& shape, int64_t layers,
                                 ShardRange heads, uint32_t first_block, uint32_t blocks);
 
@@ -64,6 +64,9 @@ class CertifiedCache : public KvAttention, public SequenceCache {
   // A sequence that will be prefilled with `prompt_tokens`: reserves its originals. max_tokens:
   // that a decode of it will have at most. Throws OutOfMemory where the arena has no room.
   int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) override;
+  size_t find_shared(std::span<const OwnerId> segments) override;
+  int64_t create_shared(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens,
+                        std::span<const OwnerId> segments, size_t shared) override;
   // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more. With a
   // scrub, the prompt's pages are verified at its first fork. Under policy budget and layout
   // `classes` every KV head is re-encoded into the class that its last queries ask for.
@@ -93,6 +96,8 @@ class CertifiedCache : public KvAttention, public SequenceCache {
   // Identity of the originals of a sealed block; head: of this rank.
   BlockId originals_id(int64_t sequence, int layer, int head, uint32_t block) const;
 
+  size_t shared_tokens(int64_t sequence) const override;
+  bool load_shared(int64_t sequence, int layer, size_t tokens, uint16_t* k, uint16_t* v) override;
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v, std::span<const float> last_q) override;
   void decode(int layer, std::span<const DecodeRow> rows, float* flags) override;
@@ -109,6 +114,11 @@ class CertifiedCache : public KvAttention, public SequenceCache {
   StepWhere where(const Sequence& s, int layer, int head, const HeadState& state) const;
   void fail(Sequence& s, ErrorKind kind, const std::string& text) const;
   OriginalsSpan reserve(uint32_t first_block, uint32_t blocks);
+  ReserveRequest blocks_of(const OwnerId& owner, uint32_t first_block, uint32_t blocks) const;
+  std::vector<OriginalsSpan> adopt(const ReserveRequest& request) const;
+  std::unique_ptr<Sequence> make_sequence(int64_t prompt_tokens, int64_t sequence_id);
+  int64_t keep_sequence(std::unique_ptr<Sequence> s, int64_t prompt_tokens, int64_t max_tokens);
+  void share_pages(Sequence* s);
   SealSink sink(Sequence& s, int layer, int head);
   enum class Extent { Due, All };
   void scrub(std::span<const int64_t> sequences, Extent extent);
@@ -132,7 +142,8 @@ class CertifiedCache : public KvAttention, public SequenceCache {
   std::shared_ptr<TierAccount> account_;
   ScrubSchedule schedule_;
   std::map<int64_t, std::unique_ptr<Sequence>> sequences_;
-  std::vector<std::unique_ptr<Task>> tasks_;  // of the step under way, [rows, local_kv_heads]
+  std::vector<std::vector<OriginalsSpan>> found_;  // by segment, of find_shared()
+  std::vector<std::unique_ptr<Task>> tasks_;       // of the step under way, [rows, local_kv_heads]
   SplitList splits_;
   int64_t next_ = 1;
   uint64_t step_ = 0;

@@ -73,8 +73,17 @@ class CertifiedEngine : public Engine {
   void share_plan(Plan* plan, std::vector<std::byte>* payload);
   void admit(const Request& request);
   EngineNeed need(const Request& request) const;
-  int64_t reserve(const Request& request, std::string* why);
-  void prefill(const Request& request, int64_t prompt);
+  // Segments of the prompt that can be shared by name, and how many of them all ranks have.
+  struct Shared {
+    std::vector<OwnerId> segments;
+    size_t found = 0;
+  };
+  Shared find_shared(const Request& request);
+  int64_t reserve(const Request& request, const Shared& shared, std::string* why);
+  bool refused_anywhere(bool here);
+  void prefill(const Request& request, int64_t prompt, Shared shared);
+  std::optional<Error> run_prompt(const Request& request, int64_t* prompt, Shared* shared,
+                                  std::vector<float>* logits);
   void decode(Policy policy);
   StepRecord::Phases phases_of(std::span<const int64_t> handles) const;
   void finish(std::list<Generation>::iterator g);
@@ -247,8 +256,30 @@ EngineNeed CertifiedEngine::need(const Request& r) const {
                        r.sampling.max_tokens, policies_of(r));
 }
 
+CertifiedEngine::Shared CertifiedEngine::find_shared(const Request& r) {
+  Shared s;
+  if (!parts_.scope) return s;
+  s.segments = content_owners(r.prompt, *parts_.scope);
+  // The last token is always run: its logits are wanted.
+  const size_t most = (r.prompt.size() - 1) / kSegmentTokens;
+  uint64_t mine = cache_.find_shared(std::span(s.segments).first(most));
+  std::vector<uint64_t> all(static_cast<size_t>(group_.size()));
+  group_.all_gather(view_u64(&mine, 1), view_u64(all.data(), all.size()), {});
+  group_.wait();
+  s.found = size_t(*std::min_element(all.begin(), all.end()));
+  return s;
+}
+
+// All ranks or none.
+bool CertifiedEngine::refused_anywhere(bool here) {
+  uint64_t refused = here ? 1 : 0;
+  group_.all_reduce_sum(view_u64(&refused, 1), {});
+  group_.wait();
+  return refused != 0;
+}
+
 // The handle of the new prompt, or 0 with a reason where this rank has no room.
-int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
+int64_t CertifiedEngine::reserve(const Request& r, const Shared& shared, std::string* why) {
   const EngineNeed n = need(r);
   const uint64_t free = available_memory_bytes();
   if (free != 0 && !(n.host < free)) {
@@ -267,7 +298,8 @@ int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
     return 0;
   }
   try {
-    return cache_.create(int64_t(r.prompt.size()), int64_t(r.id), r.sampling.max_tokens);
+    return cache_.create_shared(int64_t(r.prompt.size()), int64_t(r.id), r.sampling.max_tokens,
+                                shared.segments, shared.found);
   } catch (const Error& e) {
     if (e.kind() != ErrorKind::OutOfMemory) throw;
     *why = e.what();
@@ -278,12 +310,10 @@ int64_t CertifiedEngine::reserve(const Request& r, std::string* why) {
 void CertifiedEngine::admit(const Request& r) {
   const std::vector<Policy> policies = policies_of(r);
   std::string why = "another rank has no room; its log says more";
-  const int64_t prompt = reserve(r, &why);
+  Shared shared = find_shared(r);
+  const int64_t prompt = reserve(r, shared, &why);
   const bool here = prompt != 0;
-  uint64_t refused = here ? 0 : 1;
-  group_.all_reduce_sum(view_u64(&refused, 1), {});
-  group_.wait();
-  if (refused != 0) {  // all ranks or none
+  if (refused_anywhere(!here)) {
     if (here) cache_.drop(prompt);
     if (!here) log_warning("request {}: {}", r.id, why);
     if (!leader()) return;
@@ -308,32 +338,59 @@ void CertifiedEngine::admit(const Request& r) {
   if (leader()) waiting_.pop_front();
   const EngineNeed n = need(r);
   claims_[r.id] = n.held();
-  prefill(r, prompt);
+  prefill(r, prompt, std::move(shared));
 }
 
-void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
+// Runs the prompt; an error is one that all ranks have. Where what was to be shared turns out to be
+// damaged, once more from the first token: then *prompt is another sequence, or 0.
+std::optional<Error> CertifiedEngine::run_prompt(const Request& r, int64_t* prompt, Shared* shared,
+                                                 std::vector<float>* logits) {
+  const auto progress = [&](int layer, size_t tokens) {
+    group_.alive();
+    if (!leader() || !on_prefill_progress) return;
+    const double of_layer = double(tokens) / double(r.prompt.size());
+    on_prefill_progress((layer + of_layer) / double(parts_.config->layers));
+  };
+  try {
+    *logits = forward_.prefill(*prompt, r.prompt, progress);
+    return std::nullopt;
+  } catch (const SharedPrefixLost& e) {
+    log_warning("request {}: {}; its prompt is prefilled from the first token", r.id, e.what());
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::NonFinite) throw;  // thrown by all ranks at the same point
+    return e;
+  }
+  cache_.drop(*prompt);
+  shared->found = 0;
+  std::string why = "another rank has no room; its log says more";
+  *prompt = reserve(r, *shared, &why);
+  if (refused_anywhere(*prompt == 0)) {
+    if (*prompt != 0) cache_.drop(std::exchange(*prompt, 0));
+    return Error(ErrorKind::OutOfMemory, why, __FILE__, __LINE__);
+  }
+  try {
+    *logits = forward_.prefill(*prompt, r.prompt, progress);
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::NonFinite) throw;
+    return e;
+  }
+  return std::nullopt;
+}
+
+void CertifiedEngine::prefill(const Request& r, int64_t prompt, Shared shared) {
   const auto start = Clock::now();
   const std::vector<Policy> policies = policies_of(r);
   std::vector<float> logits;
-  std::optional<Error> error;
   forward_.clear_phases();
-  try {
-    logits = forward_.prefill(prompt, r.prompt, [&](int layer, size_t tokens) {
-      group_.alive();
-      if (!leader() || !on_prefill_progress) return;
-      const double of_layer = double(tokens) / double(r.prompt.size());
-      on_prefill_progress((layer + of_layer) / double(parts_.config->layers));
-    });
-  } catch (const Error& e) {
-    if (e.kind() != ErrorKind::NonFinite) throw;  // thrown by all ranks at the same point
-    error = e;
-  }
+  const std::optional<Error> error = run_prompt(r, &prompt, &shared, &logits);
+  const uint64_t reused = shared.found * kSegmentTokens;
   const double seconds = seconds_since(start);
   if (leader() && on_prefill && !error) {
     const ForwardPhases p = forward_.phases();
     const double named = p.projections + p.attention + p.store + p.communicate;
     on_prefill({.id = r.id,
                 .tokens = r.prompt.size(),
+                .reused_tokens = reused,
                 .seconds = seconds,
                 .projections = p.projections,
                 .attention = p.attention,
@@ -345,6 +402,7 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
   for (Policy policy : policies) {
     Generation g(r, policy, parts_.tokenizer, stop_ids_);
     g.prefill_seconds = seconds;
+    g.reused_tokens = reused;
     uint64_t failed = 0;
     std::string why = "another rank has no room in its arena; its log says more";
     if (!error) {
@@ -361,7 +419,7 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
     running_.push_back(std::move(g));
     const auto last = std::prev(running_.end());
     if (error) {
-      fail(*last, ErrorKind::NonFinite, error->what());
+      fail(*last, error->kind(), error->what());
     } else if (failed != 0) {
       fail(*last, ErrorKind::OutOfMemory, why);
     } else {
@@ -370,7 +428,7 @@ void CertifiedEngine::prefill(const Request& r, int64_t prompt) {
     }
     if (last->finished) finish(last);
   }
-  cache_.drop(prompt);
+  if (prompt != 0) cache_.drop(prompt);
 }
 
 void CertifiedEngine::decode(Policy policy) {

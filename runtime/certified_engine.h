@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "kvstore/content_owner.h"
 #include "runtime/audit/log.h"
 #include "runtime/device/device_backend.h"
 #include "runtime/engine.h"
@@ -20,24 +21,26 @@ struct Weights;
 
 struct EngineParts {
   std::shared_ptr<const ModelConfig> config;
-  std::shared_ptr<const Weights> weights;        // this rank's shard
+  std::shared_ptr<const Weights> weights;  // this rank's shard
   std::shared_ptr<const Tokenizer> tokenizer;
-  std::vector<int32_t> stop_ids;                 // that end an answer, besides the model's EOS
-  Communicator* group = nullptr;                 // tensor-parallel group; must outlive the engine
-  // Another communicator of the group, for NCCL to be laid over; asked for on devices, T > 1, twice,
-  // by all ranks of the job at its start.
+  std::vector<int32_t> stop_ids;  // that end an answer, besides the model's EOS
+  Communicator* group = nullptr;  // tensor-parallel group; must outlive the engine
+  // Another communicator of the group, for NCCL to be laid over; asked for on devices, T > 1,
+  // twice, by all ranks of the job at its start.
   std::function<std::unique_ptr<Communicator>()> device_control;
-  std::shared_ptr<StoreClient> store;            // attached
+  std::shared_ptr<StoreClient> store;  // attached
+  // What names the prompts' originals, for them to be shared; none: they are not.
+  std::optional<ContentScope> scope;
   int threads = 1;
-  int local_ranks = 1;                           // that share this node's memory
-  int local_rank = 0;                            // among them; picks the device
-  std::optional<AuditSetup> audit;               // where head-steps are audited
+  int local_ranks = 1;              // that share this node's memory
+  int local_rank = 0;               // among them; picks the device
+  std::optional<AuditSetup> audit;  // where head-steps are audited
   // Makes the device; empty: make_device_backend.
   std::function<DeviceBackend(const std::string& backend, int ordinal)> make_device;
 };
 
-// Tokens of prompt + answer that a request may have: model.max_len, 0 meaning the model's own limit.
-// ERRORS: InvalidArgument for one above it.
+// Tokens of prompt + answer that a request may have: model.max_len, 0 meaning the model's own
+// limit. ERRORS: InvalidArgument for one above it.
 int64_t engine_token_limit(const JobOptions& options, const ModelConfig& config);
 
 // DType of the originals: model.dtype, or the folder's (BF16 where that is F32).
@@ -47,8 +50,8 @@ DType originals_dtype(const JobOptions& options, const ModelConfig& config);
 // What a rank takes for a given request shape. UNITS: bytes
 struct EngineNeed {
   uint64_t tier1 = 0, scratch = 0, arena = 0, prefill = 0;
-  // On a device, where prefill counts its memory too: tier 1 of the prompt alone, which prefill finds
-  // taken; rung 3's staging, whole and at least; the host's memory.
+  // On a device, where prefill counts its memory too: tier 1 of the prompt alone, which prefill
+  // finds taken; rung 3's staging, whole and at least; the host's memory.
   uint64_t prompt = 0, staging = 0, least_staging = 0, host = 0;
   bool on_device = false;
 

@@ -73,6 +73,7 @@ struct Completion {
     BoundHistogram bound, relative;  // absolute and relative, over this rank group's head-steps
   } returned, candidate;             // candidate: before the ladder acted
   uint64_t prompt_tokens = 0, tier1_bytes = 0, dense_bytes = 0;
+  uint64_t reused_tokens = 0;  // of the prompt: not prefilled, their originals were in the store
   double prefill_seconds = 0, decode_seconds = 0;
 };
 
@@ -110,7 +111,7 @@ struct StepRecord {
 
 // What a prompt's prefill took on the leader.
 struct PrefillRecord {
-  uint64_t id = 0, tokens = 0;
+  uint64_t id = 0, tokens = 0, reused_tokens = 0;
   double seconds = 0;
   double projections = 0, attention = 0;  // as above
   double store = 0;  // sealing into tier 1, and originals into the node's store

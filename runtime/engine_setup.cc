@@ -12,6 +12,7 @@
 #include "runtime/certified_engine.h"
 #include "runtime/host_memory.h"
 #include "runtime/manifest.h"
+#include "runtime/originals_scope.h"
 #include "runtime/output_file.h"
 #include "runtime/tokenizer.h"
 #include "runtime/weights.h"
@@ -143,6 +144,7 @@ EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, C
                           Communicator& group, const Topology& topology, uint64_t arena_bytes,
                           const std::function<std::unique_ptr<Communicator>()>& device_control) {
   const ModelConfig& config = *model.config;
+  shares_originals(options);  // refuses what the backend cannot
   admit("model.path", options.model.path, [&] {
     check_weights_fit(config, group.size(), topology.local_size, available_memory_bytes(),
                       weight_format(options.model.quantization));
@@ -171,6 +173,15 @@ EngineSetup set_up_engine(const JobOptions& options, const LoadedModel& model, C
   parts.group = &group;
   parts.device_control = device_control;
   parts.store = out.store;
+  if (shares_originals(options)) {
+    if (const auto digest = digest_model(options.model.path, world, topology)) {
+      parts.scope =
+          originals_scope(options, config, group.size(), originals_dtype(options, config), *digest);
+    } else if (world.rank() == 0) {
+      log_warning("model.path {}: the nodes' files differ; no prompt shares originals",
+                  options.model.path);
+    }
+  }
   parts.threads = options.parallel.threads > 0 ? options.parallel.threads : topology.threads;
   parts.local_ranks = topology.local_size;
   parts.local_rank = topology.local_rank;

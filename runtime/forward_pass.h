@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "kernels/base/error.h"
 #include "kernels/sample.h"
 #include "runtime/layers.h"
 
@@ -47,6 +48,12 @@ struct DecodeOutput {
   std::vector<int> nonfinite_layer;       // [rows]
   std::vector<LayerPart> nonfinite_part;  // [rows], of that layer
   std::vector<int> fallback_layers;       // [rows]: layers that took rung 4
+};
+
+// Originals of a prompt's beginning, which the store had, are damaged or gone: thrown by all ranks
+// at the same point. Nothing of the prompt was used; it can be prefilled from its first token.
+struct SharedPrefixLost : Error {
+  using Error::Error;
 };
 
 struct ModelConfig;

@@ -47,8 +47,9 @@ void Generation::count(const VerdictRecord& v) {
   const double bound = bound_of(v.max.bound), relative = bound_of(v.max.relative);
   // A NaN stays: it must not be replaced by a later, smaller figure.
   bound_max = bound <= bound_max ? bound_max : bound_max == bound_max ? bound : bound_max;
-  relative_max =
-      relative <= relative_max ? relative_max : relative_max == relative_max ? relative : relative_max;
+  relative_max = relative <= relative_max       ? relative_max
+                 : relative_max == relative_max ? relative
+                                                : relative_max;
   bound_sum += bound;
   relative_sum += relative;
   ++steps;
@@ -75,6 +76,7 @@ Completion Generation::completion() const {
   c.bound_mean = steps == 0 ? 0 : bound_sum / double(steps);
   c.relative_mean = steps == 0 ? 0 : relative_sum / double(steps);
   c.prompt_tokens = prompt_tokens;
+  c.reused_tokens = reused_tokens;
   c.prefill_seconds = prefill_seconds;
   c.decode_seconds = decode_seconds;
   return c;

@@ -48,6 +48,7 @@ struct Generation {
   Completion::Distribution returned, candidate;
   double bound_max = 0, relative_max = 0, bound_sum = 0, relative_sum = 0;
   uint64_t steps = 0;
+  uint64_t reused_tokens = 0;  // of the prompt
   double prefill_seconds = 0, decode_seconds = 0;
 
  private:

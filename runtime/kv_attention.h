@@ -22,8 +22,19 @@ class KvAttention {
  public:
   virtual ~KvAttention() = default;
 
+  // Tokens of a new sequence's prompt, from the first on, whose originals are there already, so
+  // that prefill goes on behind them: whole segments (kvstore/content_owner.h), the same on all
+  // ranks.
+  virtual size_t shared_tokens(int64_t /*sequence*/) const { return 0; }
+  // Reads them, digests checked, into the first rows of k and v [local_kv_heads, tokens, head_dim].
+  // False where one cannot be had, or is not what was sealed; k and v are then unspecified.
+  virtual bool load_shared(int64_t /*sequence*/, int /*layer*/, size_t /*tokens*/, uint16_t* /*k*/,
+                           uint16_t* /*v*/) {
+    return false;
+  }
+
   // Hands over the originals of one layer after its prefill. The cache seals and offloads them
-  // before it returns; the memory may be reused afterwards.
+  // before it returns; the memory may be reused afterwards. Shared tokens are among them.
   // k, v: [local_kv_heads, tokens, head_dim]
   // last_q: queries of the prompt's last tokens, after RoPE, [queries, local_query_heads,
   // head_dim]; at most kLastQueries, for the cache to choose by how it stores a head; may be empty.

@@ -83,10 +83,12 @@ struct ScratchOptions {       // originals kept near the compute, per request an
 };
 
 struct StoreOptions {
-  std::string mode = "auto";    // auto: one per node, started by the first local rank; attach
-  std::string socket;           // attach: the control socket; empty under auto
-  std::string arena = "auto";   // bytes of originals per node, "4GiB"; auto: what the job can need
-  double linger_seconds = 2;    // the store ends itself this long after its last rank is gone
+  std::string mode = "auto";   // auto: one per node, started by the first local rank; attach
+  std::string socket;          // attach: the control socket; empty under auto
+  std::string arena = "auto";  // bytes of originals per node, "4GiB"; auto: what the job can need
+  std::string reuse =
+      "auto";                 // prompts share originals of a common beginning; auto: where they can
+  double linger_seconds = 2;  // the store ends itself this long after its last rank is gone
   double deadline_seconds = 5;  // since the last sign of life of the store
 };
 

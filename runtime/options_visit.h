@@ -255,6 +255,12 @@ inline void visit_options(StoreOptions& o, OptionVisitor& v) {
            .unit = "bytes (KiB MiB GiB TiB kB MB GB TB)",
            .cost = "host memory that is taken at start",
            .bytes = true});
+  v.field(
+      "reuse", &o.reuse,
+      {.meaning = "prompts that begin alike share the originals of whole segments of 512 tokens, "
+                  "and are not prefilled again there; auto: on the cpu backend; the answers are "
+                  "the same, bit for bit",
+       .allowed = "auto true false"});
   v.field("linger_seconds", &o.linger_seconds,
           {.meaning = "the store ends itself this long after its last rank is gone",
            .unit = "seconds",

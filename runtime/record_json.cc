@@ -156,6 +156,7 @@ json completion_json(const Completion& c) {
             {"candidate", json::array({histogram_wire(c.candidate.bound),
                                        histogram_wire(c.candidate.relative)})},
             {"prompt_tokens", c.prompt_tokens},
+            {"reused_tokens", c.reused_tokens},
             {"bytes", json::array({c.tier1_bytes, c.dense_bytes})},
             {"seconds", json::array({wire(c.prefill_seconds), wire(c.decode_seconds)})}};
   if (c.failed) v["error"] = json::array({c.error_kind, c.error});
@@ -182,6 +183,7 @@ Completion completion_from_json(const json& v) {
     c.candidate.bound = histogram_of(v.at("candidate").at(0));
     c.candidate.relative = histogram_of(v.at("candidate").at(1));
     c.prompt_tokens = v.at("prompt_tokens");
+    c.reused_tokens = v.value("reused_tokens", uint64_t(0));  // of an earlier version: not there
     c.tier1_bytes = v.at("bytes").at(0);
     c.dense_bytes = v.at("bytes").at(1);
     c.prefill_seconds = unwire(v.at("seconds").at(0));

@@ -28,6 +28,7 @@ json certificate_json(const LineIdentity& line, const Completion& c) {
   put_figure(candidate, "relative_max", c.candidate.relative.max);
   put_figure(candidate, "relative_p99", c.candidate.relative.quantile(0.99));
   v["candidate"] = candidate;
+  v["reused_prompt_tokens"] = c.reused_tokens;
   put_figure(v, "prefill_seconds", c.prefill_seconds);
   put_figure(v, "decode_seconds", c.decode_seconds);
   return v;

@@ -11,6 +11,7 @@
 
 #include "kernels/arith/verdict.h"
 #include "kernels/base/error.h"
+#include "kvstore/content_owner.h"
 #include "runtime/certify/head_step.h"
 
 namespace certkv {
@@ -43,6 +44,18 @@ class SequenceCache {
   // A sequence that will be prefilled with `prompt_tokens`: reserves its originals. max_tokens:
   // that a decode of it will have at most. Throws OutOfMemory where there is no room.
   virtual int64_t create(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens) = 0;
+  // How many of a prompt's segments, from the first on, the store has the originals of, for this
+  // rank's KV heads in all layers. They are held until the next create_shared() or find_shared(). A
+  // cache that cannot share finds none.
+  virtual size_t find_shared(std::span<const OwnerId> /*segments*/) { return 0; }
+  // As create(): the first `shared` segments, of those that find_shared() found just now, are taken
+  // from the store, so that prefill may go on behind them; the others are reserved under their
+  // names. REQUIRES that they end before the prompt's last token.
+  virtual int64_t create_shared(int64_t prompt_tokens, int64_t sequence_id, int64_t max_tokens,
+                                std::span<const OwnerId> /*segments*/, size_t shared) {
+    CERTKV_EXPECT(shared == 0, InvalidArgument, "this cache shares no originals");
+    return create(prompt_tokens, sequence_id, max_tokens);
+  }
   // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more.
   virtual int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) = 0;
   // After a sequence's last step: verifies all of its pages, where the cache can. Returns how many

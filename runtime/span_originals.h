@@ -1,4 +1,4 @@
-// Originals of one KV head in the node's store, wherever in a sequence's two spans they lie.
+// Originals of one KV head in the node's store, in whichever of a sequence's spans they lie.
 #pragma once
 
 #include <memory>
@@ -6,6 +6,7 @@
 
 #include "kvstore/client.h"
 #include "runtime/certify/head_step.h"
+#include "runtime/span_list.h"
 
 namespace certkv {
 
@@ -13,17 +14,9 @@ namespace certkv {
 // then.
 class SpanOriginals : public HeadOriginals {
  public:
-  // prefix_blocks: blocks of the prompt's span; those of `own` follow.
-  SpanOriginals(BlockReader* reader, std::chrono::milliseconds deadline,
-                const OriginalsSpan& prefix, uint32_t prefix_blocks, const OriginalsSpan& own,
+  SpanOriginals(BlockReader* reader, std::chrono::milliseconds deadline, const SpanList& spans,
                 uint32_t layer, uint32_t kv_head)
-      : reader_(reader),
-        deadline_(deadline),
-        prefix_(prefix),
-        own_(own),
-        prefix_blocks_(prefix_blocks),
-        layer_(layer),
-        kv_head_(kv_head) {}
+      : reader_(reader), deadline_(deadline), spans_(spans), layer_(layer), kv_head_(kv_head) {}
 
   void read(std::span<const uint32_t> blocks, std::span<const Destination> destinations,
             std::vector<BlockResult>* results) override {
@@ -37,15 +30,20 @@ class SpanOriginals : public HeadOriginals {
     const auto got = BlockReader::wait(ticket);
     results->assign(got.begin(), got.end());
   }
+  // Throws InvalidArgument where no span holds the block.
   BlockId id(uint32_t block) const {
-    return (block < prefix_blocks_ ? prefix_ : own_).id(layer_, kv_head_, block);
+    const OriginalsSpan* span = spans_.find(layer_, kv_head_, block);
+    CERTKV_EXPECT(span != nullptr, InvalidArgument,
+                  "no space was reserved for block {} of layer {} KV head {}", block, layer_,
+                  kv_head_);
+    return span->id(layer_, kv_head_, block);
   }
 
  private:
   BlockReader* reader_;
   std::chrono::milliseconds deadline_;
-  const OriginalsSpan &prefix_, &own_;
-  uint32_t prefix_blocks_, layer_, kv_head_;
+  const SpanList& spans_;
+  uint32_t layer_, kv_head_;
 };
 
 }  // namespace certkv

@@ -43,6 +43,7 @@ void put_policy(json& v, const PolicySummary& s) {
   v["requests_over_unasked"] = s.requests_over_unasked;
   v["tokens"] = s.tokens;
   v["prompt_tokens"] = s.prompt_tokens;
+  v["reused_prompt_tokens"] = s.reused_prompt_tokens;
   put_counts(v, s.counts);
   v["returned"] = distribution_json(s.returned);
   v["candidate"] = distribution_json(s.candidate);
@@ -86,6 +87,7 @@ void PolicySummary::add(const FinishedLine& line) {
   }
   tokens += line.tokens;
   prompt_tokens += c.prompt_tokens;
+  reused_prompt_tokens += c.reused_tokens;
   counts.add(c.counts);
   merge(returned, c.returned);
   merge(candidate, c.candidate);
@@ -187,6 +189,7 @@ std::string Summary::csv() const {
                                              "requests_over",
                                              "tokens",
                                              "prompt_tokens",
+                                             "reused_prompt_tokens",
                                              "head_steps",
                                              "certified",
                                              "exact",

@@ -23,7 +23,7 @@ struct PolicySummary {
   uint64_t requests = 0, requests_failed = 0;
   uint64_t requests_certified = 0, requests_exact = 0, requests_over = 0;
   uint64_t requests_over_unasked = 0;
-  uint64_t tokens = 0, prompt_tokens = 0;
+  uint64_t tokens = 0, prompt_tokens = 0, reused_prompt_tokens = 0;
   HeadStepCounts counts;
   Completion::Distribution returned, candidate;
   uint64_t tier1_bytes = 0, dense_bytes = 0;

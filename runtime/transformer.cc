@@ -8,6 +8,7 @@
 #include "kernels/base/error.h"
 #include "kernels/prefill_attention.h"
 #include "kernels/rope.h"
+#include "kvstore/content_owner.h"
 #include "parallel/communicator.h"
 #include "runtime/kv_attention.h"
 #include "runtime/model_config.h"
@@ -19,6 +20,8 @@ namespace certkv {
 namespace {
 
 constexpr size_t kChunk = 512;  // prompt rows taken through a layer together
+// So that behind shared segments chunks begin where they would have begun without them.
+static_assert(kSegmentTokens % kChunk == 0);
 
 class Stopwatch {
  public:
@@ -58,6 +61,7 @@ void check_tokens(const ModelConfig& config, std::span<const int32_t> tokens) {
 struct Transformer::Prompt {
   int64_t sequence = 0;
   size_t tokens = 0;
+  size_t shared = 0;             // of them, whose originals the store had: x begins behind them
   std::vector<float> x;          // [tokens, hidden], the residual stream
   std::vector<uint16_t> k, v;    // [local_kv_heads, tokens, head_dim], of the current layer
   std::vector<float> attention;  // [local_kv_heads, chunk, heads_per_group * head_dim]
@@ -68,6 +72,7 @@ struct Transformer::Prompt {
 Transformer::Transformer(const ModelConfig& config, const Weights& weights, Communicator& group,
                          KvAttention& cache, ThreadPool& pool, TransformerOptions options)
     : config_(config),
+      group_(group),
       cache_(cache),
       pool_(pool),
       options_(options),
@@ -101,8 +106,12 @@ std::vector<float> Transformer::prefill(int64_t sequence, std::span<const int32_
   Prompt p;
   p.sequence = sequence;
   p.tokens = tokens.size();
+  p.shared = cache_.shared_tokens(sequence);
+  CERTKV_EXPECT(p.shared % kSegmentTokens == 0 && p.shared < p.tokens, InvalidArgument,
+                "{} of a prompt's {} tokens are shared: whole segments, and not the last token",
+                p.shared, p.tokens);
   try {
-    p.x.resize(p.tokens * layers_.hidden());
+    p.x.resize((p.tokens - p.shared) * layers_.hidden());
     p.k.resize(layers_.groups() * p.tokens * layers_.head_dim());
     p.v.resize(p.k.size());
     p.attention.resize(layers_.groups() * std::min(kChunk, p.tokens) * layers_.heads_per_group() *
@@ -110,18 +119,19 @@ std::vector<float> Transformer::prefill(int64_t sequence, std::span<const int32_
   } catch (const std::bad_alloc&) {
     CERTKV_THROW(OutOfMemory, "no memory for the activations of a prompt of {} tokens", p.tokens);
   }
-  layers_.embed(tokens, p.x.data());
+  layers_.embed(tokens.subspan(p.shared), p.x.data());
   for (size_t layer = 0; layer < size_t(config_.layers); ++layer) prefill_layer(layer, p, progress);
 
   std::vector<float> logits(size_t(config_.vocab));
-  layers_.logits(p.x.data() + (p.tokens - 1) * layers_.hidden(), 1, logits.data());
+  layers_.logits(p.x.data() + (p.tokens - 1 - p.shared) * layers_.hidden(), 1, logits.data());
   CERTKV_EXPECT(all_finite(logits.data(), logits.size()), NonFinite,
                 "the logits after a prompt of {} tokens are not finite", p.tokens);
   return logits;
 }
 
 void Transformer::prefill_layer(size_t layer, Prompt& p, const Progress& progress) {
-  for (size_t first = 0; first < p.tokens; first += kChunk) {
+  if (p.shared > 0) load_shared(layer, p);
+  for (size_t first = p.shared; first < p.tokens; first += kChunk) {
     const size_t rows = std::min(kChunk, p.tokens - first);
     prefill_chunk(layer, p, first, rows);
     if (progress) progress(int(layer), first + rows);
@@ -130,10 +140,28 @@ void Transformer::prefill_layer(size_t layer, Prompt& p, const Progress& progres
   cache_.store_prefill(p.sequence, int(layer), p.tokens, p.k.data(), p.v.data(), p.last_q);
 }
 
+// All ranks have their part of the shared rows, or none goes on.
+void Transformer::load_shared(size_t layer, Prompt& p) {
+  uint64_t lost = 0;
+  {
+    Stopwatch watch(layers_.phases.store);
+    if (!cache_.load_shared(p.sequence, int(layer), p.tokens, p.k.data(), p.v.data())) lost = 1;
+  }
+  group_.all_reduce_sum(view_u64(&lost, 1), {});
+  group_.wait();
+  if (lost != 0)
+    throw SharedPrefixLost(
+        ErrorKind::OriginalsLost,
+        fmt::format("layer {}: originals of the prompt's first {} tokens are damaged or gone on "
+                    "{} rank(s)",
+                    layer, p.shared, lost),
+        __FILE__, __LINE__);
+}
+
 void Transformer::prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows) {
   const size_t d = layers_.head_dim(), hidden = layers_.hidden();
   const size_t out_width = layers_.heads_per_group() * d;
-  float* x = p.x.data() + first * hidden;
+  float* x = p.x.data() + (first - p.shared) * hidden;
 
   rope_.fill(frequency_, model_rope_magnitude(config_), int64_t(first), rows);
   layers_.project_qkv(layer, x, rows, rope_, ProductShape::Tiles);

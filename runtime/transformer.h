@@ -16,6 +16,7 @@
 //   InvalidArgument  a token outside the vocabulary, a prompt that is empty or beyond the limit
 //   NonFinite        prefill met a NaN or an infinity; the message names the layer
 //   OutOfMemory      no memory for the prompt's activations (prefill_bytes)
+//   SharedPrefixLost originals that the prompt was to go on behind cannot be had, on some rank
 // These are thrown by all ranks at the same point, but for OutOfMemory.
 #pragma once
 
@@ -61,12 +62,14 @@ class Transformer : public ForwardPass {
  private:
   struct Prompt;  // activations and originals of a prefill
   void prefill_layer(size_t layer, Prompt& p, const Progress& progress);
+  void load_shared(size_t layer, Prompt& p);
   void prefill_chunk(size_t layer, Prompt& p, size_t first, size_t rows);
   void decode_layer(size_t layer, std::span<const DecodeInput> rows, DecodeOutput& out);
   const float* attend_rows(size_t layer, std::span<const DecodeInput> rows, RowFlags* flags,
                            DecodeOutput& out);
 
   const ModelConfig& config_;
+  Communicator& group_;
   KvAttention& cache_;
   ThreadPool& pool_;
   TransformerOptions options_;

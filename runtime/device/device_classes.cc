@@ -35,8 +35,10 @@ struct DeviceCache::CellRows {
 bool DeviceCache::read_rows(const Sequence& s, size_t cell, CellRows* rows) const {
   const size_t heads = size_t(heads_.count()), each = kPageTokens * size_t(config_.head_dim);
   const auto reader = store_ == nullptr ? nullptr : store_->reader();
-  SpanOriginals originals(reader.get(), options_.read_deadline, s.prompt->span,
-                          uint32_t(s.prompt->pages * kPageTiles), s.own, uint32_t(cell / heads),
+  SpanList spans;
+  spans.add(s.prompt->span);
+  spans.add(s.own);
+  SpanOriginals originals(reader.get(), options_.read_deadline, spans, uint32_t(cell / heads),
                           uint32_t(heads_.begin) + uint32_t(cell % heads));
   PageOriginals from;
   rows->k.resize(s.prompt->pages * each);

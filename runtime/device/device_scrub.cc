@@ -342,8 +342,10 @@ void DeviceCache::repair(Sequence& s, const Look& look, bool in_step) {
   const size_t heads = size_t(heads_.count()), layer = look.cell / heads;
   const size_t kv_head = size_t(heads_.begin) + look.cell % heads;
   const auto reader = store_ == nullptr ? nullptr : store_->reader();
-  SpanOriginals originals(reader.get(), options_.read_deadline, s.prompt->span,
-                          uint32_t(s.prompt->pages * kPageTiles), s.own, uint32_t(layer),
+  SpanList spans;
+  spans.add(s.prompt->span);
+  spans.add(s.own);
+  SpanOriginals originals(reader.get(), options_.read_deadline, spans, uint32_t(layer),
                           uint32_t(kv_head));
   PageOriginals from;
   PageRepair r{Result::Lost, {}};

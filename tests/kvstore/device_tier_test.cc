@@ -95,6 +95,24 @@ TEST_F(Tier, AForkSharesSealedPagesAndThenGoesItsOwnWay) {
   expect_same(b, fresh(right));
 }
 
+TEST_F(Tier, AForkOfTheFirstPagesIsASequenceThatBeganAlike) {
+  const Rows rows(300, 2), tail(100, 3);
+  DeviceTier a = make();
+  append(&a, rows, 0, 300);
+  a.use_key(0, rows.k.data());
+  const uint64_t before = account->bytes;
+  DeviceTier b = a.fork_pages(2);
+  EXPECT_EQ(account->bytes, before);
+  EXPECT_EQ(b.tokens(), 128u);
+  EXPECT_TRUE(b.shares_page(1, a));
+  append(&b, tail, 0, 100);
+  DeviceTier fresh = make();
+  append(&fresh, rows, 0, 128);
+  append(&fresh, tail, 0, 100);
+  expect_same(b, fresh);
+  EXPECT_EQ(b.quantised_blocks(), fresh.quantised_blocks());
+}
+
 TEST_F(Tier, AGroupIsHandedToTheSinkBeforeItCanBeRead) {
   const Rows rows(128, 5);
   DeviceTier tier = make();

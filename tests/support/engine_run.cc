@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
 
 #include "kvstore/client.h"
@@ -37,7 +38,9 @@ Request random_request(uint64_t id, int64_t vocab, size_t prompt, int64_t max_to
 
 RunResult run(const JobOptions& options, int ranks, int threads,
               const std::vector<Request>& requests, const RunHooks& hooks) {
-  ThreadHolder store(kArena);
+  std::optional<ThreadHolder> own;
+  if (hooks.store == nullptr) own.emplace(kArena);
+  ThreadHolder& store = hooks.store == nullptr ? *own : *hooks.store;
   RunResult result;
   run_thread_ranks(ranks, [&](LocalWorld& world, int rank) {
     const auto group = world.communicator(rank);
@@ -51,6 +54,8 @@ RunResult run(const JobOptions& options, int ranks, int threads,
     parts.group = group.get();
     parts.store = store.attach(rank);
     parts.threads = threads;
+    parts.scope = hooks.scope;
+    if (hooks.before) hooks.before(*parts.store, rank);
     const auto engine = make_engine(options, parts);
     engine->on_completion = [&](Completion&& c) {
       const auto key = std::pair{c.id, c.policy};
@@ -58,8 +63,10 @@ RunResult run(const JobOptions& options, int ranks, int threads,
     };
     engine->on_step = [&](const StepRecord& s) {
       result.steps.push_back(s);
+      result.tier1_peak = std::max(result.tier1_peak, engine->load().tier1_bytes);
       if (result.steps.size() == 1 && hooks.after_prefill) hooks.after_prefill(*parts.store);
     };
+    engine->on_prefill = [&](const PrefillRecord& p) { result.prefills.push_back(p); };
     engine->on_prefill_progress = [&](double share) { result.prefilled.push_back(share); };
     if (rank == 0)
       for (const Request& r : requests) engine->submit(r);

@@ -16,17 +16,25 @@ class StoreClient;
 
 namespace certkv::test {
 
+class ThreadHolder;
+
 Request random_request(uint64_t id, int64_t vocab, size_t prompt, int64_t max_tokens);
 
 struct RunResult {
   std::map<std::pair<uint64_t, Policy>, Completion> completions;
   std::vector<StepRecord> steps;
   std::vector<double> prefilled;  // shares, as they were told
+  std::vector<PrefillRecord> prefills;
+  uint64_t tier1_peak = 0;  // bytes, of rank 0, after its steps
 };
 struct RunHooks {
   // Called by rank 0 once, with its store, when the first step is done.
   std::function<void(const StoreClient&)> after_prefill;
   std::function<void(Weights&)> change;  // every rank's
+  std::optional<ContentScope> scope;     // prompts share originals
+  ThreadHolder* store = nullptr;         // that outlives the run; null: one of its own
+  // Of every rank, with its store, before anything is submitted.
+  std::function<void(StoreClient&, int rank)> before;
   std::function<DeviceBackend(const std::string& backend, int ordinal)> make_device;
 };
 RunResult run(const JobOptions& options, int ranks, int threads,
