@@ -118,6 +118,101 @@ void CertifiedCache::share_pages(Sequence* s) {
   }
 }
 
+int64_t CertifiedCache::fork_named(int64_t sequence, int64_t max_tokens, const StepRules& rules,
+                                   const OwnerId& name, std::span<const AnswerSpan> sealed,
+                                   uint64_t held) {
+  Sequence& from = at(sequence);
+  if (store_ == nullptr) return sealed.empty() ? fork(sequence, max_tokens, rules) : int64_t(0);
+  auto s = fork_prompt(from, rules);
+  const uint32_t end = s->prefix_blocks + answer_blocks(from, max_tokens);
+  uint32_t first = s->prefix_blocks;
+  if (!sealed.empty()) {
+    if (s->failed() || !restore(s.get(), sealed, held)) return 0;
+    first = uint32_t(held / uint64_t(format_->block_tokens));
+  }
+  if (first < end) s->spans.add(store_->reserve(blocks_of(name, first, end - first)));
+  return keep_fork(std::move(s), from, max_tokens);
+}
+
+std::vector<AnswerSpan> CertifiedCache::sealed_answer(int64_t sequence) const {
+  const Sequence& s = at(sequence);
+  const DeviceTier& tier = s.heads[0].tier;
+  std::vector<AnswerSpan> list;
+  // The audit has to see every row come in.
+  if (s.failed() || audit_ != nullptr ||
+      tier.sealed_blocks() * size_t(format_->block_tokens) != tier.tokens())
+    return list;
+  for (const OriginalsSpan& span : s.spans.spans()) {
+    const ReserveRequest& r = span.request();
+    if (r.first_block < s.prefix_blocks || r.first_block >= tier.sealed_blocks()) continue;
+    if (!r.owner.is_content()) return {};
+    const AnswerSpan a{r.owner, r.first_block, r.blocks};
+    if (list.empty() || !(list.back() == a)) list.push_back(a);  // one for each KV head, after
+  }                                                              // another number of ranks
+  return list;
+}
+
+// Fills tier 1 behind the prompt from an answer's sealed originals. False where they are not all
+// there, sound, and behind this very prompt.
+bool CertifiedCache::restore(Sequence* s, std::span<const AnswerSpan> sealed, uint64_t held) {
+  const uint64_t block = uint64_t(format_->block_tokens);
+  if (audit_ != nullptr || held % uint64_t(format_->group_tokens) != 0 ||
+      held <= s->heads[0].tier.tokens())
+    return false;
+  const uint64_t end = held / block;
+  uint64_t next = s->prefix_blocks;
+  for (const AnswerSpan& a : sealed) {
+    const uint64_t last = std::min(end, uint64_t(a.first_block) + a.blocks);
+    if (a.first_block != next || last <= next || !a.owner.is_content()) return false;
+    const auto spans = adopt(blocks_of(a.owner, a.first_block, uint32_t(last - a.first_block)));
+    if (spans.empty()) return false;
+    for (const OriginalsSpan& span : spans) s->spans.add(span);
+    next = last;
+  }
+  if (next != end) return false;
+  std::atomic<bool> sound{true};
+  pool_.parallel_for(s->heads.size(), [&](size_t cell) {
+    if (!restore_head(s, cell, held)) sound = false;
+    group_.alive();
+  });
+  return sound;
+}
+
+bool CertifiedCache::restore_head(Sequence* s, size_t cell, uint64_t held) {
+  const size_t heads = size_t(heads_.count()), d = size_t(format_->head_dim);
+  const int layer = int(cell / heads), head = int(cell % heads);
+  const size_t bt = size_t(format_->block_tokens), rows = bt * d;
+  DeviceTier& tier = s->heads[cell].tier;
+  const size_t first = tier.sealed_blocks(), blocks = size_t(held) / bt - first;
+  std::vector<uint16_t> k(blocks * rows), v(blocks * rows);
+  std::vector<uint32_t> list(blocks);
+  std::vector<Destination> to(blocks);
+  for (size_t b = 0; b < blocks; ++b) {
+    list[b] = uint32_t(first + b);
+    to[b] = {BlockPart::Both, false, &k[b * rows], &v[b * rows]};
+  }
+  Originals originals(*this, *s, layer, head);
+  std::vector<BlockResult> results;
+  originals.read(list, to, &results);
+  for (const BlockResult& r : results)
+    if (r.status != BlockStatus::Ok || r.tokens != bt) return false;
+  // The first of them begin with the prompt's last tokens, which this job has made itself.
+  const size_t open = tier.tokens() - first * bt;
+  for (size_t t = 0; t < open; ++t) {
+    const BlockRef& ref = tier.blocks()[first + t / bt];
+    if (!std::equal(&k[t * d], &k[t * d] + d, ref.k + t % bt * d) ||
+        !std::equal(&v[t * d], &v[t * d] + d, ref.v + t % bt * d))
+      return false;
+  }
+  try {
+    tier.append(&k[open * d], &v[open * d], size_t(held) - tier.tokens(), sink(*s, layer, head));
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::NonFinite) throw;
+    return false;
+  }
+  return true;
+}
+
 size_t CertifiedCache::shared_tokens(int64_t sequence) const {
   return at(sequence).shared_tokens;
 }

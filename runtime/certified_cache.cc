@@ -141,12 +141,18 @@ int64_t CertifiedCache::keep_sequence(std::unique_ptr<Sequence> s, int64_t promp
 
 int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
   Sequence& from = at(sequence);
+  auto s = fork_prompt(from, rules);
+  s->spans.add(reserve(s->prefix_blocks, answer_blocks(from, max_tokens)));
+  return keep_fork(std::move(s), from, max_tokens);
+}
+
+std::unique_ptr<CertifiedCache::Sequence> CertifiedCache::fork_prompt(Sequence& from,
+                                                                      const StepRules& rules) {
   if (!from.prompt_verified) {
-    scrub({&sequence, 1}, Extent::All);
+    scrub({&from.handle, 1}, Extent::All);
     from.prompt_verified = true;
   }
   auto s = std::make_unique<Sequence>();
-  s->handle = next_++;
   s->id = from.id;
   s->rules = rules;
   from.spans.keep();  // the prompt is complete: others may share it, now and later
@@ -158,18 +164,26 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
   s->has_failed = from.failed();
   s->damaged_pages = from.damaged_pages;
   s->prompt_verified = true;
-  const int64_t open =
-      int64_t(from.heads[0].tier.tokens()) - int64_t(from.prefix_blocks) * format_->block_tokens;
-  const int64_t groups = (open + max_tokens) / format_->group_tokens;
-  s->spans.add(reserve(s->prefix_blocks, uint32_t(groups * format_->blocks())));
   s->heads.reserve(from.heads.size());
   for (const HeadState& h : from.heads) s->heads.push_back(h.fork());
+  return s;
+}
+
+// Of the groups that the answer's tokens complete.
+uint32_t CertifiedCache::answer_blocks(const Sequence& from, int64_t max_tokens) const {
+  const int64_t open =
+      int64_t(from.heads[0].tier.tokens()) - int64_t(from.prefix_blocks) * format_->block_tokens;
+  return uint32_t((open + max_tokens) / format_->group_tokens * format_->blocks());
+}
+
+int64_t CertifiedCache::keep_fork(std::unique_ptr<Sequence> s, const Sequence& from,
+                                  int64_t max_tokens) {
   if (audit_ != nullptr)
-    s->audit =
-        audit_->open_sequence(from.audit, int64_t(from.heads[0].tier.tokens()), max_tokens, rules);
-  if (has_classes_ && rules.policy == Policy::Budget && !s->failed())
+    s->audit = audit_->open_sequence(from.audit, int64_t(from.heads[0].tier.tokens()), max_tokens,
+                                     s->rules);
+  if (has_classes_ && s->rules.policy == Policy::Budget && !s->failed())
     choose_classes(from.last_q, s.get());
-  const int64_t handle = s->handle;
+  const int64_t handle = s->handle = next_++;
   sequences_[handle] = std::move(s);
   return handle;
 }

@@ -71,6 +71,10 @@ class CertifiedCache : public KvAttention, public SequenceCache {
   // scrub, the prompt's pages are verified at its first fork. Under policy budget and layout
   // `classes` every KV head is re-encoded into the class that its last queries ask for.
   int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) override;
+  int64_t fork_named(int64_t sequence, int64_t max_tokens, const StepRules& rules,
+                     const OwnerId& name, std::span<const AnswerSpan> sealed,
+                     uint64_t held) override;
+  std::vector<AnswerSpan> sealed_answer(int64_t sequence) const override;
   // After a sequence's last step: verifies all of its pages. Returns how many damaged ones it held
   // that no step has reported; they are repaired for the sequences that share them.
   uint64_t close(int64_t sequence) override;
@@ -119,6 +123,11 @@ class CertifiedCache : public KvAttention, public SequenceCache {
   std::unique_ptr<Sequence> make_sequence(int64_t prompt_tokens, int64_t sequence_id);
   int64_t keep_sequence(std::unique_ptr<Sequence> s, int64_t prompt_tokens, int64_t max_tokens);
   void share_pages(Sequence* s);
+  std::unique_ptr<Sequence> fork_prompt(Sequence& from, const StepRules& rules);
+  int64_t keep_fork(std::unique_ptr<Sequence> s, const Sequence& from, int64_t max_tokens);
+  uint32_t answer_blocks(const Sequence& from, int64_t max_tokens) const;
+  bool restore(Sequence* s, std::span<const AnswerSpan> sealed, uint64_t held);
+  bool restore_head(Sequence* s, size_t cell, uint64_t held);
   SealSink sink(Sequence& s, int layer, int head);
   enum class Extent { Due, All };
   void scrub(std::span<const int64_t> sequences, Extent extent);

@@ -1,120 +1,17 @@
 #include "runtime/certified_engine.h"
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <cstring>
-#include <deque>
-#include <list>
-#include <map>
 
 #include "kernels/arith/rounding.h"
 #include "kernels/base/log.h"
-#include "kernels/base/thread_pool.h"
 #include "kernels/sample.h"
-#include "kvstore/client.h"
-#include "parallel/communicator.h"
-#include "runtime/byte_size.h"
-#include "runtime/generation.h"
-#include "runtime/host_memory.h"
-#include "runtime/rank_compute.h"
+#include "runtime/engine_inside.h"
+#include "runtime/originals_scope.h"
 #include "runtime/request_wire.h"
 #include "runtime/step_figures.h"
 
 namespace certkv {
-namespace {
-
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-// What the leader tells its group at the start of every step.
-enum class Action : uint64_t { Done, Stop, Admit, Decode };
-struct Plan {
-  uint64_t action = 0;
-  uint64_t bytes = 0;   // of the request that follows, for Admit
-  uint64_t policy = 0;  // for Decode
-  uint64_t step = 0;
-};
-static_assert(sizeof(Plan) == 4 * 8);
-
-class CertifiedEngine : public Engine {
- public:
-  CertifiedEngine(const JobOptions& options, EngineParts parts)
-      : options_(options),
-        parts_(std::move(parts)),
-        pool_(parts_.threads),
-        group_(*parts_.group),
-        heads_(kv_heads_of_rank(parts_.config->kv_heads, group_.size(), group_.rank())),
-        compute_(make_rank_compute(options, parts_, heads_, pool_)),
-        cache_(*compute_.cache),
-        forward_(*compute_.forward) {
-    stop_ids_ = parts_.config->eos_ids;
-    stop_ids_.insert(stop_ids_.end(), parts_.stop_ids.begin(), parts_.stop_ids.end());
-    if (options.run.tier1_memory == "auto") {
-      tier1_capacity_ = compute_.tier1_memory(parts_.local_ranks);
-    } else {
-      const std::optional<uint64_t> bytes = parse_byte_size(options.run.tier1_memory);
-      CERTKV_EXPECT(bytes.has_value(), InvalidArgument,
-                    "run.tier1_memory is '{}': write auto or a size such as 8GiB",
-                    options.run.tier1_memory);
-      tier1_capacity_ = *bytes;
-    }
-  }
-
-  void submit(Request request) override;
-  bool step(bool stop) override;
-  Load load() const override;
-
- private:
-  bool leader() const { return group_.rank() == 0; }
-  Plan make_plan(bool stop, std::vector<std::byte>* payload);
-  void share_plan(Plan* plan, std::vector<std::byte>* payload);
-  void admit(const Request& request);
-  EngineNeed need(const Request& request) const;
-  // Segments of the prompt that can be shared by name, and how many of them all ranks have.
-  struct Shared {
-    std::vector<OwnerId> segments;
-    size_t found = 0;
-  };
-  Shared find_shared(const Request& request);
-  int64_t reserve(const Request& request, const Shared& shared, std::string* why);
-  bool refused_anywhere(bool here);
-  void prefill(const Request& request, int64_t prompt, Shared shared);
-  std::optional<Error> run_prompt(const Request& request, int64_t* prompt, Shared* shared,
-                                  std::vector<float>* logits);
-  void decode(Policy policy);
-  StepRecord::Phases phases_of(std::span<const int64_t> handles) const;
-  void finish(std::list<Generation>::iterator g);
-  void fail(Generation& g, ErrorKind kind, const std::string& text);
-  StepRules rules_of(const Request& request, Policy policy) const;
-  uint64_t claimed() const;
-
-  const JobOptions options_;
-  EngineParts parts_;
-  ThreadPool pool_;
-  Communicator& group_;
-  ShardRange heads_;
-  RankCompute compute_;
-  SequenceCache& cache_;
-  ForwardPass& forward_;
-
-  std::deque<Request> waiting_;          // leader only
-  std::list<Generation> running_;        // the same on every rank, in the same order
-  std::map<uint64_t, uint64_t> claims_;  // request id -> bytes of memory counted for it
-  std::map<uint64_t, int> open_forks_;   // request id -> generations not finished
-  std::vector<int32_t> stop_ids_;
-  uint64_t tier1_capacity_ = 0;
-  uint64_t step_ = 0;
-  uint64_t tokens_ = 0;
-  size_t next_policy_ = 0;
-  bool blocked_ = false;  // the first waiting request waits for room
-};
-
-std::vector<Policy> policies_of(const Request& r) {
-  return r.compare.empty() ? std::vector<Policy>{r.policy} : r.compare;
-}
 
 void CertifiedEngine::submit(Request r) {
   const int64_t limit = engine_token_limit(options_, *parts_.config);
@@ -183,28 +80,31 @@ StepRules CertifiedEngine::rules_of(const Request& r, Policy policy) const {
           .exploration_seed = r.sampling.seed};
 }
 
-Plan CertifiedEngine::make_plan(bool stop, std::vector<std::byte>* payload) {
-  Plan plan;
+EnginePlan CertifiedEngine::make_plan(bool stop, std::vector<std::byte>* payload) {
+  EnginePlan plan;
   plan.step = step_;
   if (stop) {
-    plan.action = uint64_t(Action::Stop);
+    plan.action = uint64_t(EngineAction::Stop);
     return plan;
   }
   if (!waiting_.empty() && !blocked_) {
     const Request& r = waiting_.front();
     const EngineNeed n = need(r);
+    if (parts_.scope && waiting_.front().names.empty())
+      for (size_t i = 0; i < policies_of(r).size(); ++i)
+        waiting_.front().names.push_back(lasting_owner());
     const bool room = open_forks_.size() < size_t(options_.run.max_batch) &&
                       claimed() + n.peak() <= tier1_capacity_;
     if (room || running_.empty()) {
       *payload = encode_request(r);
-      plan.action = uint64_t(Action::Admit);
+      plan.action = uint64_t(EngineAction::Admit);
       plan.bytes = payload->size();
       return plan;
     }
     blocked_ = true;
   }
   if (running_.empty()) {
-    plan.action = uint64_t(Action::Done);
+    plan.action = uint64_t(EngineAction::Done);
     return plan;
   }
   // Policies take turns: a step decodes sequences of one policy, so that its figures are its own.
@@ -212,7 +112,7 @@ Plan CertifiedEngine::make_plan(bool stop, std::vector<std::byte>* payload) {
     const Policy policy = Policy((next_policy_ + i) % 4);
     if (std::any_of(running_.begin(), running_.end(),
                     [&](const Generation& g) { return g.policy == policy; })) {
-      plan.action = uint64_t(Action::Decode);
+      plan.action = uint64_t(EngineAction::Decode);
       plan.policy = uint64_t(policy);
       next_policy_ = size_t(policy) + 1;
       return plan;
@@ -221,8 +121,8 @@ Plan CertifiedEngine::make_plan(bool stop, std::vector<std::byte>* payload) {
   return plan;
 }
 
-void CertifiedEngine::share_plan(Plan* plan, std::vector<std::byte>* payload) {
-  group_.broadcast(view_u64(reinterpret_cast<uint64_t*>(plan), sizeof(Plan) / 8), 0, {});
+void CertifiedEngine::share_plan(EnginePlan* plan, std::vector<std::byte>* payload) {
+  group_.broadcast(view_u64(reinterpret_cast<uint64_t*>(plan), sizeof(EnginePlan) / 8), 0, {});
   group_.wait();
   if (plan->bytes == 0) return;
   payload->resize(size_t(plan->bytes));
@@ -232,19 +132,19 @@ void CertifiedEngine::share_plan(Plan* plan, std::vector<std::byte>* payload) {
 
 bool CertifiedEngine::step(bool stop) {
   if (parts_.store != nullptr) parts_.store->throw_if_lost();
-  Plan plan;
+  EnginePlan plan;
   std::vector<std::byte> payload;
   if (leader()) plan = make_plan(stop, &payload);
   share_plan(&plan, &payload);
-  switch (Action(plan.action)) {
-    case Action::Done:
-    case Action::Stop:
+  switch (EngineAction(plan.action)) {
+    case EngineAction::Done:
+    case EngineAction::Stop:
       if (compute_.audit != nullptr) compute_.audit->end();
       return false;
-    case Action::Admit:
+    case EngineAction::Admit:
       admit(decode_request(payload));
       return true;
-    case Action::Decode:
+    case EngineAction::Decode:
       decode(Policy(plan.policy));
       return true;
   }
@@ -256,183 +156,36 @@ EngineNeed CertifiedEngine::need(const Request& r) const {
                        r.sampling.max_tokens, policies_of(r));
 }
 
-CertifiedEngine::Shared CertifiedEngine::find_shared(const Request& r) {
-  Shared s;
-  if (!parts_.scope) return s;
-  s.segments = content_owners(r.prompt, *parts_.scope);
-  // The last token is always run: its logits are wanted.
-  const size_t most = (r.prompt.size() - 1) / kSegmentTokens;
-  uint64_t mine = cache_.find_shared(std::span(s.segments).first(most));
-  std::vector<uint64_t> all(static_cast<size_t>(group_.size()));
-  group_.all_gather(view_u64(&mine, 1), view_u64(all.data(), all.size()), {});
-  group_.wait();
-  s.found = size_t(*std::min_element(all.begin(), all.end()));
-  return s;
+// What an earlier session has drawn comes again; what is drawn now is told.
+void CertifiedEngine::take(Generation& g, int32_t drawn) {
+  const std::optional<int32_t> known = g.known();
+  AnswerProgress news{.first = g.tokens.size(), .tokens = {}, .sealed = std::nullopt};
+  g.accept(known.value_or(drawn));
+  if (!known) {
+    ++tokens_;
+    news.tokens.push_back(drawn);
+  }
+  tell(std::move(news), g);
 }
 
-// All ranks or none.
-bool CertifiedEngine::refused_anywhere(bool here) {
-  uint64_t refused = here ? 1 : 0;
-  group_.all_reduce_sum(view_u64(&refused, 1), {});
-  group_.wait();
-  return refused != 0;
-}
-
-// The handle of the new prompt, or 0 with a reason where this rank has no room.
-int64_t CertifiedEngine::reserve(const Request& r, const Shared& shared, std::string* why) {
-  const EngineNeed n = need(r);
-  const uint64_t free = available_memory_bytes();
-  if (free != 0 && !(n.host < free)) {
-    *why = fmt::format("a prompt of {} tokens needs {} for prefill and tier 1, {} are free on {}",
-                       r.prompt.size(), byte_size_text(n.host), byte_size_text(free),
-                       group_.peer_name(group_.rank()));
-    return 0;
-  }
-  // What others on the device have taken meanwhile.
-  if (n.on_device && n.prompt + n.prefill > compute_.device.device->free_bytes()) {
-    *why = fmt::format(
-        "a prompt of {} tokens needs {} for its prefill and {} of tier 1; {} of {} are free on {}",
-        r.prompt.size(), byte_size_text(n.prefill), byte_size_text(n.prompt),
-        byte_size_text(compute_.device.device->free_bytes()),
-        byte_size_text(compute_.device.device->total_bytes()), compute_.device.device->name());
-    return 0;
-  }
-  try {
-    return cache_.create_shared(int64_t(r.prompt.size()), int64_t(r.id), r.sampling.max_tokens,
-                                shared.segments, shared.found);
-  } catch (const Error& e) {
-    if (e.kind() != ErrorKind::OutOfMemory) throw;
-    *why = e.what();
-    return 0;
-  }
-}
-
-void CertifiedEngine::admit(const Request& r) {
-  const std::vector<Policy> policies = policies_of(r);
-  std::string why = "another rank has no room; its log says more";
-  Shared shared = find_shared(r);
-  const int64_t prompt = reserve(r, shared, &why);
-  const bool here = prompt != 0;
-  if (refused_anywhere(!here)) {
-    if (here) cache_.drop(prompt);
-    if (!here) log_warning("request {}: {}", r.id, why);
-    if (!leader()) return;
-    if (running_.empty()) {  // nothing will ever free more
-      Completion c;
-      c.id = r.id;
-      c.failed = true;
-      c.error_kind = error_kind_name(ErrorKind::OutOfMemory);
-      c.error = why;
-      c.outcome = Outcome::Failed;
-      c.prompt_tokens = r.prompt.size();
-      waiting_.pop_front();
-      for (Policy p : policies) {
-        c.policy = p;
-        if (on_completion) on_completion(Completion(c));
-      }
-    } else {
-      blocked_ = true;
+void CertifiedEngine::tell(AnswerProgress news, const Generation& g) {
+  if (!leader() || !on_progress) return;
+  news.id = g.request_id;
+  news.policy = g.policy;
+  if (parts_.scope && !g.finished) {
+    std::vector<AnswerSpan> spans = cache_.sealed_answer(g.handle);
+    // Behind the prompt alone there is nothing to go on from.
+    if (!spans.empty() && g.steps > 0) {
+      news.sealed = g.sealed();
+      news.sealed->scope = scope_word(*parts_.scope);
+      news.sealed->spans = std::move(spans);
     }
-    return;
   }
-  if (leader()) waiting_.pop_front();
-  const EngineNeed n = need(r);
-  claims_[r.id] = n.held();
-  prefill(r, prompt, std::move(shared));
-}
-
-// Runs the prompt; an error is one that all ranks have. Where what was to be shared turns out to be
-// damaged, once more from the first token: then *prompt is another sequence, or 0.
-std::optional<Error> CertifiedEngine::run_prompt(const Request& r, int64_t* prompt, Shared* shared,
-                                                 std::vector<float>* logits) {
-  const auto progress = [&](int layer, size_t tokens) {
-    group_.alive();
-    if (!leader() || !on_prefill_progress) return;
-    const double of_layer = double(tokens) / double(r.prompt.size());
-    on_prefill_progress((layer + of_layer) / double(parts_.config->layers));
-  };
-  try {
-    *logits = forward_.prefill(*prompt, r.prompt, progress);
-    return std::nullopt;
-  } catch (const SharedPrefixLost& e) {
-    log_warning("request {}: {}; its prompt is prefilled from the first token", r.id, e.what());
-  } catch (const Error& e) {
-    if (e.kind() != ErrorKind::NonFinite) throw;  // thrown by all ranks at the same point
-    return e;
-  }
-  cache_.drop(*prompt);
-  shared->found = 0;
-  std::string why = "another rank has no room; its log says more";
-  *prompt = reserve(r, *shared, &why);
-  if (refused_anywhere(*prompt == 0)) {
-    if (*prompt != 0) cache_.drop(std::exchange(*prompt, 0));
-    return Error(ErrorKind::OutOfMemory, why, __FILE__, __LINE__);
-  }
-  try {
-    *logits = forward_.prefill(*prompt, r.prompt, progress);
-  } catch (const Error& e) {
-    if (e.kind() != ErrorKind::NonFinite) throw;
-    return e;
-  }
-  return std::nullopt;
-}
-
-void CertifiedEngine::prefill(const Request& r, int64_t prompt, Shared shared) {
-  const auto start = Clock::now();
-  const std::vector<Policy> policies = policies_of(r);
-  std::vector<float> logits;
-  forward_.clear_phases();
-  const std::optional<Error> error = run_prompt(r, &prompt, &shared, &logits);
-  const uint64_t reused = shared.found * kSegmentTokens;
-  const double seconds = seconds_since(start);
-  if (leader() && on_prefill && !error) {
-    const ForwardPhases p = forward_.phases();
-    const double named = p.projections + p.attention + p.store + p.communicate;
-    on_prefill({.id = r.id,
-                .tokens = r.prompt.size(),
-                .reused_tokens = reused,
-                .seconds = seconds,
-                .projections = p.projections,
-                .attention = p.attention,
-                .store = p.store,
-                .communicate = p.communicate,
-                .other = std::max(0.0, seconds - named)});
-  }
-  open_forks_[r.id] = int(policies.size());
-  for (Policy policy : policies) {
-    Generation g(r, policy, parts_.tokenizer, stop_ids_);
-    g.prefill_seconds = seconds;
-    g.reused_tokens = reused;
-    uint64_t failed = 0;
-    std::string why = "another rank has no room in its arena; its log says more";
-    if (!error) {
-      try {
-        g.handle = cache_.fork(prompt, r.sampling.max_tokens, rules_of(r, policy));
-      } catch (const Error& e) {
-        if (e.kind() != ErrorKind::OutOfMemory) throw;
-        failed = 1;
-        why = e.what();
-      }
-    }
-    group_.all_reduce_sum(view_u64(&failed, 1), {});
-    group_.wait();
-    running_.push_back(std::move(g));
-    const auto last = std::prev(running_.end());
-    if (error) {
-      fail(*last, error->kind(), error->what());
-    } else if (failed != 0) {
-      fail(*last, ErrorKind::OutOfMemory, why);
-    } else {
-      last->accept(sample_token(logits, last->sample_options(), last->uniform()));
-      ++tokens_;
-    }
-    if (last->finished) finish(last);
-  }
-  if (prompt != 0) cache_.drop(prompt);
+  if (!news.tokens.empty() || news.sealed) on_progress(news);
 }
 
 void CertifiedEngine::decode(Policy policy) {
-  const auto start = Clock::now();
+  const auto start = EngineClock::now();
   ++step_;
   forward_.clear_phases();
   std::vector<std::list<Generation>::iterator> rows;
@@ -447,25 +200,25 @@ void CertifiedEngine::decode(Policy policy) {
                       .choice = TokenChoice{g->sample_options(), g->uniform()}});
     handles.push_back(g->handle);
   }
-  const auto scrubbing = Clock::now();
+  const auto scrubbing = EngineClock::now();
   cache_.begin_step(step_, handles);
   const double scrub_seconds = seconds_since(scrubbing);
   const DecodeOutput out = forward_.decode(inputs);
   cache_.end_step();
 
   // The step's verdict: agreed upon before anything of it is used.
-  const auto agreeing = Clock::now();
+  const auto agreeing = EngineClock::now();
   std::vector<VerdictRecord> verdicts;
   for (int64_t handle : handles) verdicts.push_back(cache_.verdict(handle));
   group_.reduce_verdict(verdicts, {});
   group_.wait();
   const double agree_seconds = seconds_since(agreeing);
-  const auto recording = Clock::now();
+  const auto recording = EngineClock::now();
   StepFigures figures(*parts_.config, heads_, group_.size());
   figures.gather(cache_, handles, group_);
   double record_seconds = seconds_since(recording);
 
-  const auto sampling = Clock::now();
+  const auto sampling = EngineClock::now();
   StepRecord record;
   record.step = step_;
   record.policy = policy;
@@ -493,11 +246,10 @@ void CertifiedEngine::decode(Policy policy) {
       const size_t vocab = size_t(parts_.config->vocab);
       const DecodeOutput::Chosen& chosen = out.chosen[i];
       try {  // every rank draws from the same logits
-        g.accept(chosen.token >= 0 ? sampled_elsewhere(chosen.token, chosen.largest)
-                                   : sample_token(std::span(out.logits).subspan(i * vocab, vocab),
-                                                  g.sample_options(), g.uniform()));
-        ++tokens_;
-        ++record.tokens;
+        if (!g.known()) ++record.tokens;
+        take(g, chosen.token >= 0 ? sampled_elsewhere(chosen.token, chosen.largest)
+                                  : sample_token(std::span(out.logits).subspan(i * vocab, vocab),
+                                                 g.sample_options(), g.uniform()));
       } catch (const Error& e) {
         if (e.kind() != ErrorKind::NonFinite) throw;
         fail(g, e.kind(), fmt::format("after token {}: {}", inputs[i].position, e.what()));
@@ -506,7 +258,7 @@ void CertifiedEngine::decode(Policy policy) {
   }
   const double sample_seconds = seconds_since(sampling);
   if (leader() && on_step) {
-    const auto filling = Clock::now();
+    const auto filling = EngineClock::now();
     record.sequences = rows.size();
     figures.fill(&record);
     record_seconds += seconds_since(filling);
@@ -574,8 +326,6 @@ void CertifiedEngine::finish(std::list<Generation>::iterator g) {
   blocked_ = false;
   if (leader() && on_completion) on_completion(std::move(c));
 }
-
-}  // namespace
 
 std::unique_ptr<Engine> make_engine(const JobOptions& options, EngineParts parts) {
   return std::make_unique<CertifiedEngine>(options, std::move(parts));

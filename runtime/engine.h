@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/arith/verdict.h"
+#include "runtime/answer_state.h"
 #include "runtime/certify/class_table.h"
 #include "runtime/options.h"
 
@@ -24,8 +25,10 @@ struct Request {
   SamplingOptions sampling;
   Policy policy = Policy::Budget;
   Tolerance tolerance;
-  std::vector<Policy> compare;     // decode under each of these from one prefill; empty: policy
-  bool policy_is_job_wide = true;  // false where the request itself asked for a policy
+  std::vector<Policy> compare;       // decode under each of these from one prefill; empty: policy
+  bool policy_is_job_wide = true;    // false where the request itself asked for a policy
+  std::vector<AnswerState> resumed;  // answers that an earlier session has begun
+  std::vector<OwnerId> names;        // of the answers' originals, by policy; the leader draws them
 };
 
 // Distribution of a non-negative figure over head-steps; quantiles from a logarithmic histogram
@@ -132,8 +135,10 @@ class Engine {
   // `stop` (leader's value counts): end without admitting or finishing anything more.
   virtual bool step(bool stop) = 0;
 
-  std::function<void(Completion&&)> on_completion;       // leader only
-  std::function<void(const StepRecord&)> on_step;        // leader only
+  std::function<void(Completion&&)> on_completion;  // leader only
+  std::function<void(const StepRecord&)> on_step;   // leader only
+  // Leader only; with every token drawn, before the step's completions.
+  std::function<void(const AnswerProgress&)> on_progress;
   std::function<void(const PrefillRecord&)> on_prefill;  // leader only; before its first step
   // Leader only, again and again while a prompt is prefilled: the share of it that is done.
   std::function<void(double)> on_prefill_progress;

@@ -4,6 +4,8 @@
 #include <bit>
 #include <cmath>
 
+#include "runtime/record_json.h"
+
 namespace certkv {
 
 Generation::Generation(const Request& r, Policy p, std::shared_ptr<const Tokenizer> tokenizer,
@@ -53,6 +55,42 @@ void Generation::count(const VerdictRecord& v) {
   bound_sum += bound;
   relative_sum += relative;
   ++steps;
+}
+
+void Generation::resume(const AnswerState& state, bool sealed) {
+  known_ = state.tokens;
+  if (!sealed) return;
+  const SealedAnswer& s = *state.sealed;
+  const Completion c = decode_completion(s.figures);
+  CERTKV_EXPECT(c.id == request_id && c.policy == policy && s.tokens <= known_.size() &&
+                    s.steps + 1 == s.tokens,
+                BadFile, "request {}: the figures of an open answer are of another one",
+                request_id);
+  while (tokens.size() < s.tokens && !finished) accept(known_[tokens.size()]);
+  CERTKV_EXPECT(!finished, BadFile, "request {}: an open answer is complete", request_id);
+  counts = c.counts;
+  returned = c.returned;
+  candidate = c.candidate;
+  outcome = c.outcome;
+  bound_max = c.bound_max;
+  relative_max = c.relative_max;
+  bound_sum = s.bound_sum;
+  relative_sum = s.relative_sum;
+  steps = s.steps;
+  decode_seconds = c.decode_seconds;
+}
+
+SealedAnswer Generation::sealed() const {
+  SealedAnswer s;
+  s.tokens = tokens.size();
+  s.bound_sum = bound_sum;
+  s.relative_sum = relative_sum;
+  s.steps = steps;
+  Completion c = completion();
+  c.tokens.clear();
+  c.text.clear();
+  s.figures = encode_completion(c);
+  return s;
 }
 
 Completion Generation::completion() const {

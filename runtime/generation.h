@@ -22,6 +22,16 @@ struct Generation {
   // Takes the next token: appends it, or finishes (EOS, stop string, length).
   void accept(int32_t token);
   void count(const VerdictRecord& verdict);
+  // Takes up an answer that an earlier session has begun: its tokens come again in their order
+  // instead of what is drawn. With `sealed`, those of state.sealed are there already, and so are
+  // the figures of their head-steps. Throws BadFile where the state is none of this answer.
+  void resume(const AnswerState& state, bool sealed);
+  // The next token, where it is known; draws are for what follows.
+  std::optional<int32_t> known() const {
+    if (tokens.size() < known_.size()) return known_[tokens.size()];
+    return std::nullopt;
+  }
+  SealedAnswer sealed() const;  // without scope and spans
   Completion completion() const;
 
   SampleOptions sample_options() const {
@@ -52,6 +62,7 @@ struct Generation {
   double prefill_seconds = 0, decode_seconds = 0;
 
  private:
+  std::vector<int32_t> known_;
   std::vector<int32_t> eos_ids_;
   StreamingDecoder decoder_;
 };

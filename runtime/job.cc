@@ -25,6 +25,7 @@ enum class Word : char {
   Stop = 'S',        // to a replica: end now
   Completion = 'C',  // to rank 0
   Step = 'T',        // to rank 0: a line of steps.jsonl
+  Progress = 'P',    // to rank 0: news of an answer
 };
 
 constexpr std::chrono::milliseconds kIdle{2};
@@ -139,6 +140,7 @@ std::optional<Request> Dealer::next_request(Open& open) {
     request.policy = missing.front();
     if (!input_.compare.empty()) request.compare = missing;
     request.policy_is_job_wide = !line->policy_asked;
+    request.resumed = output_.open_answers(line->index, missing);
     open = {identity_of(*line), {missing.begin(), missing.end()}, !line->policy_asked, 0};
     return request;
   }
@@ -196,6 +198,9 @@ void Dealer::receive() {
       case Word::Step:
         output_.step(std::string(body));
         break;
+      case Word::Progress:
+        output_.progress(decode_progress(body));
+        break;
       default:
         CERTKV_THROW(CommError, "replica {}: a message of kind {}", m->from, int(m->bytes[0]));
     }
@@ -210,6 +215,7 @@ void Dealer::stop_all() {
 int Dealer::run() {
   rank_.engine.on_completion = [this](Completion&& c) { completed(std::move(c)); };
   rank_.engine.on_step = [this](const StepRecord& r) { output_.step(r, 0); };
+  rank_.engine.on_progress = [this](const AnswerProgress& p) { output_.progress(p); };
   rank_.engine.on_prefill_progress = [this](double share) { output_.prefilling(share); };
   bool stopped = false;
   for (;;) {
@@ -265,6 +271,9 @@ void run_replica(const JobRank& rank) {
     channel.send(0, message(Word::Completion, encode_completion(c)));
   };
   rank.engine.on_completion = answer;
+  rank.engine.on_progress = [&](const AnswerProgress& p) {
+    channel.send(0, message(Word::Progress, encode_progress(p)));
+  };
   rank.engine.on_step = [&](const StepRecord& r) {
     channel.send(0, message(Word::Step, json_line(step_json(r, rank.replica, ""))));
   };

@@ -12,6 +12,7 @@
 #include "runtime/finished_line.h"
 #include "runtime/journal.h"
 #include "runtime/json_file.h"
+#include "runtime/open_answers.h"
 #include "runtime/output_file.h"
 #include "runtime/record_json.h"
 #include "runtime/results.h"
@@ -131,6 +132,7 @@ struct JobOutput::State {
   ResultsIndex results;
   Summary summary;
   std::vector<std::string> result_names;
+  std::unique_ptr<OpenAnswers> open;
   std::unique_ptr<StepLog> steps;
   Clock::time_point start, last_results;
   double results_cost = 0;       // seconds, of the last writing
@@ -233,6 +235,10 @@ JobOutput::JobOutput(JobOutputOptions options, const JobIdentity& identity,
                  earlier);
   s.read_journals(job);
   s.open_journals(job, s.options.replicas);
+  s.open = std::make_unique<OpenAnswers>(s.path("open"), job, [&](uint64_t line, Policy policy) {
+    const size_t slot = s.options.compare ? s.slot_of(policy) : 0;
+    return line >= s.lines || s.results.has(slot, line);
+  });
   s.steps = std::make_unique<StepLog>(s.path("steps.jsonl"));
   s.finished_before = s.progress_state.finished_before = s.progress_state.finished =
       s.whole_lines();
@@ -240,6 +246,9 @@ JobOutput::JobOutput(JobOutputOptions options, const JobIdentity& identity,
     log_info("{}: {} of {} lines are finished; going on", s.options.folder, s.finished_before,
              s.lines);
   }
+  if (s.open->found() != 0)
+    log_info("{}: {} answers have been begun; they go on from where they were", s.options.folder,
+             s.open->found());
   s.summary.complete = s.whole_lines() == s.lines;
 }
 
@@ -288,6 +297,19 @@ void JobOutput::finish(const LineIdentity& line, Completion c, bool policy_is_jo
   const auto at = std::find(s.journal_paths.begin(), s.journal_paths.end(), file);
   s.results.add(slot, line.index, {size_t(at - s.journal_paths.begin()), where});
   s.count(finished);
+  s.open->finish(line.index, c.policy);
+}
+
+void JobOutput::progress(const AnswerProgress& p) {
+  state_->open->add(p);
+}
+
+std::vector<AnswerState> JobOutput::open_answers(uint64_t line,
+                                                 const std::vector<Policy>& policies) {
+  std::vector<AnswerState> list;
+  for (const Policy policy : policies)
+    if (auto state = state_->open->load(line, policy)) list.push_back(std::move(*state));
+  return list;
 }
 
 void JobOutput::State::count_step(const StepRecord& r) {

@@ -50,6 +50,11 @@ class JobOutput {
   void finish(const LineIdentity& line, Completion completion, bool policy_is_job_wide,
               int replica);
 
+  // Of an answer that is being generated; see runtime/open_answers.h.
+  void progress(const AnswerProgress& progress);
+  // What earlier sessions have left of a line's answers under these policies.
+  std::vector<AnswerState> open_answers(uint64_t line, const std::vector<Policy>& policies);
+
   void step(const StepRecord& record, int replica);
   void step(const std::string& step_line);  // as step_json of another replica made it
 

@@ -105,12 +105,14 @@ JournalContents read_journal(const std::string& path, const std::string& job,
   return contents;
 }
 
-Journal::Journal(std::string path, const std::string& job, const JournalContents& contents)
+Journal::Journal(std::string path, const std::string& job, const JournalContents& contents,
+                 Sync sync)
     : file_(std::make_unique<AppendFile>(std::move(path),
-                                         contents.exists ? contents.whole_bytes : 0)) {
+                                         contents.exists ? contents.whole_bytes : 0)),
+      sync_(sync) {
   if (contents.exists) return;
   file_->append(framed(header_note(job), ""));
-  file_->sync();
+  if (sync_ == Sync::Each) file_->sync();
 }
 
 Journal::~Journal() = default;
@@ -121,7 +123,7 @@ JournalPosition Journal::append(std::string_view note, std::string_view result) 
                 InvalidArgument, "a journal record holds a raw tab or line feed");
   const uint64_t at = file_->bytes() + kDigestChars + 1 + note.size() + 1;
   file_->append(framed(note, result));
-  file_->sync();
+  if (sync_ == Sync::Each) file_->sync();
   return {at, result.size()};
 }
 

@@ -47,11 +47,13 @@ JournalContents read_journal(const std::string& path, const std::string& job,
 
 class Journal {
  public:
+  enum class Sync { Each, Never };  // which appends wait for the disk
   // Goes on after the last whole line; `contents` comes from read_journal of the same file.
-  Journal(std::string path, const std::string& job, const JournalContents& contents);
+  Journal(std::string path, const std::string& job, const JournalContents& contents,
+          Sync sync = Sync::Each);
   ~Journal();
 
-  // On the disk when it returns. REQUIRES note and result without TAB and LF.
+  // On the disk when it returns, under Sync::Each. REQUIRES note and result without TAB and LF.
   // ERRORS: IoError; the journal is then as before, and can be appended to again.
   JournalPosition append(std::string_view note, std::string_view result);
 
@@ -59,6 +61,7 @@ class Journal {
 
  private:
   std::unique_ptr<AppendFile> file_;
+  Sync sync_;
 };
 
 // The result at a position, for copying it out.

@@ -165,4 +165,14 @@ ContentScope originals_scope(const JobOptions& options, const ModelConfig& confi
   return scope;
 }
 
+uint64_t scope_word(const ContentScope& scope) {
+  std::vector<std::byte> both(scope.model.begin(), scope.model.end());
+  both.insert(both.end(), scope.layout.begin(), scope.layout.end());
+  both.push_back(std::byte(scope.dtype));
+  const Sha256 hash = sha256(std::span<const std::byte>(both));
+  uint64_t word = 0;
+  std::memcpy(&word, hash.data(), sizeof word);
+  return word;
+}
+
 }  // namespace certkv

@@ -39,4 +39,7 @@ std::optional<Sha256> digest_model(const std::string& folder, Communicator& worl
 ContentScope originals_scope(const JobOptions& options, const ModelConfig& config, int tensor,
                              DType dtype, const Sha256& model);
 
+// The scope in one word, for records that are compared with this very program's own.
+uint64_t scope_word(const ContentScope& scope);
+
 }  // namespace certkv

@@ -76,6 +76,16 @@ std::vector<std::byte> encode_request(const Request& r) {
   w.put(r.tolerance.value);
   w.put_all(r.compare.data(), r.compare.size());
   w.put(r.policy_is_job_wide);
+  w.put_all(r.names.data(), r.names.size());
+  w.put(uint64_t(r.resumed.size()));
+  for (const AnswerState& a : r.resumed) {
+    w.put(a.policy);
+    w.put_all(a.tokens.data(), a.tokens.size());
+    AnswerProgress sealed;
+    sealed.sealed = a.sealed;
+    const std::string text = encode_progress(sealed);
+    w.put_all(text.data(), text.size());
+  }
   return std::move(w.bytes);
 }
 
@@ -96,6 +106,15 @@ Request decode_request(std::span<const std::byte> bytes) {
   r.tolerance.value = in.get<double>();
   r.compare = in.get_all<std::vector<Policy>>();
   r.policy_is_job_wide = in.get<bool>();
+  r.names = in.get_all<std::vector<OwnerId>>();
+  const uint64_t resumed = in.get<uint64_t>();
+  for (uint64_t i = 0; i < resumed; ++i) {
+    AnswerState a;
+    a.policy = in.get<Policy>();
+    a.tokens = in.get_all<std::vector<int32_t>>();
+    a.sealed = decode_progress(in.get_all<std::string>()).sealed;
+    r.resumed.push_back(std::move(a));
+  }
   CERTKV_EXPECT(in.done(), CommError, "a request has bytes left over");
   return r;
 }

@@ -12,6 +12,7 @@
 #include "kernels/arith/verdict.h"
 #include "kernels/base/error.h"
 #include "kvstore/content_owner.h"
+#include "runtime/answer_state.h"
 #include "runtime/certify/head_step.h"
 
 namespace certkv {
@@ -58,6 +59,18 @@ class SequenceCache {
   }
   // A decode of a prefilled sequence: shares what is sealed, reserves for max_tokens more.
   virtual int64_t fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) = 0;
+  // As fork(); the answer's originals are reserved under `name`, for a later job to find. With
+  // `sealed`, the first `held` tokens of the sequence are there as an earlier job has sealed them:
+  // 0, and nothing is made, where the store does not have all of them, sound. A cache that keeps no
+  // names makes a plain fork, and finds nothing.
+  virtual int64_t fork_named(int64_t sequence, int64_t max_tokens, const StepRules& rules,
+                             const OwnerId& /*name*/, std::span<const AnswerSpan> sealed,
+                             uint64_t /*held*/) {
+    return sealed.empty() ? fork(sequence, max_tokens, rules) : 0;
+  }
+  // Where a decode's originals behind the prompt's sealed ones lie, at a moment when every token it
+  // holds is sealed and can be found by name; empty at any other.
+  virtual std::vector<AnswerSpan> sealed_answer(int64_t /*sequence*/) const { return {}; }
   // After a sequence's last step: verifies all of its pages, where the cache can. Returns how many
   // damaged ones it held that no step has reported; they are repaired for those that share them.
   virtual uint64_t close(int64_t sequence) = 0;

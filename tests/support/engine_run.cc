@@ -66,12 +66,15 @@ RunResult run(const JobOptions& options, int ranks, int threads,
       result.tier1_peak = std::max(result.tier1_peak, engine->load().tier1_bytes);
       if (result.steps.size() == 1 && hooks.after_prefill) hooks.after_prefill(*parts.store);
     };
+    engine->on_progress = [&](const AnswerProgress& p) { result.progress.push_back(p); };
     engine->on_prefill = [&](const PrefillRecord& p) { result.prefills.push_back(p); };
     engine->on_prefill_progress = [&](double share) { result.prefilled.push_back(share); };
     if (rank == 0)
       for (const Request& r : requests) engine->submit(r);
-    while (engine->step(false)) {
-    }
+    uint64_t steps = 0;
+    while (engine->step(hooks.kill_after != 0 && steps == hooks.kill_after)) ++steps;
+    // What has a name stays in the store, as after a death; nothing is given back.
+    if (hooks.kill_after != 0) parts.store->detach();
   });
   return result;
 }

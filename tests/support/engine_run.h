@@ -25,6 +25,7 @@ struct RunResult {
   std::vector<StepRecord> steps;
   std::vector<double> prefilled;  // shares, as they were told
   std::vector<PrefillRecord> prefills;
+  std::vector<AnswerProgress> progress;
   uint64_t tier1_peak = 0;  // bytes, of rank 0, after its steps
 };
 struct RunHooks {
@@ -35,6 +36,9 @@ struct RunHooks {
   ThreadHolder* store = nullptr;         // that outlives the run; null: one of its own
   // Of every rank, with its store, before anything is submitted.
   std::function<void(StoreClient&, int rank)> before;
+  // Every rank ends as if it had been killed after so many steps: nothing is finished, and its
+  // store learns nothing.
+  uint64_t kill_after = 0;
   std::function<DeviceBackend(const std::string& backend, int ordinal)> make_device;
 };
 RunResult run(const JobOptions& options, int ranks, int threads,
