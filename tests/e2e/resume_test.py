@@ -4,6 +4,7 @@
 import os
 import re
 import secrets
+import signal
 import unittest
 
 import harness
@@ -14,7 +15,9 @@ PAGE = 64     # tokens of a page: what is sealed at once
 MAGIC, HEADER, ALIGNMENT = b"CKVK", 128, 64  # kvstore/FORMAT.md
 
 
-class ResumedJobs(unittest.TestCase):
+class KilledJobs(unittest.TestCase):
+    POLICIES = ("dense",)
+
     @classmethod
     def setUpClass(cls):
         cls.temporary = harness.temporary_folder()
@@ -25,7 +28,7 @@ class ResumedJobs(unittest.TestCase):
             line["body"].update(max_tokens=TOKENS, stop=[])
         product.write_lines(os.path.join(cls.folder, "batch.jsonl"), lines)
         cls.whole = {}
-        for policy in ("dense", "budget"):
+        for policy in cls.POLICIES:
             product.start(*cls.arguments(f"whole {policy}", policy), ranks=2).wait(100) \
                 .expect_exit(0)
             cls.whole[policy] = cls.answers(f"whole {policy}")
@@ -93,6 +96,10 @@ class ResumedJobs(unittest.TestCase):
     def reused(self, name):
         return [line["response"]["body"]["certkv"]["reused_prompt_tokens"]
                 for line in product.lines(self.folder, name, "results.jsonl")]
+
+
+class ResumedJobs(KilledJobs):
+    POLICIES = ("dense", "budget")
 
     def test_killed_at_any_point_the_same_answers_come(self):
         points = {
@@ -176,6 +183,29 @@ class ResumedJobs(unittest.TestCase):
         second.expect_text("its prompt is prefilled from the first token",
                            "its answer's originals are not in the store, or not sound")
         self.assertEqual(self.answers("damaged"), self.whole["dense"])
+
+
+class SupervisedJobs(KilledJobs):
+    """The same batch under launcher/certkv-supervise."""
+
+    def test_a_killed_rank_costs_a_restart_and_the_answers_come(self):
+        socket = f"@certkv-test-{secrets.token_hex(8)}"
+        self.start_store(socket)
+        name = "supervised"
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "launcher",
+                              "certkv-supervise")
+        job = harness.start([script, "--pause", "0.1", "--", *harness.mpirun(2),
+                             *product.command(self.arguments(
+                                 name, "dense", "--store.mode", "attach", "--store.socket",
+                                 socket))])
+        self.addCleanup(job.kill)
+        job.wait_for(lambda: self.drawn(name, 1) >= 100, 60, "mid-decode")
+        os.kill(job.pids("certkv")[1], signal.SIGKILL)
+        job.wait(100).expect_exit(0).expect_nothing_left()
+        job.expect_text("ended by signal KILL (exit code 137); restart 1 of 5 with --resume",
+                        "the job ended with exit code 0 after 1 restart(s) in a row")
+        self.assertTrue(all(sealed > 100 - PAGE for _, sealed in self.known(job).values()))
+        self.assertEqual(self.answers(name), self.whole["dense"])
 
 
 def damage(pid):
