@@ -195,7 +195,7 @@ void Membership::note(const Message& m, Peer& p, Time now) {
   p.free_bytes = m.free_bytes;
   p.address = m.address;
   p.address_bytes = m.address_bytes;
-  const Time asked{int64_t(std::min<uint64_t>(m.echo, uint64_t(now.count())))};
+  const Time asked = evidence(m, now);
   if (asked > p.fresh) p.fresh = asked;
   p.supports = asked;
 }

@@ -21,6 +21,7 @@
 // THREADS: one.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
@@ -116,6 +117,11 @@ class Membership {
   }
   virtual bool in_order(uint64_t sequence, uint64_t last) const { return sequence > last; }
   virtual Time lease() const { return timing_.silence; }
+  // Since when what the message says can have been so: it was not written before this node sent what
+  // it repeats.
+  virtual Time evidence(const Message& m, Time now) const {
+    return Time(int64_t(std::min<uint64_t>(m.echo, uint64_t(now.count()))));
+  }
   virtual bool same_view(uint64_t epoch) const { return epoch == view_.epoch; }
 
  private:

@@ -34,7 +34,7 @@ uint32_t ReplicaBook::acknowledged(const RunId& id) const {
 // Who sends what is missing: the node that wrote it, else the first that is known to have all of
 // it.
 bool ReplicaBook::sends(const RunId& id, const Run& run) const {
-  if (run.home == self_) return true;
+  if (run.original || run.home == self_) return true;
   const auto whole = [&run](NodeId n) {
     const auto c = run.copies.find(n);
     return c != run.copies.end() && c->second.known && c->second.blocks >= run.blocks;
@@ -61,7 +61,7 @@ bool ReplicaBook::satisfied(const RunId& id, const Run& run) const {
 // After any change of the run: its lag, and whether there is work left.
 void ReplicaBook::review(const RunId& id, Run& run) {
   lag_bytes_ -= run.lag;
-  run.lag = uint64_t(run.blocks - prefix(run)) * run.block_bytes;
+  run.lag = sends(id, run) ? uint64_t(run.blocks - prefix(run)) * run.block_bytes : 0;
   lag_bytes_ += run.lag;
   if (active_ && !satisfied(id, run)) {
     open_.insert(id);
@@ -86,18 +86,20 @@ void ReplicaBook::set_view(const View& view, bool active) {
   }
 }
 
-void ReplicaBook::hold(const RunId& id, NodeId home, uint32_t blocks, uint64_t block_bytes) {
+void ReplicaBook::hold(const RunId& id, NodeId home, bool original, uint32_t blocks,
+                       uint64_t block_bytes) {
   auto [at, fresh] = runs_.try_emplace(id);
   Run& run = at->second;
   if (fresh) {
     run.home = home;
+    run.original = original;
     run.block_bytes = block_bytes;
     run.targets = placement_.targets(view_.members, group_of(id), home);
     for (const NodeId t : run.targets) {
       if (t == self_) continue;
       Copy& c = run.copies[t];
       c.boot = view_.boots[t];
-      c.known = home == self_;  // nobody else can have blocks that are written here just now
+      c.known = original;  // what it has already it says when it is sent more
     }
   }
   run.blocks = std::max(run.blocks, blocks);
@@ -118,7 +120,7 @@ bool ReplicaBook::acknowledge(NodeId from, uint64_t from_boot, uint64_t epoch, c
   const auto at = runs_.find(id);
   if (at == runs_.end()) return false;
   Run& run = at->second;
-  if (run.home == self_ && blocks > run.blocks) return false;  // nobody can have them
+  if (run.original && blocks > run.blocks) return false;  // nobody can have them
   Copy& c = run.copies[from];
   c.boot = from_boot;
   c.known = true;

@@ -50,8 +50,10 @@ class ReplicaBook {
   // At every Installed, Active and Fenced of the membership.
   void set_view(const View& view, bool active);
 
-  // This node holds and has verified the first `blocks` blocks of the run. Grows only.
-  void hold(const RunId& run, NodeId home, uint32_t blocks, uint64_t block_bytes);
+  // This node holds and has verified the first `blocks` blocks of the run. Grows only. `home`: the
+  // node whose ranks wrote it; `original`: they did so into the very memory that lies here, so
+  // there is no block that this node has not.
+  void hold(const RunId& run, NodeId home, bool original, uint32_t blocks, uint64_t block_bytes);
   void forget(const RunId& run);  // freed here
 
   // `from` says that it has verified the first `blocks` blocks. Returns whether it counts: not from
@@ -68,7 +70,8 @@ class ReplicaBook {
   // Appends at most `limit` tasks that are due. count <= max_blocks in each.
   void tasks(Time now, size_t limit, uint32_t max_blocks, std::vector<CopyTask>& out);
 
-  uint64_t lag_bytes() const { return lag_bytes_; }  // held here and not copied as often as asked
+  // Of the runs that this node is to copy: what has fewer copies than were asked for.
+  uint64_t lag_bytes() const { return lag_bytes_; }
   size_t runs() const { return runs_.size(); }
   size_t open_runs() const { return open_.size(); }
 
@@ -90,6 +93,7 @@ class ReplicaBook {
   };
   struct Run {
     NodeId home = 0;
+    bool original = false;
     uint32_t blocks = 0;
     uint64_t block_bytes = 0;
     NodeSet targets;

@@ -327,7 +327,7 @@ Seeds four() {
 TEST(ReplicaBook, CountsAsManyCopiesAsWereAskedForAndNoCopyTwice) {
   ReplicaBook book(Placement(four(), 3, PlacementRule::LocalFirst), 0, 100);
   book.set_view(view_of(1, NodeSet::first(4)), true);
-  book.hold(run_id(0), 0, 10, 1000);
+  book.hold(run_id(0), 0, true, 10, 1000);
   EXPECT_EQ(book.lag_bytes(), 10'000u);
   EXPECT_TRUE(book.acknowledge(1, 101, 1, run_id(0), 8));
   EXPECT_TRUE(book.acknowledge(1, 101, 1, run_id(0), 8));
@@ -361,7 +361,7 @@ unsigned carry_out(std::vector<ReplicaBook*> books, Memory& have, uint64_t epoch
         if (t.kind == CopyTask::Kind::Send && t.first <= held) {
           sent += t.count;
           held = std::max(held, t.first + t.count);
-          books[t.to]->hold(t.run, 0, held, 1000);
+          books[t.to]->hold(t.run, 0, false, held, 1000);
         }
         EXPECT_TRUE(books[n]->acknowledge(t.to, 100u + t.to, epoch, t.run, held));
       }
@@ -382,7 +382,7 @@ TEST(ReplicaBook, CopiesAreMadeOnceAndMadeAgainAfterTheirNodeOrTheirHomeIsGone) 
   constexpr uint32_t kRuns = 12;
   Memory have;
   for (uint32_t i = 0; i < kRuns; ++i) {
-    books[0]->hold(run_id(i), 0, 10, 1000);
+    books[0]->hold(run_id(i), 0, true, 10, 1000);
     have[{0, run_id(i)}] = 10;
   }
   EXPECT_EQ(carry_out(books, have, 1, Time(1)), kRuns * 10) << "one copy of each elsewhere";
@@ -407,7 +407,7 @@ TEST(ReplicaBook, GivesNoTasksWhileFencedAndRepeatsThemWhenNothingWasHeard) {
   ReplicaBook book(Placement(four(), 2, PlacementRule::LocalFirst), 0, 100, Time(500));
   std::vector<CopyTask> tasks;
   book.set_view(view_of(1, NodeSet::first(4)), false);
-  book.hold(run_id(0), 0, 10, 1000);
+  book.hold(run_id(0), 0, true, 10, 1000);
   book.tasks(Time(1), 10, 4, tasks);
   EXPECT_TRUE(tasks.empty());
   book.set_view(view_of(1, NodeSet::first(4)), true);
