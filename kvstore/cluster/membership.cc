@@ -37,18 +37,26 @@ Membership::Membership(size_t seeds, NodeId self, uint64_t boot, Time now, const
                 "a boot nonce and a clock that are not 0 are needed");
 }
 
-void Membership::set_local(const LocalState& local) {
+void check_local_state(const LocalState& local) {
   const std::string& a = local.data_address;
   const bool printable =
       std::all_of(a.begin(), a.end(), [](char c) { return c > ' ' && c < '\x7f'; });
   CERTKV_EXPECT(a.size() <= kMaxDataAddress && printable, InvalidArgument,
                 "data address of {} bytes: at most {} printable ASCII characters are sent to peers",
                 a.size(), kMaxDataAddress);
+}
+
+void Membership::set_local(const LocalState& local) {
+  check_local_state(local);
   local_.address = {};
-  std::copy(a.begin(), a.end(), local_.address.begin());
-  local_.address_bytes = uint8_t(a.size());
+  std::copy(local.data_address.begin(), local.data_address.end(), local_.address.begin());
+  local_.address_bytes = uint8_t(local.data_address.size());
   local_.lag_bytes = local.lag_bytes;
   local_.free_bytes = local.free_bytes;
+}
+
+LocalState Membership::local() const {
+  return {std::string(local_.data_address()), local_.lag_bytes, local_.free_bytes};
 }
 
 bool Membership::peer_alive(const Peer& p, Time now) const {

@@ -70,6 +70,9 @@ struct LocalState {
   uint64_t lag_bytes = 0, free_bytes = 0;
 };
 
+// Throws InvalidArgument for an address that cannot be sent.
+void check_local_state(const LocalState& local);
+
 struct PeerState {
   bool alive = false;  // messages go to and fro
   uint64_t boot = 0;   // 0: never heard
@@ -102,6 +105,7 @@ class Membership {
   bool accepts(NodeId from, uint64_t from_boot, uint64_t epoch, Time now) const;
   NodeSet alive(Time now) const;  // with this node
   PeerState peer(NodeId n, Time now) const;
+  LocalState local() const;  // as set
   NodeId self() const { return self_; }
   uint64_t boot() const { return boot_; }
   size_t seeds() const { return seeds_; }
@@ -117,8 +121,8 @@ class Membership {
   }
   virtual bool in_order(uint64_t sequence, uint64_t last) const { return sequence > last; }
   virtual Time lease() const { return timing_.silence; }
-  // Since when what the message says can have been so: it was not written before this node sent what
-  // it repeats.
+  // Since when what the message says can have been so: it was not written before this node sent
+  // what it repeats.
   virtual Time evidence(const Message& m, Time now) const {
     return Time(int64_t(std::min<uint64_t>(m.echo, uint64_t(now.count()))));
   }
