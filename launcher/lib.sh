@@ -8,7 +8,8 @@ certkv_packages=(
   build-essential cmake ninja-build pkg-config ccache python3
   libopenmpi-dev openmpi-bin libucx-dev libboost-dev libyaml-cpp-dev nlohmann-json3-dev
   libcli11-dev libfmt-dev libspdlog-dev libssl-dev libxxhash-dev libpcre2-dev libutf8proc-dev
-  libsentencepiece-dev libopenblas-dev libhwloc-dev libgtest-dev libgmock-dev)
+  libsentencepiece-dev libopenblas-dev libhwloc-dev prometheus-cpp-dev
+  libgtest-dev libgmock-dev)
 
 say() { printf '== %s\n' "$*"; }
 fail() {

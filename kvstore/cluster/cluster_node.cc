@@ -14,6 +14,7 @@
 #include "kernels/base/log.h"
 #include "kvstore/cluster/channel.h"
 #include "kvstore/control.h"
+#include "kvstore/listen.h"
 
 namespace certkv::cluster {
 namespace {
@@ -28,24 +29,6 @@ constexpr milliseconds kConnectLimit{2000};
 constexpr milliseconds kIdleLimit{5000};  // an authenticated peer beats five times a second
 constexpr milliseconds kFirstPause{50}, kLastPause{1000};
 constexpr size_t kMaxQueued = 256;
-
-struct HostPort {
-  std::string host, port;
-};
-HostPort split_address(const std::string& text, const std::string& whose) {
-  const size_t colon = text.rfind(':');
-  HostPort a;
-  if (colon != std::string::npos) {
-    a = {text.substr(0, colon), text.substr(colon + 1)};
-    if (a.host.size() > 2 && a.host.front() == '[' && a.host.back() == ']')
-      a.host = a.host.substr(1, a.host.size() - 2);
-  }
-  const bool digits = !a.port.empty() && a.port.size() <= 5 &&
-                      a.port.find_first_not_of("0123456789") == std::string::npos;
-  CERTKV_EXPECT(digits && !a.host.empty() && std::stoi(a.port) <= 65535, InvalidArgument,
-                "{}: '{}' is no address; host:port is needed, [host]:port for IPv6", whose, text);
-  return a;
-}
 
 }  // namespace
 
@@ -75,7 +58,6 @@ struct ClusterNode::State : std::enable_shared_from_this<State> {
     member.emplace(options.seeds.size(), self, boot, now(), options.timing);
   }
 
-  void listen();
   void accept();
   void start();
   void tick();
@@ -132,6 +114,7 @@ class ClusterNode::Link : public std::enable_shared_from_this<Link> {
     ErrorCode ignored;
     socket_.set_option(Tcp::no_delay(true), ignored);
     socket_.non_blocking(true, ignored);
+    close_on_exec(socket_.native_handle());
   }
 
   void start() {
@@ -247,22 +230,6 @@ class ClusterNode::Link : public std::enable_shared_from_this<Link> {
   bool closed_ = false;
 };
 
-void ClusterNode::State::listen() {
-  const HostPort a = split_address(options.listen, "listening address");
-  Tcp::resolver resolver(io);
-  ErrorCode error;
-  const auto found = resolver.resolve(a.host, a.port, Tcp::resolver::passive, error);
-  CERTKV_EXPECT(!error && !found.empty(), InvalidArgument, "listening address {}: {}",
-                options.listen, error.message());
-  const Tcp::endpoint endpoint = found.begin()->endpoint();
-  acceptor.open(endpoint.protocol(), error);
-  if (!error) acceptor.set_option(Tcp::acceptor::reuse_address(true), error);
-  if (!error) acceptor.bind(endpoint, error);
-  if (!error) acceptor.listen(128, error);
-  CERTKV_EXPECT(!error, InvalidArgument, "node {} cannot listen on {}: {}", options.name,
-                options.listen, error.message());
-}
-
 void ClusterNode::State::accept() {
   acceptor.async_accept([s = shared_from_this()](ErrorCode error, Tcp::socket socket) {
     if (s->stopped) return;
@@ -282,7 +249,7 @@ void ClusterNode::State::accept() {
 }
 
 void ClusterNode::State::start() {
-  listen();
+  acceptor = listen_on(io, options.listen, "node " + options.name + ", control address");
   accept();
   for (NodeId n = 0; n < self; ++n) dial(n);
   tick();
