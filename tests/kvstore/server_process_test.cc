@@ -171,6 +171,56 @@ TEST_F(ServedStore, AServerThatIsStoppedIsLostWithinTheDeadline) {
   EXPECT_TRUE(eventually([&] { return read_all(); }));
 }
 
+// Two stores; the second holds the copies of the first, loses its server, and then is all there is.
+TEST_F(ServedStore, CopiesOutliveTheServerThatTookThemInAndTheNodeTheyCameFrom) {
+  StoreProcessOptions o;
+  o.arena_bytes = uint64_t(8) << 20;
+  o.linger = milliseconds(300);
+  o.require = "tcp";
+  o.key_file = key_file;
+  o.listen = "127.0.0.1:" + std::to_string(free_port());
+  const std::string first_address = "127.0.0.1:" + std::to_string(free_port());
+  const SpawnedStore second = spawn_store(o, milliseconds(20000));
+  o.peers = o.listen + "," + first_address;  // its own name among them is left out
+  const std::string second_address = std::exchange(o.listen, first_address);
+  o.replicas = 2;
+  const SpawnedStore first = spawn_store(o, milliseconds(20000));
+  StoreClientOptions c;
+  c.socket = second.socket;
+  const auto watcher = StoreClient::attach(c, patience());
+  c.socket = first.socket;
+  const auto rank = StoreClient::attach(c, patience());
+  ReserveRequest r = span.request();
+  r.owner = private_owner();
+  OriginalsSpan mine = rank->reserve(r);
+  for (uint32_t b = 0; b < 60; ++b) seal_known(mine, 0, 0, b);
+  const auto held = [&] {
+    const std::string text = watcher->peers();
+    return text.empty() ? 0 : int(nlohmann::json::parse(text)["held_for_others"]["blocks"]);
+  };
+  ASSERT_TRUE(eventually([&] { return held() == 60; }));
+  const auto copied = [&] {
+    return int(nlohmann::json::parse(rank->peers())["replication"]["copied_blocks"]);
+  };
+  ASSERT_TRUE(eventually([&] { return copied() == 60; }));
+
+  const auto state = [&] { return nlohmann::json::parse(watcher->status_json())["server"]; };
+  kill(pid_t(state()["pid"]), SIGKILL);
+  ASSERT_TRUE(eventually([&] { return state()["restarts"] == 1 && state()["pid"] != 0; }));
+  for (uint32_t b = 60; b < 64; ++b) seal_known(mine, 0, 0, b);
+  ASSERT_TRUE(eventually([&] { return copied() == 64 && held() == 64; }));
+
+  kill(pid_t(first.pid), SIGKILL);
+  RemoteReader other(std::make_shared<RemotePeer>(transport, second_address), small_shape());
+  for (const uint32_t b : {0u, 31u, 59u, 60u, 63u}) {
+    const Copied got = read_copy(other, mine.id(0, 0, b), small_shape());
+    ASSERT_EQ(got.result.status, BlockStatus::Ok) << b;
+    EXPECT_EQ(got.k, known_rows(small_shape(), 0, 0, b, false));
+    EXPECT_EQ(got.v, known_rows(small_shape(), 0, 0, b, true));
+  }
+  kill(pid_t(second.pid), SIGTERM);
+}
+
 TEST_F(ServedStore, AnotherKeyReadsNothing) {
   ASSERT_TRUE(eventually([&] { return read_all(); }));
   TransportOptions t;
