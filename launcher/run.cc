@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "kernels/base/log.h"
+#include "kvstore/http/status_server.h"
 #include "launcher/commands.h"
 #include "parallel/communicator.h"
 #include "parallel/local_world.h"
@@ -259,6 +260,16 @@ int run_command(Args& args) {
       gather_topology(*ranks.world, milliseconds_of(job.parallel.deadline_seconds));
   const std::string resume = resume_command(args, ranks.world->size(), launch.by_launcher);
 
+  std::shared_ptr<JobMonitor> monitor;
+  std::unique_ptr<StatusThread> http;
+  if (rank == 0 && !job.http.listen.empty()) {
+    monitor = std::make_shared<JobMonitor>(fmt::format("rank 0 of {}", ranks.world->size()),
+                                           CERTKV_VERSION, job.tolerance);
+    http = std::make_unique<StatusThread>(HttpOptions{.listen = job.http.listen},
+                                          [monitor] { return monitor->report(); });
+    log_info("http: status at {}", http->url());
+  }
+
   // Rank 0 alone reads and writes. What is wrong with input or output is found before the weights
   // are loaded.
   std::unique_ptr<BatchReader> reader;
@@ -289,6 +300,7 @@ int run_command(Args& args) {
                  .audit_folder = audit_folder(job)};
     o.terminal = ::isatty(2) != 0;
     o.progress_seconds = job.run.progress_seconds;
+    o.monitor = monitor;
     output = std::make_unique<JobOutput>(
         std::move(o), identify_job(job, survey, digest_model_files(job.model.path)), survey);
     if (job.store.mode == "auto" && job.store.arena == "auto") {
@@ -338,6 +350,7 @@ int run_command(Args& args) {
     return kExitDone;
   }
   int code = kExitOther;
+  if (monitor) monitor->set_ready();
   try {
     code = run_job(
         me, {*reader, [&](const BatchLine& l) { return encode_line(model, l); }, job.compare},

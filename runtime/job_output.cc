@@ -298,6 +298,7 @@ void JobOutput::finish(const LineIdentity& line, Completion c, bool policy_is_jo
   s.results.add(slot, line.index, {size_t(at - s.journal_paths.begin()), where});
   s.count(finished);
   s.open->finish(line.index, c.policy);
+  if (s.options.monitor) s.options.monitor->answered(finished.completion.prompt_tokens);
 }
 
 void JobOutput::progress(const AnswerProgress& p) {
@@ -318,6 +319,7 @@ void JobOutput::State::count_step(const StepRecord& r) {
   progress_state.tokens += r.tokens;
   if (r.policy != progress_state.policy) return;
   progress_state.counts.add(r.counts);
+  if (options.monitor) options.monitor->step(r);
   const double worst = r.returned.relative_max;
   if (!(worst <= progress_state.worst_relative)) progress_state.worst_relative = worst;
 }
@@ -335,11 +337,24 @@ void JobOutput::step(const std::string& line) {
     r.tokens = v.at("tokens");
     r.seconds = v.at("seconds").is_null() ? 0 : v.at("seconds").get<double>();
     r.counts.head_steps = v.at("head_steps");
+    r.counts.certified = v.at("certified");
+    r.counts.exact = v.at("exact");
+    r.counts.over = v.at("over");
+    r.counts.failed = v.at("failed");
+    r.counts.canary = v.at("canary_failures");
+    r.counts.digest = v.at("digest_failures");
+    r.counts.paged_bytes = v.at("paged_bytes");
     for (size_t i = 0; i < r.counts.rungs.size(); ++i) {
       r.counts.rungs[i] = v.at("rungs").at(std::to_string(i));
     }
-    const nlohmann::json& worst = v.at("returned").at("relative_max");
-    r.returned.relative_max = worst.is_null() ? std::nan("") : worst.get<double>();
+    const auto returned = [&v](const char* key) {
+      const nlohmann::json& figure = v.at("returned").at(key);
+      return figure.is_null() ? std::nan("") : figure.get<double>();
+    };
+    r.returned.relative_max = returned("relative_max");
+    r.returned.relative_p50 = returned("relative_p50");
+    r.returned.relative_p95 = returned("relative_p95");
+    r.returned.relative_p99 = returned("relative_p99");
     state_->count_step(r);
   } catch (const nlohmann::json::exception& e) {
     CERTKV_THROW(BadFile, "a step of another replica: {}", e.what());
@@ -356,6 +371,7 @@ void JobOutput::tick(const Engine::Load& load) {
   s.progress_state.waiting = load.waiting;
   const auto now = Clock::now();
   s.progress.update(s.progress_state, now);
+  if (s.options.monitor) s.options.monitor->tick(s.progress_state, load);
   // Writing the results again costs time in proportion to what is there already.
   const double due = std::max(s.options.results_seconds, 50 * s.results_cost);
   if (s.progress_state.finished == s.results_written ||
@@ -369,6 +385,7 @@ void JobOutput::tick(const Engine::Load& load) {
 void JobOutput::prefilling(double share) {
   State& s = *state_;
   s.progress_state.prefill = share;
+  if (s.options.monitor) s.options.monitor->tick(s.progress_state);
   s.progress.update(s.progress_state, Clock::now());
 }
 

@@ -14,6 +14,7 @@
 
 #include "runtime/batch_io.h"
 #include "runtime/engine.h"
+#include "runtime/job_monitor.h"
 #include "runtime/manifest.h"
 #include "runtime/progress.h"
 
@@ -31,7 +32,8 @@ struct JobOutputOptions {
   ManifestSession session;
   bool terminal = false;  // of standard error
   double progress_seconds = 5;
-  double results_seconds = 10;  // between writings of results.jsonl while the job runs
+  double results_seconds = 10;          // between writings of results.jsonl while the job runs
+  std::shared_ptr<JobMonitor> monitor;  // told of everything; may be null
 };
 
 class JobOutput {

@@ -104,6 +104,10 @@ struct AuditOptions {
   std::string folder;  // empty: audit/ in run.output
 };
 
+struct HttpListenOptions {
+  std::string listen;  // host:port for health, metrics and status of rank 0; empty: none
+};
+
 struct RunOptions {
   std::string input;                   // JSONL
   std::string backend = "cpu";         // cpu, cuda, or emulated: cuda's kernels on the CPU
@@ -129,6 +133,7 @@ struct JobOptions {
   StoreOptions store;
   ParallelOptions parallel;
   AuditOptions audit;
+  HttpListenOptions http;
   RunOptions run;
   std::string log_level = "info";
 };

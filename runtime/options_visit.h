@@ -318,6 +318,12 @@ inline void visit_options(AuditOptions& o, OptionVisitor& v) {
                       "run.output"});
 }
 
+inline void visit_options(HttpListenOptions& o, OptionVisitor& v) {
+  v.field("listen", &o.listen,
+          {.meaning = "host:port where rank 0 serves /healthz, /readyz, /metrics, /v1/status and a "
+                      "status page, as 127.0.0.1:8080; port 0: any, said in the log; empty: none"});
+}
+
 inline void visit_options(RunOptions& o, OptionVisitor& v) {
   v.field("input", &o.input,
           {.meaning = "requests, JSON lines (OpenAI batch, or prompt and max_tokens); looked up "
@@ -394,6 +400,7 @@ inline void visit_options(JobOptions& o, OptionVisitor& v) {
   visit_group("store", o.store, v);
   visit_group("parallel", o.parallel, v);
   visit_group("audit", o.audit, v);
+  visit_group("http", o.http, v);
   visit_group("run", o.run, v);
   v.field("log_level", &o.log_level,
           {.meaning = "least severe messages that are logged to standard error",

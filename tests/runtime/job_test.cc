@@ -2,11 +2,14 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
 #include <signal.h>
 #include <sys/mount.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <atomic>
 
+#include <atomic>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -76,6 +79,7 @@ class JobTest : public ::testing::Test {
     o.session.name = "session-" + std::to_string(++sessions_);
     o.progress_seconds = 0;
     o.results_seconds = 0;
+    o.monitor = monitor_;
     return std::make_unique<JobOutput>(std::move(o), identify_job(options_, survey, "model"),
                                        survey);
   }
@@ -105,6 +109,7 @@ class JobTest : public ::testing::Test {
   FakeEngine engine_;
   bool stop_ = false;
   int sessions_ = 0;
+  std::shared_ptr<JobMonitor> monitor_;
 };
 
 TEST_F(JobTest, EveryLineIsAnsweredInInputOrderAndTheSummaryAddsUp) {
@@ -126,6 +131,39 @@ TEST_F(JobTest, EveryLineIsAnsweredInInputOrderAndTheSummaryAddsUp) {
   EXPECT_EQ(manifest["input"]["lines"], 9);
   EXPECT_EQ(manifest["sessions"].size(), 1u);
   EXPECT_TRUE(fs::exists(out("summary.csv")));
+}
+
+TEST_F(JobTest, TheMonitorShowsTheFiguresOfTheJobToWhoeverAsksMeanwhile) {
+  write_input(9);
+  monitor_ = std::make_shared<JobMonitor>("rank 0 of 1", "1.0", options_.tolerance);
+  EXPECT_FALSE(monitor_->report().ready);
+  std::atomic<bool> over{false};
+  uint64_t asked = 0, partial = 0;
+  std::thread reader([&] {
+    for (uint64_t last = 0; !over; ++asked) {
+      const StatusReport r = monitor_->report();
+      EXPECT_GE(r.job->finished, last) << "it went back";
+      partial += r.job->finished > 0 && r.job->finished < 9;
+      last = r.job->finished;
+    }
+  });
+  engine_.before_step = [](uint64_t) { std::this_thread::sleep_for(std::chrono::milliseconds(2)); };
+  monitor_->set_ready();
+  EXPECT_EQ(run(), kJobSucceeded);
+  over = true;
+  reader.join();
+  EXPECT_GT(partial, 0u) << "of " << asked << " answers none showed the job under way";
+  const StatusReport r = monitor_->report();
+  const json s = summary();
+  EXPECT_TRUE(r.ready);
+  EXPECT_EQ(r.job->lines, 9u);
+  EXPECT_EQ(r.job->finished, 9u);
+  EXPECT_EQ(r.job->failed, 0u);
+  EXPECT_EQ(r.job->prompt_tokens, s["prompt_tokens"]);
+  EXPECT_EQ(r.job->steps, read_lines(out("steps.jsonl")).size());
+  EXPECT_EQ(r.job->certified, s["certified"]);
+  EXPECT_EQ(r.job->rungs[0], s["rungs"]["0"]);
+  EXPECT_EQ(r.job->worst_relative, s["returned"]["relative_max"]);
 }
 
 TEST_F(JobTest, ABadLineFailsAloneByName) {
