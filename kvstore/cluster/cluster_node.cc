@@ -259,6 +259,7 @@ void ClusterNode::State::tick() {
   if (stopped) return;
   member->tick(now(), output);
   flush();
+  publish();
   const Time wait = std::max(member->next_tick() - now(), Time(1000));
   ticker.expires_after(wait);
   ticker.async_wait([s = shared_from_this()](ErrorCode error) {
@@ -374,7 +375,6 @@ void ClusterNode::State::flush() {
     }
   }
   flushing = false;
-  publish();
 }
 
 void ClusterNode::State::publish() {

@@ -156,6 +156,7 @@ void Membership::beat(Time now, Output& out) {
 bool Membership::fresh(const Message& m, Peer& p, Time now, Output& out) {
   if (m.from_boot != p.boot) {
     if (m.to_boot == boot_ && proves_life(m, p.challenge)) {
+      if (p.up) out.events.push_back({Event::Kind::PeerDown, m.from, view_.epoch});
       const uint64_t sent = p.sent, answer = p.answer, asked = p.asked_boot;
       p = Peer{};
       p.boot = m.from_boot;

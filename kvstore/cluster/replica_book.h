@@ -64,7 +64,8 @@ class ReplicaBook {
                    uint32_t blocks);
 
   // Blocks of the run, from its first on, of which as many copies exist as were asked for, this
-  // node's included. 0 while fenced.
+  // node's included. 0 while fenced. The book learns by set_view() alone that it is: whoever passes
+  // this on asks Membership::active() at that moment too.
   uint32_t acknowledged(const RunId& run) const;
 
   // Appends at most `limit` tasks that are due. count <= max_blocks in each.
