@@ -28,7 +28,7 @@ constexpr uint64_t kStretches = 64;
 
 // Options that change speed and size only; model.path is replaced by what lies there.
 bool changes_answers(const std::string& key) {
-  for (const char* prefix : {"scratch.", "store.", "parallel.", "audit.", "run."}) {
+  for (const char* prefix : {"scratch.", "store.", "parallel.", "audit.", "http.", "run."}) {
     if (key.starts_with(prefix)) return false;
   }
   return key != "log_level" && key != "model.path";

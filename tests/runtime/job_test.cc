@@ -269,6 +269,17 @@ TEST_F(JobTest, ResumingACompleteJobDoesNothingAndSaysTheSame) {
   expect_all_answers(3);
 }
 
+TEST_F(JobTest, ResumingWhereTheStatusIsServedElsewhereIsTheSameJob) {
+  write_input(3);
+  options_.http.listen = "127.0.0.1:8080";
+  ASSERT_EQ(run(), kJobSucceeded);
+  options_.run.resume = true;
+  options_.http.listen = "127.0.0.1:8081";
+  FakeEngine idle;
+  EXPECT_EQ(run(idle), kJobSucceeded);
+  EXPECT_EQ(idle.submitted, 0u);
+}
+
 TEST_F(JobTest, ResumingWithAnotherInputOrOptionIsRefusedNamingWhatDiffers) {
   write_input(3);
   stop_ = true;
