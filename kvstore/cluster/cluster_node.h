@@ -7,6 +7,11 @@
 // number ends its connection and changes nothing. Strangers (who have not shown the key yet) are
 // at most `max_strangers`: the oldest makes room.
 //
+// A server that keeps copies puts it together like this: at on_view it tells its ReplicaBook; it
+// serves a request of a peer only where membership().accepts() the peer under the request's epoch,
+// and passes an acknowledgement on only while membership().active(); it carries out
+// ReplicaBook::tasks() from a timer, and tells set_local() its data address and the book's lag.
+//
 // THREADS: constructed and destroyed where no thread runs the io_context, or in the one that does;
 // callbacks come on that thread. snapshot(), set_local() and stop() from any thread.
 #pragma once
