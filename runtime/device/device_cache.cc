@@ -11,7 +11,9 @@
 #include "kernels/quantize.h"
 #include "parallel/communicator.h"
 #include "runtime/audit/log.h"
+#include "runtime/certify/page_originals.h"
 #include "runtime/device/device_sequence.h"
+#include "runtime/span_originals.h"
 
 namespace certkv {
 
@@ -218,8 +220,10 @@ int64_t DeviceCache::fork(int64_t sequence, int64_t max_tokens, const StepRules&
     scrub_all(from, *s);
     from.prompt->verified = true;
   }
-  s->report.error = from.report.error;
-  s->report.error_text = from.report.error_text;
+  if (from.failed()) {
+    s->report.error = from.report.error;
+    s->report.error_text = from.report.error_text;
+  }
   s->damaged_pages = s->dense() ? 0 : from.damaged_pages;
   if (audit_ != nullptr)
     s->audit = audit_->open_sequence(from.audit, int64_t(s->tokens), max_tokens, rules);
@@ -348,22 +352,38 @@ void DeviceCache::lay_out(Sequence* s) {
   device_.synchronize(Deadline::after(kDeviceDeadline));
 }
 
-// Policy dense: the prompt's originals, from the arena.
+// Policy dense: the prompt's originals, from the arena, verified as rung 3 verifies them. A block
+// that is not to be had fails the sequence, whose rows are then zero.
 void DeviceCache::fill_dense(Sequence* s) {
   const Prompt& p = *s->prompt;
   const size_t heads = size_t(heads_.count()), blocks = s->dense_blocks;
   const size_t sealed = p.pages * kPageTiles;
   if (sealed == 0) return;
+  const auto reader = store_ == nullptr ? nullptr : store_->reader();
   std::vector<std::byte> rows(2 * sealed * block_bytes_);
-  for (size_t cell = 0; cell < cells(); ++cell) {
-    const std::byte* run =
-        p.span.run(uint32_t(cell / heads), uint32_t(heads_.begin) + uint32_t(cell % heads));
-    pool_.parallel_for(sealed, [&](size_t b) {
-      const std::byte* slot = run + b * block_.slot_bytes();
-      std::memcpy(rows.data() + b * block_bytes_, slot + block_.k_offset(), block_bytes_);
-      std::memcpy(rows.data() + (sealed + b) * block_bytes_, slot + block_.v_offset(),
-                  block_bytes_);
+  for (size_t cell = 0; cell < cells() && !s->failed(); ++cell) {
+    const size_t layer = cell / heads, kv_head = size_t(heads_.begin) + cell % heads;
+    std::vector<std::string> errors(p.pages);
+    pool_.parallel_for(p.pages, [&](size_t page) {
+      SpanOriginals originals(reader.get(), options_.read_deadline, p.span, uint32_t(sealed),
+                              s->own, uint32_t(layer), uint32_t(kv_head));
+      PageOriginals from;
+      std::byte* to = rows.data() + page * kPageTiles * block_bytes_;
+      if (!from.read(format_, page, originals)) {
+        errors[page] = from.error;
+        return;
+      }
+      std::memcpy(to, from.k.data(), kPageTiles * block_bytes_);
+      std::memcpy(to + sealed * block_bytes_, from.v.data(), kPageTiles * block_bytes_);
     });
+    const auto lost = std::ranges::find_if(errors, [](const auto& e) { return !e.empty(); });
+    if (lost != errors.end()) {
+      s->report.error = ErrorKind::OriginalsLost;
+      s->report.error_text = fmt::format("layer {} KV head {}: {}", layer, kv_head, *lost);
+      log_error("sequence {} {}", s->id, s->report.error_text);
+      device_.fill(s->slots.data(), 0, s->slots.bytes());
+      break;
+    }
     std::byte* to = s->slots.data() + cell * s->slots_each * block_bytes_;
     device_.copy(to, rows.data(), sealed * block_bytes_);
     device_.copy(to + blocks * block_bytes_, rows.data() + sealed * block_bytes_,

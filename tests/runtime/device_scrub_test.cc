@@ -475,5 +475,44 @@ TEST_F(DeviceScrub, WhatIsDamagedAfterItsLastLookIsFoundAtTheEnd) {
   }
 }
 
+// One bit of one block, between sealing and the step that wants it: policy dense fails before its
+// first step, rung 3 at the step, both by name; the other KV heads' outputs are exact.
+TEST_F(DeviceScrub, ABitOfAnOriginalFailsRung3AndDenseByName) {
+  for (const Policy policy : {Policy::Budget, Policy::Dense}) {
+    OneRank hit(backend_, 0, policy), sound(backend_, 0, policy);
+    hit.tolerance = sound.tolerance = 1e-5;  // rung 3 throughout
+    // A fork waits until the arena has the prompt's blocks.
+    const auto settle = [](OneRank& rank, int64_t prompt) {
+      rank.cache.drop(rank.cache.fork(prompt, kAnswer, {}));
+    };
+    const auto flip = [&](int64_t prompt) {
+      settle(hit, prompt);
+      hit.flip_original(prompt, 1, 1, 7);
+    };
+    const int64_t a = hit.start(1, 1, flip)[0];
+    const int64_t b = sound.start(1, 1, [&](int64_t prompt) { settle(sound, prompt); })[0];
+    const bool before = hit.cache.report(a).error.has_value();
+    EXPECT_EQ(before, policy == Policy::Dense);
+    const VerdictRecord v = hit.step({a})[0];
+    sound.step({b});
+    EXPECT_GT(v.sum.failed, 0u);
+    const SequenceReport& report = hit.cache.report(a);
+    ASSERT_TRUE(report.error.has_value());
+    EXPECT_EQ(*report.error, ErrorKind::OriginalsLost);
+    EXPECT_NE(report.error_text.find("layer 1 KV head 1: "), std::string::npos)
+        << report.error_text;
+    if (policy == Policy::Dense) {
+      EXPECT_NE(report.error_text.find("block 7 are corrupt"), std::string::npos);
+      continue;
+    }
+    constexpr size_t kWidth = kPerGroup * kDim;
+    for (size_t cell = 0; cell < size_t(kLayers) * kKvHeads; ++cell)
+      for (size_t e = 0; e < kWidth; ++e) {
+        const bool lost = cell == kKvHeads + 1;
+        EXPECT_EQ(hit.outputs[cell * kWidth + e], lost ? 0 : sound.outputs[cell * kWidth + e]);
+      }
+  }
+}
+
 }  // namespace
 }  // namespace certkv
