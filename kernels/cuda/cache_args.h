@@ -18,6 +18,17 @@ inline constexpr int kMaxHeads = 8;            // query heads of a KV head
 inline constexpr float kJustPrefetched = -1;   // score of a slot until learn() has seen it
 inline constexpr int kMostSlots = 8192;        // of a KV head's scratch, keys and values each
 
+// Where a step over several ranks has halted: at a layer that they will repeat (rung 4). What is
+// enqueued behind it still runs, of no account, and must leave the sequences as they are.
+struct Halt {
+  const uint32_t* at = nullptr;  // the layer + 1, or 0; nullptr: one rank, whose steps never halt
+  uint32_t layer = 0;            // of the work at hand
+  CERTKV_HD bool passed() const {
+    const uint32_t halted = at != nullptr ? *at : 0;
+    return halted != 0 && halted <= layer;
+  }
+};
+
 // Where a new token goes, and what a pass needs of its query.
 struct AppendItem {
   std::byte* keys = nullptr;  // rows of the open blocks, [64, head_dim] of 16 bits
@@ -41,6 +52,7 @@ struct AppendArgs {
   DType dtype = DType::BF16;
   uint32_t* any_failing = nullptr;  // out: 0, before the layer's pass
   uint32_t* redone = nullptr;       // the same; or nullptr
+  Halt halt = {};
 };
 
 // A stretch of blocks in the arena, as the device reads it. SOURCE: kvstore/FORMAT.md.
@@ -124,6 +136,12 @@ struct LadderArgs {
   int32_t* dense = nullptr;  // [count] items that go to rung 3
   uint32_t* dense_count = nullptr;
   uint32_t* dense_listed = nullptr;  // [count] 1: the list has an n-th item
+  Halt halt = {};
+  // Of several ranks [rows]: raised where a canary has broken a row, whose heads list_dense() then
+  // leaves alone: all ranks repeat the layer. nullptr: one rank, where rung 4 follows at once.
+  float* fallback = nullptr;
+  // [rows] list_dense() lists all items of the rows that are not 0 here, and no other.
+  const uint32_t* repeat = nullptr;
 };
 
 // Policy `paper`, and ranking. SOURCE: method section 5, "Policies", and section 6.
@@ -168,6 +186,7 @@ struct TableArgs {
   const TableLook* list = nullptr;  // [count]
   int32_t count = 0;
   uint32_t* found = nullptr;  // out [count]: 0, or what was damaged, and is sound again or dropped
+  const uint32_t* halted = nullptr;  // where not 0 nothing is done; or nullptr
 };
 
 // Digests (kernels/digest.h) of stretches of the device's memory, all of one length or each of its

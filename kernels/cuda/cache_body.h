@@ -88,6 +88,10 @@ CERTKV_FN void append_part(const AppendArgs& args, int index, int part) {
   const AppendItem& item = args.items[index];
   PassItem& pass = args.passes[index];
   const int d = args.head_dim, row = index / args.kv_heads, kv = index % args.kv_heads;
+  if (args.halt.passed()) {  // the queries of the layer that is repeated stay, too
+    if (index == 0 && part == args.heads) *args.any_failing = 0;
+    return;
+  }
   const float* of_row = args.qkv + size_t(row) * size_t((args.heads + 2) * args.kv_heads * d);
   if (part < args.heads)
     return append_query(args, item, of_row + size_t(kv * args.heads + part) * size_t(d), part,
@@ -229,6 +233,7 @@ CERTKV_FN bool resident_is_sound(const TableArgs& args, const LadderItem& item, 
 
 // One warp: the n-th look.
 CERTKV_FN void check_table(const TableArgs& args, int n) {
+  if (args.halted != nullptr && *args.halted != 0) return;
   const TableLook look = args.list[n];
   const LadderItem& item = args.items[look.item];
   const PageEntry entry = item.pages[look.page];
@@ -280,7 +285,7 @@ CERTKV_FN void unwant(const LadderItem& item, int block, int part) {
 CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
   const LadderItem& item = args.items[index];
   const PageInRequest* list = list_of(args, index);
-  const int count = int(args.listed[index]);
+  const int count = args.halt.passed() ? 0 : int(args.listed[index]);
   for (int n = at; n < count; n += warps) {
     const PageInRequest r = list[n];
     const int slot = item.first_slot[r.part] + r.slot;
@@ -315,19 +320,26 @@ CERTKV_FN void page_in(const LadderArgs& args, int index, int at, int warps) {
 // ---- rung 3 -------------------------------------------------------------------------------------
 
 // One warp: the items with failing heads, in order; and of rows that a canary has broken, every
-// item with all its heads (rung 4).
+// item with all its heads (rung 4), or none, where all ranks are to repeat them.
 CERTKV_FN void list_dense(const LadderArgs& args) {
   uint32_t count = 0;
-  for (int i = 0; i < args.count; ++i) {
+  for (int i = 0; i < args.count && !args.halt.passed(); ++i) {
     const PassItem& pass = args.passes[i];
     const LadderItem& item = args.items[i];
-    const int row = i / args.kv_heads * args.kv_heads;
+    const int row = i / args.kv_heads, first = row * args.kv_heads;
     bool broken = false;
-    for (int n = row; n < row + args.kv_heads; ++n)
+    for (int n = first; n < first + args.kv_heads; ++n)
       broken = broken || args.items[n].counts->canary != 0;
+    if (args.repeat != nullptr) {
+      broken = args.repeat[row] != 0;
+      if (!broken) continue;
+    } else if (broken && args.fallback != nullptr) {
+      args.fallback[row] = 1;
+      continue;
+    }
     if (pass.failing[0] == 0 && !broken) continue;
     args.dense[count++] = i;
-    if (item.counts->rounds == 0 && *pass.climbed != 0)
+    if (item.counts->rounds == 0 && item.counts->dense == 0 && *pass.climbed != 0)
       for (int h = 0; h < pass.heads; ++h) item.candidate[h] = pass.judged[h];
     item.counts->dense = 1;
     sync_lanes();  // all have read before any writes
@@ -458,7 +470,9 @@ struct Learn {
   CERTKV_FN const LadderItem& item() const { return args.items[index]; }
   CERTKV_FN const PassItem& pass() const { return args.passes[index]; }
   CERTKV_FN int words(int part) const { return (item().quota[part] + 31) / 32; }
-  CERTKV_FN bool due() const { return (*pass().climbed != 0) == args.climbed; }
+  CERTKV_FN bool due() const {
+    return !args.halt.passed() && (*pass().climbed != 0) == args.climbed;
+  }
 
   CERTKV_FN void prepare() const {
     if (warp >= pass().heads) return;

@@ -33,7 +33,7 @@ class EmulatedCacheOps final : public CacheOps {
     for (int i = 0; i < args.count; ++i) {
       *args.items[i].again = 0;
       args.listed[i] = 0;
-      if (args.passes[i].failing[0] == 0) continue;
+      if (args.passes[i].failing[0] == 0 || args.halt.passed()) continue;
       emulated::ClimbShared shared;
       std::memset(&shared, 0xff, sizeof shared);
       const auto all = [&](void (emulated::Climb::*part)() const) {
@@ -49,6 +49,7 @@ class EmulatedCacheOps final : public CacheOps {
     }
   }
   void select_paper(const LadderArgs& args, const PaperArgs& paper) override {
+    if (args.halt.passed()) return;
     emulated::PaperShared shared;
     for (int i = 0; i < args.count; ++i) {
       std::memset(&shared, 0xff, sizeof shared);
@@ -63,6 +64,7 @@ class EmulatedCacheOps final : public CacheOps {
     }
   }
   void rank(const LadderArgs& args, const PaperArgs& paper) override {
+    if (args.halt.passed()) return;
     emulated::RankShared shared;
     for (int i = 0; i < args.count; ++i) {
       std::memset(&shared, 0xff, sizeof shared);
@@ -74,6 +76,7 @@ class EmulatedCacheOps final : public CacheOps {
     }
   }
   void explore(const LadderArgs& args) override {
+    if (args.halt.passed()) return;
     for (int i = 0; i < args.count; ++i) {
       emulated::ExploreShared shared;
       std::memset(&shared, 0xff, sizeof shared);
@@ -84,6 +87,7 @@ class EmulatedCacheOps final : public CacheOps {
     }
   }
   void forget(const LadderArgs& args) override {
+    if (args.halt.passed()) return;
     for (int i = 0; i < args.count; ++i)
       for (int warp = 0; warp < kWarpsEach; ++warp) emulated::forget(args, i, warp, kWarpsEach);
   }

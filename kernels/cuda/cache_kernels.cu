@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(32 * kClimbWarps) climb_kernel(const LadderArg
   __shared__ ClimbShared shared;
   const int index = int(blockIdx.x);
   const Climb climb{args, index, int(threadIdx.y), &shared};
-  const bool failing = args.passes[index].failing[0] != 0;
+  const bool failing = args.passes[index].failing[0] != 0 && !args.halt.passed();
   __syncthreads();  // all have seen it before anyone changes it
   if (!failing) {
     if (threadIdx.y == 0) {
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(32 * kClimbWarps) climb_kernel(const LadderArg
 __global__ void __launch_bounds__(32 * kClimbWarps)
     select_paper_kernel(const LadderArgs args, const PaperArgs paper) {
   __shared__ PaperShared shared;
+  if (args.halt.passed()) return;
   const SelectPaper select{args, paper, int(blockIdx.x), int(threadIdx.y), &shared};
   select_phases(
       [&](auto phase) {
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(32 * kClimbWarps)
 __global__ void __launch_bounds__(32 * kRankWarps)
     rank_kernel(const LadderArgs args, const PaperArgs paper) {
   __shared__ RankShared shared;
+  if (args.halt.passed()) return;
   const Rank rank{args, paper, int(blockIdx.x), int(threadIdx.y), &shared};
   rank_phases(rank.due(), rank.places(), [&](auto phase) {
     phase(rank);
@@ -78,6 +80,7 @@ __global__ void __launch_bounds__(32 * kRankWarps)
 
 __global__ void __launch_bounds__(32 * kClimbWarps) explore_kernel(const LadderArgs args) {
   __shared__ ExploreShared shared;
+  if (args.halt.passed()) return;
   const Explore explore{args, int(blockIdx.x), int(threadIdx.y), &shared};
   explore.count();
   __syncthreads();
@@ -87,6 +90,7 @@ __global__ void __launch_bounds__(32 * kClimbWarps) explore_kernel(const LadderA
 }
 
 __global__ void forget_kernel(const LadderArgs args) {
+  if (args.halt.passed()) return;
   forget(args, int(blockIdx.x), int(threadIdx.y), kBlockWarps);
 }
 

@@ -41,6 +41,16 @@ struct ResidualNorm {
   DType dtype = DType::F32;  // of `normed`: F32, F16 or BF16
   void* normed = nullptr;    // [rows, n]
   size_t rows = 0, n = 0;
+  // A step over several ranks; nullptr all where there is one. SOURCE: method section 8.
+  // [1 + rows]: 0, or the layer + 1 at which the step has halted, behind which nothing is added any
+  // more; then of each row whether that layer is to be repeated for it.
+  uint32_t* halted = nullptr;
+  // [rows], summed over the ranks: where one is not 0, the step halts here, at `layer`; the other
+  // rows are added still.
+  const float* fallback = nullptr;
+  uint32_t layer = 0;
+  const uint32_t* only = nullptr;  // [rows]: y is added where this is not 0
+  float* clear = nullptr;          // out [rows]: 0
 };
 
 // Bias, head norms and rotation of the rows of a fused qkv product, in place: heads of queries,

@@ -99,10 +99,28 @@ struct ResidualNormRow {
     return first + size_t(j) * size_t(sum.threads);
   }
 
+  // Whether y counts for this row; every block sees the same flags, and no other's mark matters.
+  CERTKV_INLINE bool adds(int thread) const {
+    if (a.only != nullptr && a.only[row] == 0) return false;
+    if (a.halted == nullptr) return true;
+    const uint32_t at = *a.halted;
+    if (at != 0 && (a.fallback == nullptr || at != a.layer + 1)) return false;
+    if (a.fallback == nullptr) return true;
+    bool any = false;
+    for (size_t r = 0; r < a.rows; ++r) any = any || !(a.fallback[r] == 0);
+    if (!any) return true;
+    const bool own = !(a.fallback[row] == 0);
+    if (thread == 0) {
+      a.halted[1 + row] = own ? 1 : 0;
+      if (row == 0) *a.halted = a.layer + 1;
+    }
+    return !own;
+  }
   CERTKV_INLINE void add(int thread) const {
+    if (thread == 0 && a.clear != nullptr) a.clear[row] = 0;
     float* x = a.x + row * a.n;
     const float* y = a.again != nullptr && *a.again != 0 ? a.y_again : a.y;
-    if (y != nullptr) y += row * a.n;
+    y = y != nullptr && adds(thread) ? y + row * a.n : nullptr;
     float square = 0;
     bool finite = true;
     batches(thread, [&](size_t first) {

@@ -38,9 +38,11 @@ struct Prefetch {
     const PassItem& pass = args.passes[index];
     const LadderItem& item = args.items[index];
     uint32_t near = 0;
-    for (int h = 0; h < pass.heads; ++h)
-      if (!within_tolerance(pass.judged[h], pass.relative != 0, pass.tolerance * share))
-        near |= 1u << h;
+    // On rung 4, now or once all ranks repeat the layer, nothing is near its tolerance.
+    if (!args.halt.passed() && item.counts->canary == 0)
+      for (int h = 0; h < pass.heads; ++h)
+        if (!within_tolerance(pass.judged[h], pass.relative != 0, pass.tolerance * share))
+          near |= 1u << h;
     shared->near = near;
     shared->pass = pass;
     shared->pass.tolerance = pass.tolerance * share;

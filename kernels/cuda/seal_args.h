@@ -35,10 +35,11 @@ struct SealArgs {
   // Of a decode, where pages is 1: the page's entry and those of the open blocks behind it (5 of a
   // head) begin anew. nullptr: not.
   PageEntry* entries = nullptr;
-  int32_t* slot_of[2] = {};      // [5, 4] of a head
-  uint64_t entries_of_head = 0;  // entries from one head's to the next one's
-  int32_t open_slot[2] = {};     // of the open rows from now on
-  int32_t kept_slot[2] = {};     // of the page's own rows, where nothing is quantised
+  int32_t* slot_of[2] = {};          // [5, 4] of a head
+  uint64_t entries_of_head = 0;      // entries from one head's to the next one's
+  int32_t open_slot[2] = {};         // of the open rows from now on
+  int32_t kept_slot[2] = {};         // of the page's own rows, where nothing is quantised
+  const uint32_t* halted = nullptr;  // where not 0 nothing is done; or nullptr
 };
 
 inline constexpr int kSealThreads = 128;  // for a page

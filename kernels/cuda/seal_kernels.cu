@@ -6,6 +6,7 @@ namespace {
 
 __global__ void __launch_bounds__(kSealThreads) seal_kernel(const SealArgs args) {
   __shared__ SealShared shared;
+  if (args.halted != nullptr && *args.halted != 0) return;
   const SealPage page{args, int(blockIdx.x), &shared};
   const int thread = int(threadIdx.x);
   page.fit_keys(thread);

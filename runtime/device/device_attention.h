@@ -6,6 +6,8 @@
 #include <functional>
 #include <span>
 
+#include "kernels/base/error.h"
+
 namespace certkv {
 
 class DeviceAttention {
@@ -27,6 +29,19 @@ class DeviceAttention {
   // out: device [rows, heads * head_dim] float, what every layer writes; the same memory while a
   // captured step is launched again.
   virtual void begin_rows(std::span<const int64_t> sequences, float* out) = 0;
+  // How ranks agree on rung 4 (method section 8), which a cache of several ranks leaves to its
+  // caller: all ranks then call decode_dense(). Words of the device, for as long as its steps.
+  struct Agreement {
+    // [rows] 0 when a layer begins; not 0 behind decode(): a precondition broke, the row's outputs
+    // are unspecified. Summed over the ranks beside the layer's outputs.
+    float* fallback = nullptr;
+    // 0, or the layer + 1 at which the step has halted: of what is enqueued of later layers nothing
+    // must reach the sequences; the step goes on from there, layer by layer, once more.
+    const uint32_t* halted = nullptr;
+  };
+  // Before begin_rows(), the same for the same number of rows; {}: one rank, where the cache goes
+  // dense by itself.
+  virtual void agree_through(const Agreement&) {}
   // What is done with a layer's outputs, if the cache shall enqueue it: at once, while the device
   // still decides whether the ladder must act, and in that case once more, with `again`, from the
   // outputs that count. The two may be done at the same time, so they share no memory that either
@@ -41,6 +56,13 @@ class DeviceAttention {
   // keys, then values, not yet rounded. What is enqueued next finds the outputs, and what
   // `following` made of them.
   virtual void decode(int layer, const float* qkv, const Following& following) = 0;
+  // Rung 4: repeats a layer's attention over originals for the rows whose word (of the device) is
+  // not 0; outputs of the others are unspecified. The token has been appended, and later layers are
+  // as they were before the step. The step is not captured from here on, and end_rows() is called
+  // again. For a cache that raises no flags: an error.
+  virtual void decode_dense(int layer, const uint32_t* /*rows*/) {
+    CERTKV_THROW(InvalidArgument, "layer {}: rung 4 of a cache that never asks for it", layer);
+  }
   // After the last layer: enqueues what the step's end reads of the device, outside of what is
   // captured, so that one wait serves the step and its end.
   virtual void end_rows() {}

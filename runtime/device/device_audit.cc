@@ -89,6 +89,19 @@ void DeviceCache::read_audit(bool at_end) {
   group_.alive();
 }
 
+// Before the step goes on from a layer that is repeated for some rows: nothing of later layers
+// counts, nor of these rows at this layer.
+void DeviceCache::repeat_audit(int layer, const uint32_t* rows) {
+  const std::vector<uint32_t> repeated = read_back(rows, rows_.size());
+  std::vector<StepBuffers::Audited>& audited = step_->audited;
+  std::erase_if(audited, [&](const auto& a) { return a.layer > layer; });
+  for (StepBuffers::Audited& a : audited) {
+    if (a.layer != layer || repeated[a.row] == 0) continue;
+    a.captures.assign(size_t(heads_.count()), {});
+    a.out.clear();
+  }
+}
+
 PassState DeviceCache::read_pass(const cuda::PassItem& pass, bool staged) const {
   const size_t pages = size_t(pass.page_count), d = size_t(config_.head_dim);
   const std::vector<cuda::PageEntry> entries = read_back(pass.pages, pages);

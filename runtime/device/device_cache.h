@@ -69,7 +69,9 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v, size_t head_stride, std::span<const float> last_q) override;
   void begin_rows(std::span<const int64_t> sequences, float* out) override;
+  void agree_through(const Agreement& agreement) override { agreement_ = agreement; }
   void decode(int layer, const float* qkv, const Following& following) override;
+  void decode_dense(int layer, const uint32_t* rows) override;
   void end_rows() override;
   uint64_t shape() const override { return shape_; }
 
@@ -147,6 +149,9 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   PageRebuild rebuild(Sequence& s, const Look& look, const uint16_t* k, const uint16_t* v);
   std::string steps_in_doubt(const Sequence& s, const Look& look, bool in_step) const;
   void reserve_staging(size_t entries);
+  cuda::PassArgs pass_args(int layer) const;
+  cuda::PassShape pass_shape(int splits) const;
+  cuda::LadderArgs ladder_args(int layer, const cuda::PassShape& shape) const;
   void climb(const cuda::PassArgs& pass, const cuda::PassShape& shape,
              const cuda::LadderArgs& ladder);
   // Of the rows under way, under policy budget; else 0.
@@ -166,6 +171,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   std::vector<T> read_back(const T* from, size_t count) const;
   void begin_audit(int layer, const float* qkv);
   void read_audit(bool at_end);
+  void repeat_audit(int layer, const uint32_t* rows);
   PassState read_pass(const cuda::PassItem& pass, bool staged) const;
   void write_audit();
 
@@ -195,6 +201,7 @@ class DeviceCache : public SequenceCache, public DeviceAttention {
   std::vector<int64_t> rows_;  // of the step under way
   uint64_t step_number_ = 0;
   uint64_t shape_ = 0;
+  Agreement agreement_;
   bool reports_enqueued_ = false;  // of the step under way
   int64_t next_ = 1;
 };

@@ -133,7 +133,8 @@ void DeviceCache::look_at_tables(Sequence& s, std::span<const Look> looks, size_
                      .shape = slot_shape(),
                      .list = s.tables.data(),
                      .count = int32_t(looks.size()),
-                     .found = s.found.data()});
+                     .found = s.found.data(),
+                     .halted = agreement_.halted});
   device_.copy(s.found_host.data(), s.found.data(), looks.size() * sizeof(uint32_t));
 }
 

@@ -163,6 +163,7 @@ void DeviceCache::enqueue_sealing() {
       a.kept_slot[part] = s.open_slot[part];
       a.open_slot[part] = s.open_slot[part] + (s.dense() ? kPageTiles : 0);
     }
+    a.halted = agreement_.halted;
     ops_.seal(a);
     if (s.filled_digests.count() > 0) {
       ops_.digest_pages({.first = a.page,

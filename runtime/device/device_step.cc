@@ -330,7 +330,8 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
                .head_dim = int32_t(d),
                .dtype = options_.dtype,
                .any_failing = b.words.data() + kAnyFailing,
-               .redone = following.redone});
+               .redone = following.redone,
+               .halt = {agreement_.halted, uint32_t(layer)}});
   const auto follow = [&](bool again) {
     if (following.enqueue) following.enqueue(again);
   };
@@ -339,14 +340,8 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
     return follow(false);
   }
   if (audit_ != nullptr) begin_audit(layer, qkv);
-  cuda::PassArgs pass;
-  pass.items = b.pass.data() + first;
-  pass.dtype = options_.dtype;
-  cuda::PassShape shape{.head_dim = int(d),
-                        .heads = int(n),
-                        .items = int(items),
-                        .splits = b.most_splits[0],
-                        .certificate = true};
+  cuda::PassArgs pass = pass_args(layer);
+  const cuda::PassShape shape = pass_shape(b.most_splits[0]);
   // Of a policy that climbs: what is made must be used.
   cuda::Device::Condition failing;
   const bool ranks = ranking() > 0, explores = exploration() > 0;
@@ -358,23 +353,7 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
   attend(pass, shape);
   pass.after_append = pass.sets_condition = false;
   if (climbs(policy)) {
-    const LadderOptions& rules = at(rows_[0]).rules.ladder;
-    cuda::LadderArgs ladder;
-    ladder.passes = b.pass.data() + first;
-    ladder.items = b.ladder.data() + first;
-    ladder.count = int32_t(items);
-    ladder.kv_heads = int32_t(heads);
-    ladder.head_dim = int32_t(d);
-    ladder.groups = shape.groups();
-    ladder.dtype = options_.dtype;
-    ladder.shape = slot_shape();
-    ladder.value_share = rules.value_share;
-    ladder.max_share = rules.max_share;
-    ladder.list = b.list.data();
-    ladder.listed = b.listed.data();
-    ladder.dense = b.dense.data();
-    ladder.dense_count = b.words.data() + kDenseCount;
-    ladder.dense_listed = b.words.data() + kWords;
+    cuda::LadderArgs ladder = ladder_args(layer, shape);
     ladder.undecided = ranks ? b.undecided.data() : nullptr;
     ladder.undecided_of_item = b.undecided.count() / items;
     // Where the device decides, what follows need not wait until it has.
@@ -412,7 +391,7 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
     if (at(rows_[0]).rules.prefetches()) {
       ladder.list = b.prefetch_list.data();
       ladder.listed = b.prefetch_listed.data();
-      const auto prefetch = [this, ladder, share = rules.prefetch] {
+      const auto prefetch = [this, ladder, share = at(rows_[0]).rules.ladder.prefetch] {
         ops_.prefetch(ladder, share);
       };
       if (audit_ == nullptr)
@@ -427,6 +406,46 @@ void DeviceCache::decode(int layer, const float* qkv, const Following& following
     for (int other = 0; other < int(kLearning); ++other) device_.join(other);
   if (audit_ != nullptr) read_audit(true);
   group_.alive();
+}
+
+cuda::PassArgs DeviceCache::pass_args(int layer) const {
+  cuda::PassArgs pass;
+  pass.items = step_->pass.data() + size_t(layer) * rows_.size() * size_t(heads_.count());
+  pass.dtype = options_.dtype;
+  return pass;
+}
+
+cuda::PassShape DeviceCache::pass_shape(int splits) const {
+  return {.head_dim = int(config_.head_dim),
+          .heads = int(config_.heads_per_group()),
+          .items = int(rows_.size()) * int(heads_.count()),
+          .splits = splits,
+          .certificate = true};
+}
+
+cuda::LadderArgs DeviceCache::ladder_args(int layer, const cuda::PassShape& shape) const {
+  StepBuffers& b = *step_;
+  const LadderOptions& rules = at(rows_[0]).rules.ladder;
+  const size_t first = size_t(layer) * size_t(shape.items);
+  cuda::LadderArgs ladder;
+  ladder.passes = b.pass.data() + first;
+  ladder.items = b.ladder.data() + first;
+  ladder.count = int32_t(shape.items);
+  ladder.kv_heads = int32_t(heads_.count());
+  ladder.head_dim = int32_t(config_.head_dim);
+  ladder.groups = shape.groups();
+  ladder.dtype = options_.dtype;
+  ladder.shape = slot_shape();
+  ladder.value_share = rules.value_share;
+  ladder.max_share = rules.max_share;
+  ladder.list = b.list.data();
+  ladder.listed = b.listed.data();
+  ladder.dense = b.dense.data();
+  ladder.dense_count = b.words.data() + kDenseCount;
+  ladder.dense_listed = b.words.data() + kWords;
+  ladder.halt = {agreement_.halted, uint32_t(layer)};
+  ladder.fallback = agreement_.fallback;
+  return ladder;
 }
 
 // A launch for each kind of page that the layer's items have; the last one's merge takes all.
@@ -498,6 +517,36 @@ void DeviceCache::rung3(const cuda::PassArgs& pass, const cuda::PassShape& shape
       }
       ops_.take_dense(ladder, dense, i);
     });
+}
+
+// On all ranks, after the wait of a step that has halted at this layer.
+void DeviceCache::decode_dense(int layer, const uint32_t* rows) {
+  StepBuffers& b = *step_;
+  const size_t heads = size_t(heads_.count()), behind = (size_t(layer) + 1) * heads;
+  b.layer = size_t(layer);
+  size_t staged = 0;
+  int largest = 1;
+  for (const int64_t handle : rows_) {
+    Sequence& s = at(handle);
+    staged = std::max(staged, s.capacity);
+    // What the later layers have said of what they were given.
+    device_.fill(s.marks.data() + behind * kMarks, 0, s.marks.bytes() - behind * kMarks * 4);
+    device_.fill(s.counts.data() + behind, 0,
+                 s.counts.bytes() - behind * sizeof(cuda::LadderCounts));
+  }
+  for (size_t i = 0; i < rows_.size() * heads; ++i)
+    largest =
+        std::max(largest, b.pass_host[size_t(layer) * rows_.size() * heads + i].repeated_per_split);
+  reserve_staging(staged);  // is there already, but where the policy has no rung 3
+  b.staged_splits = std::clamp(int(b.staged_pages) / largest, 1, b.most_splits[1]);
+  const cuda::PassShape shape = pass_shape(b.most_splits[1]);
+  cuda::LadderArgs ladder = ladder_args(layer, shape);
+  ladder.halt = {};
+  ladder.repeat = rows;
+  if (audit_ != nullptr) repeat_audit(layer, rows);
+  rung3(pass_args(layer), shape, ladder);
+  if (audit_ != nullptr) read_audit(true);
+  group_.alive();
 }
 
 uint64_t DeviceCache::StepBuffers::name_of(const Shape& shape) {

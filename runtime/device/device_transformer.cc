@@ -15,9 +15,6 @@ namespace certkv {
 
 namespace {
 
-// Where in a layer a row's first fault was; with the layer, the code that the operations are given.
-constexpr uint32_t kParts = 4;
-
 constexpr auto kSettleDeadline = std::chrono::seconds(10);  // after an error
 
 // Names of memory, with what makes it smaller.
@@ -26,13 +23,6 @@ constexpr const char* kPromptMemory =
 constexpr const char* kStepMemory = "a step's activations (lower run.max_batch)";
 constexpr const char* kSamplerMemory = "the sampler's counts (lower run.max_batch)";
 constexpr const char* kLogitsMemory = "a step's logits (lower run.max_batch)";
-
-uint32_t fault_code(size_t layer, LayerPart part) {
-  return uint32_t(layer) * kParts + uint32_t(part);
-}
-int fault_layer(uint32_t code) {
-  return code == cuda::kNoFault ? -1 : int(code / kParts);
-}
 
 ShardRange groups_of(const ModelConfig& config, const DeviceGroup* group) {
   return group == nullptr ? ShardRange{0, config.kv_heads}
@@ -132,6 +122,10 @@ DeviceTransformer::DeviceTransformer(const ModelConfig& config, DeviceWeights we
                         "workspaces for 8-bit weights"};
   const size_t batch = options.max_batch;
   step_ = make_buffers(batch, false);
+  if (ranks_ > 1) {
+    repeated_ = {device, batch, kStepMemory};
+    device.fill(step_.faults.data(), 0, step_.faults.bytes());
+  }
   x_ = {device, batch * hidden_, kStepMemory};
   logits_ = {device, batch * vocab_widest_, kLogitsMemory};
   if (ranks_ > 1) all_logits_ = {device, ranks_ * batch * vocab_widest_, kLogitsMemory};
@@ -161,12 +155,14 @@ DeviceTransformer::Buffers DeviceTransformer::make_buffers(size_t rows, bool pro
   b.normed = {device_, rows * hidden_ * element, what};
   b.qkv = {device_, rows * (heads_ + 2 * kv_heads_) * head_dim_, what};
   b.attention_in = {device_, rows * width * element, what};
-  b.sums = {device_, rows * hidden_, what};
+  const bool agrees = ranks_ > 1 && !prompt;
+  b.halt_words = agrees ? 1 + rows : 0;
+  b.sums = {device_, rows * hidden_ + (agrees ? rows : 0), what};
   b.gate_up = {device_, rows * 2 * mlp_, what};
   b.gated = {device_, rows * mlp_ * element, what};
   b.fault = {device_, rows, what};
-  if (ranks_ > 1) b.faults = {device_, ranks_ * rows, what};
-  b.host_faults = {device_, ranks_ * rows, what};
+  if (ranks_ > 1) b.faults = {device_, b.halt_words + ranks_ * rows, what};
+  b.host_faults = {device_, b.halt_words + ranks_ * rows, what};
   if (prompt) {
     b.q16 = {device_, rows * width, what};
     b.out16 = {device_, rows * width, what};
@@ -225,8 +221,10 @@ uint64_t DeviceTransformer::step_bytes(const ModelConfig& c, int64_t tensor,
   const uint64_t logits = (4 * s.vocab + 8) * (1 + (tensor > 1 ? uint64_t(tensor) : 0));
   const uint64_t draw = sizeof(SampleDraw) + sizeof(cuda::SampleScratch) + 4;
   const uint64_t workspace = options.int8 ? int8_workspaces_bytes(c, tensor, options) : 0;
-  const uint64_t again = tensor == 1 ? s.q * s.element + 4 * s.hidden : 0;
-  return workspace + tokens * 4 * uint64_t(c.head_dim) + 4 + (uint64_t(tensor) + 1) * 4 +
+  // One rank projects ahead; several agree on rung 4.
+  const uint64_t again = tensor == 1 ? s.q * s.element + 4 * s.hidden : 3 * 4;
+  return workspace + tokens * 4 * uint64_t(c.head_dim) + 4 +
+         (uint64_t(tensor) + (tensor > 1 ? 2 : 1)) * 4 +
          options.max_batch *
              (s.row(tensor) + 2 * 4 + 4 * s.q + 4 * s.hidden + again + logits + draw);
 }
@@ -276,7 +274,8 @@ void DeviceTransformer::project_output(size_t index, Buffers& b, size_t rows, bo
 }
 
 void DeviceTransformer::finish_layer(size_t index, Buffers& b, size_t rows, float* x,
-                                     uint32_t* fault, const cuda::DeviceArray<float>* next) {
+                                     uint32_t* fault, const cuda::DeviceArray<float>* next,
+                                     const uint32_t* only) {
   const DeviceLayer& w = weights_.layers[index];
   cuda::ResidualNorm add{.x = x,
                          .y = b.sums.data(),
@@ -290,11 +289,23 @@ void DeviceTransformer::finish_layer(size_t index, Buffers& b, size_t rows, floa
                          .dtype = weights_.dtype,
                          .normed = b.normed.data(),
                          .rows = rows,
-                         .n = hidden_};
-  if (group_ != nullptr) group_->sum(b.sums.data(), rows * hidden_);
+                         .n = hidden_,
+                         .only = only};
+  // What forces rung 4 rides on the sum, an element a row. SOURCE: method section 8.
+  float* const flags = flags_of(b, rows);
+  if (flags != nullptr) {
+    add.halted = b.faults.data();
+    add.layer = uint32_t(index);
+    if (only == nullptr) add.fallback = flags;
+  }
+  const bool rides = add.fallback != nullptr;
+  if (group_ != nullptr) group_->sum(b.sums.data(), rows * hidden_ + (rides ? rows : 0));
   ops_.model.residual_norm(add);
   add.y_again = nullptr;
   add.again = nullptr;
+  add.fallback = nullptr;
+  add.only = nullptr;
+  add.clear = flags;
 
   project(w.gate_up, b.normed.data(), rows, b.gate_up.data());
   ops_.model.gate(
@@ -305,22 +316,6 @@ void DeviceTransformer::finish_layer(size_t index, Buffers& b, size_t rows, floa
   add.code = fault_code(index, LayerPart::Mlp);
   add.weight = next == nullptr ? nullptr : next->data();
   ops_.model.residual_norm(add);
-}
-
-// What one rank saw alone (a key beyond the originals' range) all must know.
-void DeviceTransformer::collect_faults(Buffers& b, size_t rows) {
-  const uint32_t* from = b.fault.data();
-  if (group_ != nullptr && ranks_ > 1) {
-    group_->gather(b.fault.data(), b.faults.data(), rows);
-    from = b.faults.data();
-  }
-  device_.copy(b.host_faults.data(), from, ranks_ * rows * sizeof(uint32_t));
-}
-
-uint32_t DeviceTransformer::fault_of(const Buffers& b, size_t rows, size_t row) const {
-  uint32_t code = cuda::kNoFault;
-  for (size_t r = 0; r < ranks_; ++r) code = std::min(code, b.host_faults[r * rows + row]);
-  return code;
 }
 
 // ---- prefill ------------------------------------------------------------------------------------
@@ -516,17 +511,17 @@ void DeviceTransformer::decode(std::span<const DecodeInput> rows, DecodeOutput& 
         rows[r].choice ? draw_of(rows[r].choice->options, rows[r].choice->uniform) : SampleDraw{};
     wanted.draw = wanted.draw || host_draws_[r].temperature > 0;
   }
+  cache_.agree_through({flags_of(step_, n), step_.halt_words > 0 ? step_.faults.data() : nullptr});
   cache_.begin_rows(sequences, step_.attention.data());
 
   graphs_.run({n, cache_.shape(), wanted.logits, wanted.best, wanted.draw},
               [this, n, wanted] { enqueue_step(n, wanted); });
-  cache_.end_rows();
-  if (group_ != nullptr) group_->wait();
-  device_.synchronize(Deadline::after(options_.deadline));
+  wait_for_step();
+  while (const auto layer = halted_layer()) repeat_from(*layer, n, wanted, &out.fallback_layers);
 
   for (size_t r = 0; r < n; ++r) {
     const uint32_t code = fault_of(step_, n, r);
-    out.nonfinite_layer[r] = fault_layer(code);
+    out.nonfinite_layer[r] = code == cuda::kNoFault ? -1 : int(code / kParts);
     if (code != cuda::kNoFault) out.nonfinite_part[r] = LayerPart(code % kParts);
     if (rows[r].choice)
       out.chosen[r] = chosen_of(r, n);
@@ -543,8 +538,21 @@ void DeviceTransformer::enqueue_step(size_t n, Wanted wanted) {
   device_.fill(b.fault.data(), 0xff, n * sizeof(uint32_t));
   ops_.model.embed(
       {weights_.embed.data(), weights_.embed_dtype, b.ids.data(), x_.data(), n, hidden_});
-  norm(x_.data(), weights_.layers[0].input_norm, n, b.normed.data());
-  for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
+  cuda::ResidualNorm first{.x = x_.data(),
+                           .weight = weights_.layers[0].input_norm.data(),
+                           .eps = float(config_.rms_norm_eps),
+                           .dtype = weights_.dtype,
+                           .normed = b.normed.data(),
+                           .rows = n,
+                           .n = hidden_};
+  first.clear = flags_of(b, n);
+  ops_.model.residual_norm(first);
+  enqueue_layers(0, n, wanted);
+}
+
+void DeviceTransformer::enqueue_layers(size_t first, size_t n, Wanted wanted) {
+  Buffers& b = step_;
+  for (size_t layer = first; layer < weights_.layers.size(); ++layer) {
     project_qkv(weights_.layers[layer], b, n, {.positions = b.positions.data()}, layer);
     const auto output = [this, &b, n, layer](bool again) { project_output(layer, b, n, again); };
     // Ranks sum what they share, of which there is one.

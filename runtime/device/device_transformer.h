@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -81,7 +82,10 @@ class DeviceTransformer : public ForwardPass {
   std::vector<float> prefill(int64_t sequence, std::span<const int32_t> tokens) {
     return prefill(sequence, tokens, {});
   }
-  // fallback_layers is 0: the cache answers in one call, whatever rung it takes.
+  // Over several ranks a layer that any of them sends to rung 4 halts the step, which all ranks see
+  // in the layer's sum; at its end the hosts repeat that layer for the rows concerned, densely, and
+  // go on behind it. fallback_layers counts these; of one rank it is 0, for its cache goes dense
+  // within its layer.
   DecodeOutput decode(std::span<const DecodeInput> rows) override;
   // The same into memory that is used again: half a megabyte of logits a row is costly to take
   // anew. Rows with a choice have their token; their logits stay on the device.
@@ -112,17 +116,29 @@ class DeviceTransformer : public ForwardPass {
     cuda::DeviceArray<float> attention;         // [rows, heads * head_dim] (decode)
     cuda::DeviceArray<uint16_t> q16, out16;     // [rows, heads * head_dim] (prefill)
     cuda::DeviceArray<std::byte> attention_in;  // [rows, heads * head_dim], in the weights' type
-    cuda::DeviceArray<float> sums;              // [rows, hidden]
+    cuda::DeviceArray<float> sums;  // [rows, hidden]; and of several ranks' decode [rows] flags
     // Of one rank's decode: the output projection once more, from what the ladder left.
     cuda::DeviceArray<std::byte> attention_again;
     cuda::DeviceArray<float> sums_again;
-    cuda::DeviceArray<uint32_t> redone;         // a word: which of the two counts
-    cuda::DeviceArray<float> gate_up;           // [rows, 2 I]
-    cuda::DeviceArray<std::byte> gated;         // [rows, I], in the weights' type
-    cuda::DeviceArray<uint32_t> fault, faults;  // [rows], [ranks, rows]
-    cuda::HostArray<uint32_t> host_faults;      // [ranks, rows]
+    cuda::DeviceArray<uint32_t> redone;  // a word: which of the two counts
+    cuda::DeviceArray<float> gate_up;    // [rows, 2 I]
+    cuda::DeviceArray<std::byte> gated;  // [rows, I], in the weights' type
+    cuda::DeviceArray<uint32_t> fault;   // [rows]
+    // Of several ranks: where the step has halted [halt_words], then every rank's faults.
+    cuda::DeviceArray<uint32_t> faults;     // [halt_words + ranks * rows]
+    cuda::HostArray<uint32_t> host_faults;  // the same
+    size_t halt_words = 0;                  // 1 + rows of several ranks' decode, else 0
   };
   struct Prompt;
+  // Where in a layer a row's first fault was; with the layer, the code that operations are given.
+  static constexpr uint32_t kParts = 4;
+  static uint32_t fault_code(size_t layer, LayerPart part) {
+    return uint32_t(layer) * kParts + uint32_t(part);
+  }
+  // Which rows of a step are to be repeated, beside their sums; nullptr: one rank, or a prompt.
+  float* flags_of(const Buffers& b, size_t rows) const {
+    return b.halt_words == 0 ? nullptr : b.sums.data() + rows * hidden_;
+  }
   // What a step brings to the host: half a megabyte of logits a row only where a row needs them.
   struct Wanted {
     bool logits = false, best = false, draw = false;
@@ -138,6 +154,11 @@ class DeviceTransformer : public ForwardPass {
   void check_chunk(const Prompt& p, size_t layer, size_t first, size_t rows);
 
   void enqueue_step(size_t rows, Wanted wanted);
+  // Layers from `first` on, and what is wanted; from the norm before the first of them.
+  void enqueue_layers(size_t first, size_t rows, Wanted wanted);
+  void wait_for_step();
+  std::optional<size_t> halted_layer() const;
+  void repeat_from(size_t layer, size_t rows, Wanted wanted, std::vector<int>* fallback_layers);
   void project(const DeviceMatrix& matrix, const void* x, size_t rows, float* y,
                bool beside = false);
   void project_qkv(const DeviceLayer& layer, Buffers& b, size_t rows, cuda::RotateQkv rotation,
@@ -145,9 +166,9 @@ class DeviceTransformer : public ForwardPass {
   // Of decode, from b.attention; again: to the buffers of that.
   void project_output(size_t index, Buffers& b, size_t rows, bool again);
   // From the output projection's sums to the end of the layer; `next`: the norm that follows, if
-  // any. fault: of the first row.
+  // any. fault: of the first row. only: of a layer that is repeated, the rows that are.
   void finish_layer(size_t index, Buffers& b, size_t rows, float* x, uint32_t* fault,
-                    const cuda::DeviceArray<float>* next);
+                    const cuda::DeviceArray<float>* next, const uint32_t* only = nullptr);
   void norm(const float* x, const cuda::DeviceArray<float>& weight, size_t rows, void* normed);
   void project_logits(const Buffers& b, size_t rows);     // of b.normed, to logits_
   const float* gather_logits(size_t rows);                // of all ranks, on the device
@@ -189,6 +210,7 @@ class DeviceTransformer : public ForwardPass {
   cuda::DeviceArray<uint32_t> vocab_begins_;        // [ranks + 1]
   cuda::DeviceArray<int32_t> drawn_;                // [max_batch]: tokens, -1 where none is drawn
   cuda::HostArray<int32_t> host_drawn_;
+  cuda::DeviceArray<uint32_t> repeated_;  // [max_batch] rows of a layer that is repeated
   StepGraphs graphs_;
   cuda::HostArray<float> host_q_;  // [kLastQueries, heads, head_dim]
 };

@@ -176,6 +176,62 @@ TEST_F(ModelOpsOnDevice, AWordSaysWhichOfTwoSumsIsAdded) {
   }
 }
 
+// What ranks sum beside a layer's outputs: a row whose flag is not 0 is not added, the others are,
+// nothing is added behind it, and no fault is seen of what does not count.
+TEST_F(ModelOpsOnDevice, AFlagHaltsTheStepForAllAndNamesItsRows) {
+  const size_t n = 700, rows = 4;
+  const uint32_t layer = 6;
+  const auto y = put(std::vector<float>(rows * n, 1.0f)), wrong = put(normal(rows * n, 3, kInf));
+  const auto by_row = [&](std::vector<float> value) {
+    std::vector<float> all;
+    for (const float v : value) all.insert(all.end(), n, v);
+    return all;
+  };
+  struct Case {
+    std::vector<float> flags;
+    std::vector<uint32_t> halted;  // before
+    std::vector<uint32_t> after;
+    std::vector<float> sums;
+  };
+  const std::vector<float> none(rows, 0.0f), one = {0, 2, kNan, 0};
+  const Case cases[] = {
+      {none, {0, 9, 9, 9, 9}, {0, 9, 9, 9, 9}, {11, 11, 11, 11}},
+      {one, {0, 9, 9, 9, 9}, {layer + 1, 0, 1, 1, 0}, {11, 10, 10, 11}},
+      {{0x1p-149f, 0, 0, 0}, {0, 9, 9, 9, 9}, {layer + 1, 1, 0, 0, 0}, {10, 11, 11, 11}},
+      {one, {layer, 1, 0, 0, 0}, {layer, 1, 0, 0, 0}, {10, 10, 10, 10}}};  // since the layer before
+  for (const Case& c : cases) {
+    const auto x = put(std::vector<float>(rows * n, 10.0f)), flags = put(c.flags);
+    const auto halted = put(c.halted), fault = put(std::vector<uint32_t>(rows, kNoFault));
+    cuda::ResidualNorm add{
+        .x = x.data(), .y = y.data(), .fault = fault.data(), .rows = rows, .n = n};
+    add.halted = halted.data();
+    add.fallback = flags.data();
+    add.layer = layer;
+    ops_->residual_norm(add);
+    EXPECT_EQ(get(x), by_row(c.sums));
+    EXPECT_EQ(get(halted), c.after);
+    // The layer's other sum, and the next step's flags.
+    add.fallback = nullptr;
+    add.clear = flags.data();
+    if (c.after[0] != 0) add.y = wrong.data();
+    ops_->residual_norm(add);
+    std::vector<float> then = c.sums;
+    for (float& v : then) v += c.after[0] == 0 ? 1 : 0;
+    EXPECT_EQ(get(x), by_row(then));
+    EXPECT_EQ(get(flags), none);
+    EXPECT_EQ(get(fault), std::vector<uint32_t>(rows, kNoFault));
+  }
+  // The layer once more, for the rows that are named.
+  const auto x = put(std::vector<float>(rows * n, 10.0f));
+  const auto only = put(std::vector<uint32_t>{0, 1, 0x100u, 0});
+  const auto fault = put(std::vector<uint32_t>(rows, kNoFault));
+  cuda::ResidualNorm again{
+      .x = x.data(), .y = y.data(), .fault = fault.data(), .rows = rows, .n = n};
+  again.only = only.data();
+  ops_->residual_norm(again);
+  EXPECT_EQ(get(x), by_row({10, 11, 11, 10}));
+}
+
 TEST_F(ModelOpsOnDevice, ASumThatIsNotFiniteMarksItsRowAndTheFirstFaultStays) {
   const size_t n = 700, rows = 5;
   auto x0 = normal(rows * n, 7), y0 = normal(rows * n, 8);

@@ -1,6 +1,7 @@
 // Several ranks of the device's forward pass, each on an emulated device, as threads.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <mutex>
@@ -28,10 +29,14 @@ struct CountingGroup final : DeviceGroup {
   std::unique_ptr<DeviceGroup> group;
   bool refuses = false;
   int captures = 0, launches = 0, forgotten = 0;
+  std::vector<size_t> elements;  // of sums
 
   int rank() const override { return group->rank(); }
   int size() const override { return group->size(); }
-  void sum(float* inout, size_t count) override { group->sum(inout, count); }
+  void sum(float* inout, size_t count) override {
+    elements.push_back(count);
+    group->sum(inout, count);
+  }
   void gather(const void* own, void* all, size_t count) override { group->gather(own, all, count); }
   void wait() override { group->wait(); }
   bool all_same(uint64_t mine) override { return group->all_same(mine); }
@@ -277,6 +282,75 @@ TEST(DeviceRanks, TheStepThatWasNotLaunchedForLongestIsForgotten) {
   EXPECT_EQ(gone.captures, 1);
   EXPECT_EQ(gone.launches, 3);
   EXPECT_EQ(gone.forgotten, 1);
+}
+
+// Rung 4: one rank doubts rows at some layers. All ranks repeat these for these rows, none other,
+// and every token is appended once: the outputs are those of a run without faults, bit for bit,
+// whether the step is enqueued piece by piece, captured, or launched again.
+TEST(DeviceRanks, ARowOneRankDoubtsIsRepeatedDenselyOnAllRanksAndNoOther) {
+  struct Fault {
+    int rank, layer;
+    int64_t sequence;
+    size_t step;
+  };
+  constexpr size_t kSteps = 5;
+  const int last = int(random_model_config().layers) - 1;
+  ASSERT_GE(last, 1);
+  const auto decode = [&](const std::vector<Fault>& faults, float flag) {
+    std::vector<std::vector<float>> by_rank(2);
+    run_thread_ranks(2, [&](Communicator& ranks) {
+      Rank rank(ranks, {});
+      rank.cache.given = 1;
+      rank.cache.flag = flag;
+      size_t step = 0;
+      for (int s : {0, 1}) rank.transformer.prefill(s, prompt(s));
+      rank.cache.cache().broken = [&](int layer, int64_t s) {
+        return std::ranges::any_of(faults, [&](const Fault& f) {
+          return f.rank == ranks.rank() && f.layer == layer && f.sequence == s && f.step == step;
+        });
+      };
+      using Calls = std::vector<std::pair<int, int64_t>>;
+      for (; step < kSteps; ++step) {
+        Calls& calls = rank.cache.cache().dense_calls;
+        calls.clear();
+        rank.group.elements.clear();
+        const DecodeOutput out = rank.transformer.decode(
+            std::vector<DecodeInput>{{0, int32_t(5 + step), int64_t(kPrompt + step), {}},
+                                     {1, int32_t(90 - step), int64_t(kPrompt + step), {}}});
+        EXPECT_EQ(out.nonfinite_layer, (std::vector{-1, -1}));
+        std::set<std::pair<int, int64_t>> expected;
+        std::vector<int> layers(2);
+        for (const Fault& f : faults)
+          if (f.step == step && expected.insert({f.layer, f.sequence}).second)
+            ++layers[size_t(f.sequence)];
+        EXPECT_EQ(calls, Calls(expected.begin(), expected.end())) << "step " << step;
+        EXPECT_EQ(out.fallback_layers, layers) << "step " << step;
+        if (expected.empty()) {  // an element a row on every layer's first sum
+          const size_t hidden = size_t(rank.config.hidden);
+          std::vector<size_t> sums;
+          for (int layer = 0; layer <= last; ++layer)
+            sums.insert(sums.end(), {2 * hidden + 2, 2 * hidden});
+          EXPECT_EQ(rank.group.elements, sums);
+        }
+        for (int layer = 0; layer <= last; ++layer)
+          for (int64_t s : {0, 1})
+            EXPECT_EQ(rank.cache.cache().tokens(s, layer), kPrompt + step + 1);
+        by_rank[size_t(ranks.rank())].insert(by_rank[size_t(ranks.rank())].end(),
+                                             out.logits.begin(), out.logits.end());
+      }
+      EXPECT_EQ(rank.group.launches, int(kSteps) - 1);
+    });
+    EXPECT_EQ(by_rank[0], by_rank[1]);
+    return by_rank[0];
+  };
+  const std::vector<float> sound = decode({}, 1);
+  // By step: piece by piece; captured; launched again, twice in one step, by both ranks; the last
+  // layer, all rows.
+  const std::vector<Fault> faults = {{1, 0, 1, 0},    {0, last, 0, 1}, {1, 0, 0, 2},
+                                     {0, last, 1, 2}, {1, last, 1, 2}, {0, last, 0, 3},
+                                     {1, last, 1, 3}};
+  for (const float flag : {1.0f, 0x1p-149f, std::nanf("")})
+    EXPECT_EQ(decode(faults, flag), sound) << flag;
 }
 
 TEST(DeviceRanks, AValueThatOneRankCannotRoundIsNamedByAll) {

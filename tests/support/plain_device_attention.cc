@@ -1,6 +1,7 @@
 #include "tests/support/plain_device_attention.h"
 
 #include <chrono>
+#include <stdexcept>
 
 namespace certkv::test {
 
@@ -37,8 +38,16 @@ void PlainDeviceAttention::decode(int layer, const float* qkv, const Following& 
   const size_t rows = sequences_.size(), kv = kv_heads_ * head_dim_, q = kv * heads_per_group_;
   const size_t width = q + 2 * kv;
   std::vector<float> from(rows * width), answers(rows * q), flags(rows);
+  uint32_t halted = 0;
   device_.copy(from.data(), qkv, from.size() * sizeof(float));
+  if (agreement_.halted != nullptr) device_.copy(&halted, agreement_.halted, sizeof halted);
   device_.synchronize(Deadline::after(std::chrono::seconds(60)));
+  if (halted != 0 && halted <= uint32_t(layer)) {  // whatever the outputs are
+    device_.fill(out_, 0xff, answers.size() * sizeof(float));
+    return;
+  }
+  layer_ = layer;
+  asked_ = from;
   std::vector<uint16_t> originals(rows * 2 * kv);
   std::vector<DecodeRow> asked;
   for (size_t r = 0; r < rows; ++r) {
@@ -49,8 +58,28 @@ void PlainDeviceAttention::decode(int layer, const float* qkv, const Following& 
   }
   cache_.decode(layer, asked, flags.data());
   device_.copy(out_, answers.data(), answers.size() * sizeof(float));
+  for (size_t r = 0; r < rows && agreement_.fallback != nullptr; ++r)
+    if (flags[r] != 0) device_.copy(agreement_.fallback + r, &flag, sizeof flag);
   if (following.redone != nullptr) device_.fill(following.redone, 0, sizeof *following.redone);
   if (following.enqueue) following.enqueue(false);
+}
+
+void PlainDeviceAttention::decode_dense(int layer, const uint32_t* repeated) {
+  if (layer != layer_) throw std::logic_error("rung 4 of a layer that is not the last one");
+  const size_t rows = sequences_.size(), q = kv_heads_ * heads_per_group_ * head_dim_;
+  std::vector<uint32_t> repeats(rows);
+  device_.copy(repeats.data(), repeated, rows * sizeof(uint32_t));
+  device_.synchronize(Deadline::after(std::chrono::seconds(60)));
+  device_.fill(out_, 0xff, rows * q * sizeof(float));
+  for (size_t r = 0; r < rows; ++r) {
+    if (repeats[r] == 0) continue;
+    std::vector<float> answer(q);
+    const float* asked = asked_.data() + r * (asked_.size() / rows);
+    cache_.decode_dense(
+        layer, std::vector<DecodeRow>{{sequences_[r], asked, nullptr, nullptr, answer.data()}});
+    device_.copy(out_ + r * q, answer.data(), q * sizeof(float));
+  }
+  device_.synchronize(Deadline::after(std::chrono::seconds(60)));
 }
 
 }  // namespace certkv::test

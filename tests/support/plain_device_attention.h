@@ -22,10 +22,13 @@ class PlainDeviceAttention : public DeviceAttention {
   void store_prefill(int64_t sequence, int layer, size_t tokens, const uint16_t* k,
                      const uint16_t* v, size_t head_stride, std::span<const float> last_q) override;
   void begin_rows(std::span<const int64_t> sequences, float* out) override;
+  void agree_through(const Agreement& agreement) override { agreement_ = agreement; }
   void decode(int layer, const float* qkv, const Following& following) override;
+  void decode_dense(int layer, const uint32_t* rows) override;
   uint64_t shape() const override { return steps_; }  // waits: no step is like another
 
   PlainKvAttention& cache() { return cache_; }
+  float flag = 1;  // what a row that `cache().broken` names raises
   std::map<std::pair<int64_t, int>, std::vector<float>> last_q;  // by sequence and layer
 
  private:
@@ -36,6 +39,10 @@ class PlainDeviceAttention : public DeviceAttention {
   std::vector<int64_t> sequences_;
   uint64_t steps_ = 0;
   float* out_ = nullptr;
+  Agreement agreement_;
+  // Of the layer that was answered last, [rows]: as it was asked for.
+  int layer_ = -1;
+  std::vector<float> asked_;
 };
 
 }  // namespace certkv::test
