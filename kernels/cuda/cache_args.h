@@ -75,11 +75,12 @@ struct LadderCounts {
   uint32_t paged = 0;                               // blocks of one tensor read from the arena
   uint32_t digest = 0;                              // of them, not what was asked for
   uint32_t canary = 0;                              // of them, codes farther off than promised
-  uint32_t canary_last = 0;  // the last such block: 4 block + what was broken
-  uint32_t rung4 = 0;        // 1: all heads, with the row's other KV heads
-  uint32_t hits = 0;         // policy paper: blocks that the scratch held already
-  uint32_t ranked = 0;       // policy budget: bit h: head h's ranking was unresolved
-  uint32_t explored = 0;     // blocks, promoted at random: neither promoted_keys nor _values
+  uint32_t canary_last = 0;   // the last such block: 4 block + what was broken
+  uint32_t canary_ahead = 0;  // as canary, of blocks read for the next step: they are not used
+  uint32_t rung4 = 0;         // 1: all heads, with the row's other KV heads
+  uint32_t hits = 0;          // policy paper: blocks that the scratch held already
+  uint32_t ranked = 0;        // policy budget: bit h: head h's ranking was unresolved
+  uint32_t explored = 0;      // blocks, promoted at random: neither promoted_keys nor _values
   uint32_t resident_keys = 0, resident_values = 0;  // blocks, when the step's last pass began
   uint32_t prefetched = 0;                          // blocks of one tensor read for the next step
   uint32_t prefetched_used = 0;  // of those of the step before, which learn() kept

@@ -35,17 +35,15 @@ struct Canary {
   CERTKV_FN int tile() const { return block % kPageTiles; }
   CERTKV_FN const std::byte* codes() const { return pass().pages[page()].page; }
 
-  // Of the block's keys, read so: whether some head's score of some token lies farther from that of
-  // its codes than D_b + g_b of the pass at hand. A lane has tokens r and r + 8 of the block, four
-  // channels of each 16.
-  CERTKV_FN bool score_beyond() const {
+  // Of the block's keys: what its codes are off by, times -1. A lane has tokens r and r + 8 of the
+  // block, four channels of each 16: body(first channel, off [2 tokens][4 channels], scale [4]).
+  template <typename Body>
+  CERTKV_FN void over_keys(Body body) const {
     const PassItem& p = pass();
     const int d = args.head_dim, steps = d / 32;
     const PageLayoutDevice layout = page_layout(d, p.kind);
     const bool fine = key_bits(p.kind) == 12;
     const I row = lane_index() >> 2, quad = lane_index() & 3;
-    D apart[2][kMaxHeads];
-    CERTKV_EACH (h, kMaxHeads) apart[0][h] = apart[1][h] = to_double(splat(0));
     CERTKV_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       U code[4];
@@ -70,15 +68,27 @@ struct Canary {
                 to_double(to_float(number)) * to_double(scale[e]) + to_double(offset[e]);
             off[r][e] = to_double(unpack_original(args.dtype, key[r][e / 2], e % 2 == 1)) - served;
           }
-        CERTKV_EACH (h, kMaxHeads) {
-          if (h < p.heads)
-            CERTKV_EACH (e, 4) {
-              const D q = to_double(load_float(p.scaled + h * d, channel + e));
-              CERTKV_EACH (r, 2) apart[r][h] = apart[r][h] + q * off[r][e];
-            }
-        }
+        body(channel, off, scale);
       }
     }
+  }
+
+  // Whether some head's score of some token, the queries being those of the pass at hand, lies
+  // farther from that of its codes than D_b + g_b of that pass.
+  CERTKV_FN bool score_beyond() const {
+    const PassItem& p = pass();
+    const int d = args.head_dim;
+    D apart[2][kMaxHeads];
+    CERTKV_EACH (h, kMaxHeads) apart[0][h] = apart[1][h] = to_double(splat(0));
+    over_keys([&](I channel, const D(&off)[2][4], const F(&)[4]) {
+      CERTKV_EACH (h, kMaxHeads) {
+        if (h < p.heads)
+          CERTKV_EACH (e, 4) {
+            const D q = to_double(load_float(p.scaled + h * d, channel + e));
+            CERTKV_EACH (r, 2) apart[r][h] = apart[r][h] + q * off[r][e];
+          }
+      }
+    });
     bool bad = false;
     CERTKV_EACH (h, kMaxHeads) {
       if (h < p.heads) {
@@ -93,6 +103,31 @@ struct Canary {
       }
     }
     return bad;
+  }
+
+  // What D_b rests on, whatever the query: whether a channel lies farther from its codes than
+  // kappa_b of its scale, or a key than e_b.
+  CERTKV_FN bool key_beyond() const {
+    const auto& notes = *reinterpret_cast<const PageNotesDevice*>(
+        codes() + page_layout(args.head_dim, pass().kind).notes);
+    const BlockNotesDevice& own = notes.block[tile()];
+    const double kappa = promised(own.kappa), e_b = promised(own.e);
+    // The page's are no smaller than those of its blocks.
+    bool far = !(notes.kappa >= own.kappa) || !(notes.e >= own.e);
+    D square[2] = {to_double(splat(0)), to_double(splat(0))};
+    over_keys([&](I, const D(&off)[2][4], const F(&scale)[4]) {
+      CERTKV_EACH (r, 2)
+        CERTKV_EACH (e, 4) {
+          far = far || any(!at_most(magnitude(off[r][e]), to_double(scale[e]) * kappa));
+          square[r] = square[r] + off[r][e] * off[r][e];
+        }
+    });
+    CERTKV_EACH (r, 2) {
+      D sum = square[r] + shuffle_xor(square[r], 1);
+      sum = sum + shuffle_xor(sum, 2);
+      far = any(beyond(sum, e_b * e_b)) || far;
+    }
+    return far;
   }
 
   // Of the block's values: whether one lies farther from its codes than eta_b, or is longer than
@@ -159,6 +194,11 @@ struct Canary {
   CERTKV_FN uint32_t look(int part) const {
     if (part == kValues) return value_beyond();
     return score_beyond() ? kCanaryScore : 0;
+  }
+  // The same of what is read ahead, where no query is at hand any more.
+  CERTKV_FN uint32_t look_ahead(int part) const {
+    if (part == kValues) return value_beyond();
+    return key_beyond() ? kCanaryScore : 0;
   }
 };
 

@@ -81,16 +81,23 @@ struct Prefetch {
     for (int n = warp; n < count; n += kClimbWarps) {
       const PageInRequest r = shared->args.list[n];
       const int slot = item.first_slot[r.part] + r.slot;
-      const bool sound = fetch_block(args, item, r.block, r.part,
-                                     item.slots + size_t(slot) * size_t(16 * args.head_dim * 2));
+      std::byte* rows = item.slots + size_t(slot) * size_t(16 * args.head_dim * 2);
+      const bool sound = fetch_block(args, item, r.block, r.part, rows);
       add_count(&item.counts->prefetched, 1);
-      if (sound) {
+      sync_lanes();  // all lanes' rows are there
+      const uint32_t broken = sound ? Canary{args, index, r.block, rows}.look_ahead(r.part) : 0;
+      if (sound && broken == 0) {
         want(item, r.block, r.part, slot);
         store_where(lane_index() < 1, item.score[r.part], splat_i(r.slot), splat(kJustPrefetched));
         continue;
       }
       // The codes go on standing in for it; learn() frees the slot.
       store_where(lane_index() < 1, item.block_of[r.part], splat_i(r.slot), splat_i(-1));
+      if (broken != 0) {
+        add_count(&item.counts->canary_ahead, 1);
+        keep_largest(&item.counts->canary_last, uint32_t(r.block) * 4 + broken);
+        continue;
+      }
       add_count(&item.counts->digest, 1);
       raise_flag(args.passes[index].flags, kFlagDigest);
     }

@@ -51,7 +51,7 @@ void DeviceCache::read_reports(Sequence* s) {
     g.prefetched = counts.prefetched;
     g.prefetched_used = counts.prefetched_used;
     g.digest = counts.digest;
-    g.canary = counts.canary;
+    g.canary = counts.canary + counts.canary_ahead;
     g.attended_tokens = s->tokens;
     const uint64_t coded = s->dense() ? 0 : s->pages;
     if (has_classes_) g.precision = int(s->kinds[cell]);  // numbered alike
@@ -103,10 +103,14 @@ void DeviceCache::read_reports(Sequence* s) {
       fail(ErrorKind::NonFinite, where + ": a query, key or value is NaN or infinite");
     if ((marks[kFlags] & cuda::kFlagMissing) != 0)
       fail(ErrorKind::DeviceError, where + ": the page table names originals that no slot holds");
-    if (counts.canary > 0)
-      log_error("canary: sequence {} {} block {}: {}{}; the layer goes dense", s->id, where,
-                counts.canary_last / 4, broken_promise(counts.canary_last % 4),
-                counts.canary > 1 ? fmt::format(", and {} more looks", counts.canary - 1) : "");
+    if (g.canary > 0)
+      log_error("canary: sequence {} {} block {}: {}{}; {}", s->id, where, counts.canary_last / 4,
+                broken_promise(counts.canary_last % 4),
+                g.canary > 1 ? fmt::format(", and {} more looks", g.canary - 1) : "",
+                counts.canary > 0
+                    ? "the layer goes dense"
+                    : fmt::format("read ahead, and not used; the step at {} tokens is in doubt",
+                                  s->tokens));
     if (counts.digest > 0)
       log_warning("sequence {} {}: {} blocks of originals did not match what was asked for", s->id,
                   where, counts.digest);

@@ -227,6 +227,81 @@ TEST_F(DeviceCanary, ExplorationShowsItTheTail) {
       << log;
 }
 
+// What is read for the next step enters F or X without a climb: its promises are looked at all the
+// same, those of keys by what D_b rests on. It is not used, the step that has trusted them is
+// named, and no certificate rests on it afterwards that did not before.
+TEST_F(DeviceCanary, WhatIsReadAheadIsShownToIt) {
+  struct Case {
+    const char* name;
+    Damage damage;
+    const char* said;
+  };
+  for (const cuda::PageKind kind : cuda::kPageKinds) {
+    const cuda::PageLayoutDevice p = cuda::page_layout(kDim, kind);
+    const Case cases[] = {{"none", [](std::byte*) {}, ""},
+                          {"nu_b",
+                           [](std::byte* page) {
+                             for (int b = 0; b < 4; ++b) notes_of(page)[b].nu *= 0.25f;
+                           },
+                           "a value's norm is above what was promised"},
+                          {"eta_b",
+                           [](std::byte* page) {
+                             for (int b = 0; b < 4; ++b) notes_of(page)[b].eta *= 0.9f;
+                           },
+                           "a value of its codes is off by more than promised"},
+                          {"kappa_b",
+                           [](std::byte* page) {
+                             for (int b = 0; b < 4; ++b) notes_of(page)[b].kappa *= 0.999f;
+                           },
+                           "a score of its codes is off by more than promised"},
+                          {"e_b",
+                           [](std::byte* page) {
+                             for (int b = 0; b < 4; ++b) notes_of(page)[b].e *= 0.999f;
+                           },
+                           "a score of its codes is off by more than promised"},
+                          {"a code of keys",
+                           [&](std::byte* page) {
+                             for (size_t i = 0; i < p.key_affine; i += 5) page[i] ^= std::byte(2);
+                           },
+                           "a score of its codes is off by more than promised"}};
+    for (const Case& c : cases) {
+      SCOPED_TRACE(testing::Message() << c.name << ", " << cuda::page_kind_name(kind));
+      OneRank hit(backend_, 1, Policy::Budget, 0, cuda::page_kind_name(kind));
+      hit.tolerance = 0.9;  // nothing climbs
+      hit.sharpness = 4;
+      hit.rules.ladder.prefetch = kind == cuda::PageKind::K8V4   ? 0.15
+                                  : kind == cuda::PageKind::K8V8 ? 0.05
+                                                                 : 0.005;
+      hit.rules.ladder.max_share = 1;
+      hit.rules.ladder.value_share = 0.1;
+      damage(&hit, kAll, c.damage);
+      const int64_t a = hit.start(1, 1)[0];
+      uint64_t ahead = 0, seen = 0, before = 0;
+      for (int n = 0; n < 6; ++n) {
+        testing::internal::CaptureStderr();
+        const VerdictRecord v = hit.step({a})[0];
+        const std::string log = testing::internal::GetCapturedStderr();
+        EXPECT_EQ(v.sum.rungs[0], uint64_t(kLayers) * kKvHeads * kPerGroup);
+        EXPECT_EQ(v.sum.failed + v.sum.over + v.sum.digest, 0u);
+        const SequenceReport& report = hit.cache.report(a);
+        const GroupReport& g = report.layers[kLayer * kKvHeads + kHead];
+        EXPECT_EQ(v.sum.canary, g.canary) << "of the damaged head alone";
+        ahead += g.prefetched;
+        seen += g.canary;
+        if (g.canary > 0) {
+          EXPECT_NE(log.find(c.said), std::string::npos) << log;
+          EXPECT_NE(log.find("read ahead, and not used; the step at"), std::string::npos) << log;
+        }
+        // What had been read for this step, and was sound, is there.
+        EXPECT_LE(g.f_blocks + g.x_blocks, before);
+        before = ahead - seen;
+      }
+      EXPECT_GT(ahead, 0u);
+      EXPECT_EQ(seen > 0, std::string_view(c.name) != "none");
+    }
+  }
+}
+
 // The same rows without damage: blocks are promoted, and the canary is silent.
 TEST_F(DeviceCanary, IsSilentWhereNothingIsDamaged) {
   OneRank clean(backend_, 1, Policy::Budget);
