@@ -26,6 +26,15 @@ void expect_finite(SealStatus status, size_t page);
 using cuda::DeviceArray;
 using cuda::HostArray;
 
+// True where the memory has moved.
+template <typename Array>
+bool grow_array(Array* array, cuda::Device& device, size_t count, const char* what) {
+  if (array->count() >= count) return false;
+  *array = {};
+  *array = Array(device, count, what);
+  return true;
+}
+
 // Words of a layer.
 inline constexpr size_t kAnyFailing = 0, kDenseCount = 1, kStageFailing = 2, kWords = 4;
 // Words of a KV head at a layer that its kernels raise, from 0 at a step's beginning.

@@ -16,6 +16,10 @@ readonly set=(
   "gpu_model_test *-*EveryKindOfRow*:*WholeVocabulary*"
   "gpu_linear_test Int8*OfAReading*"
   "gpu_seal_test *BeginsTheOpenBlocks*"
+  "gpu_device_scrub_test *ABitOfAnOriginal*"
+  "gpu_device_canary_test *PaperAsks*"
+  "gpu_device_canary_test *ExplorationShows*"
+  "gpu_device_canary_test *ReadAheadIsSound*"
 )
 
 usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; }
@@ -60,7 +64,8 @@ mkdir -p "$logs" || exit 2
 
 # one TOOL PROGRAM FILTER: a word for the table; returns 1 unless it is 0.
 one() {
-  local tool=$1 program=$2 filter=$3 log=$logs/$2.$1.log code errors
+  local tool=$1 program=$2 filter=$3 log code errors
+  log=$logs/$program.${filter//[^A-Za-z0-9]/}.$tool.log  # a program may come with several filters
   if [[ ! -x $bin/$program ]]; then
     echo "absent"
     return 1
@@ -88,14 +93,14 @@ one() {
 }
 
 bad=0
-printf '| %-22s |' program
+printf '| %-43s |' program
 printf ' %-10s |' "${tools[@]}"
 printf '\n|---|'
 printf -- '---|%.0s' "${tools[@]}"
 printf '\n'
 for entry in "${set[@]}"; do
   program=${entry%% *} filter=${entry#* }
-  printf '| %-22s |' "$program"
+  printf '| %-43s |' "$program ${filter//[*:]/ }"
   for tool in "${tools[@]}"; do
     word=$(one "$tool" "$program" "$filter") || bad=1
     printf ' %-10s |' "$word"

@@ -302,6 +302,21 @@ TEST_F(DeviceCanary, WhatIsReadAheadIsShownToIt) {
   }
 }
 
+TEST_F(DeviceCanary, IsSilentWhereWhatIsReadAheadIsSound) {
+  OneRank clean(backend_, 0, Policy::Budget);
+  clean.tolerance = 0.9;
+  clean.sharpness = 4;
+  clean.rules.ladder.prefetch = 0.15;
+  clean.rules.ladder.max_share = 1;
+  const int64_t a = clean.start(1, 1)[0];
+  uint64_t ahead = 0;
+  for (int n = 0; n < 3; ++n) {
+    EXPECT_EQ(clean.step({a})[0].sum.canary, 0u);
+    for (const GroupReport& g : clean.cache.report(a).layers) ahead += g.prefetched;
+  }
+  EXPECT_GT(ahead, 0u);
+}
+
 // The same rows without damage: blocks are promoted, and the canary is silent.
 TEST_F(DeviceCanary, IsSilentWhereNothingIsDamaged) {
   OneRank clean(backend_, 1, Policy::Budget);
