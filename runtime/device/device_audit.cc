@@ -30,6 +30,11 @@ std::vector<T> DeviceCache::read_back(const T* from, size_t count) const {
 void DeviceCache::begin_audit(int layer, const float* qkv) {
   StepBuffers& b = *step_;
   if (layer == 0) b.audited.clear();
+  // Behind a halt nothing counts; the layer comes again.
+  if (agreement_.halted != nullptr) {
+    const uint32_t at = read_back(agreement_.halted, 1)[0];
+    if (at != 0 && at <= uint32_t(layer)) return;
+  }
   const size_t heads = size_t(heads_.count()), d = size_t(config_.head_dim);
   const size_t width = (size_t(config_.heads_per_group()) + 2) * heads * d;
   for (size_t row = 0; row < rows_.size(); ++row) {

@@ -15,6 +15,7 @@
 #include "runtime/tokenizer.h"
 #include "runtime/weights.h"
 #include "tests/kvstore/store_support.h"
+#include "tests/runtime/device_scrub_rank.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/thread_ranks.h"
 #ifdef CERTKV_TEST_ON_GPU
@@ -46,8 +47,11 @@ class DeviceAuditTest : public ::testing::Test {
   }
 
   // The reader's answers to one prompt under the policies; the audit goes to folder, if any.
-  static std::vector<Completion> answer(const std::string& folder, double tolerance, double sample,
-                                        const std::vector<Policy>& policies) {
+  // make_device: of a rank; nullptr: as the options say.
+  static std::vector<Completion> answer(
+      const std::string& folder, double tolerance, double sample,
+      const std::vector<Policy>& policies, int ranks = 1,
+      const std::function<DeviceBackend(int rank)>& make_device = nullptr) {
     std::vector<Completion> answers;
     JobOptions options;
     options.deterministic = true;
@@ -59,18 +63,26 @@ class DeviceAuditTest : public ::testing::Test {
 #endif
     options.tolerance = {true, tolerance};
     test::ThreadHolder store(uint64_t(64) << 20);
-    run_thread_ranks(1, [&](LocalWorld& world, int rank) {
+    run_thread_ranks(ranks, [&](LocalWorld& world, int rank) {
       const auto group = world.communicator(rank);
       EngineParts parts;
       parts.config = std::make_shared<const ModelConfig>(load_model_config(CERTKV_READER_DIR));
-      parts.weights =
-          std::make_shared<const Weights>(load_weights(CERTKV_READER_DIR, *parts.config, 1, 0));
+      parts.weights = std::make_shared<const Weights>(
+          load_weights(CERTKV_READER_DIR, *parts.config, ranks, rank));
+      if (make_device)
+        parts.make_device = [&, rank](const std::string&, int) { return make_device(rank); };
       parts.tokenizer = load_tokenizer(CERTKV_READER_DIR);
       parts.group = group.get();
       parts.store = store.attach(rank);
       if (!folder.empty())
-        parts.audit =
-            AuditSetup{.folder = folder, .sample = sample, .seed = 11, .model_files = "test"};
+        parts.audit = AuditSetup{.folder = folder,
+                                 .sample = sample,
+                                 .seed = 11,
+                                 .rank = rank,
+                                 .world = ranks,
+                                 .tensor_rank = rank,
+                                 .tensor = ranks,
+                                 .model_files = "test"};
       const auto engine = make_engine(options, parts);
       engine->on_completion = [&](Completion&& c) {
         EXPECT_FALSE(c.failed) << c.error;
@@ -82,7 +94,7 @@ class DeviceAuditTest : public ::testing::Test {
       r.sampling.max_tokens = 7;
       r.tolerance = options.tolerance;
       r.compare = policies;
-      engine->submit(r);
+      if (rank == 0) engine->submit(r);
       while (engine->step(false)) {
       }
     });
@@ -155,6 +167,55 @@ TEST_F(DeviceAuditTest, EveryRungVerifies) {
   EXPECT_GT(rungs["1"] + rungs["2"], 20u);
   EXPECT_GT(rungs["3"], 20u);
 }
+
+#ifndef CERTKV_TEST_ON_GPU
+// A canary that breaks whenever something is paged in.
+class BrokenCanary final : public scrub_test::CountingOps {
+ public:
+  explicit BrokenCanary(std::unique_ptr<cuda::CacheOps> of)
+      : CountingOps(*of), of_(std::move(of)) {}
+  void page_in(const cuda::LadderArgs& a) override {
+    CountingOps::page_in(a);
+    for (int i = 0; i < a.count && !a.halt.passed(); ++i) {
+      if (a.listed[i] == 0) continue;
+      a.items[i].counts->canary = 1;
+      a.items[i].counts->canary_last = cuda::kCanaryNorm;
+      *a.passes[i].any_failing = 1;
+    }
+  }
+
+ private:
+  std::unique_ptr<cuda::CacheOps> of_;
+};
+
+// Over two ranks a layer that falls back is audited as it was repeated, and the layers behind it as
+// they were done once.
+TEST_F(DeviceAuditTest, Rung4OverRanksVerifies) {
+  const test::TempFolder folder;
+  const auto answers = answer(folder.path().string(), 0.01, 1, {Policy::Budget}, 2, [](int rank) {
+    DeviceBackend b = make_device_backend("emulated", 0);
+    if (rank == 1) b.cache = std::make_unique<BrokenCanary>(std::move(b.cache));
+    return b;
+  });
+  ASSERT_EQ(answers.size(), 1u);
+  EXPECT_GT(answers[0].counts.canary, 0u);
+  EXPECT_EQ(answers[0].counts.rungs[4] % 8, 0u) << "all heads of a layer";
+  EXPECT_GT(answers[0].counts.rungs[4], 0u);
+  verified(folder.path().string());
+  for (const int rank : {0, 1}) {
+    const audit::FileIndex f = audit::read_index(
+        folder.path().string() + "/" + audit::file_name(0, rank), [](uint64_t) {});
+    uint64_t fell = 0, all = 0;
+    for (const auto& [id, stream] : f.streams)
+      for (const auto& [rung, count] : stream.rungs) {
+        all += count;
+        if (rung == "4") fell += count;
+      }
+    EXPECT_EQ(fell, answers[0].counts.rungs[4] / 2);
+    EXPECT_EQ(all, 5u * 4u * 6u);
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace certkv
