@@ -14,9 +14,8 @@ extern template cudaError_t launch_attend_of<PageKind::K12V8>(const PassArgs&, c
 
 namespace {
 
-// A warp for 32 elements, and with kJudge one for the tallies.
-template <bool kJudge>
-__global__ void merge_kernel(const PassArgs args, int head_dim) {
+// A warp for 32 elements, and one for the header.
+__global__ void merge_kernel(const PassArgs args, int head_dim, bool judges) {
   // Read before the pass has ended; append alone has changed anything of it.
   PassItem item = args.items[blockIdx.y];
   const int head = int(blockIdx.x);
@@ -26,14 +25,22 @@ __global__ void merge_kernel(const PassArgs args, int head_dim) {
   __shared__ MergeShared shared;
   const int each = pages_per_split(args, item), element = int(threadIdx.y) * 32;
   const MergeSplits merge{item, head_dim, (item.page_count + each - 1) / each, head};
-  const bool judged = kJudge && item.judged != nullptr;
+  const bool judged = judges && item.judged != nullptr;
   if (element < head_dim)
     merge.elements(element, judged, &shared);
-  else if (judged)
-    merge.tally(&shared);
+  else
+    merge.header(&shared);
   if (!judged) return;
   __syncthreads();
-  if (threadIdx.y == 0) judge_head(args, item, head_dim, head, shared);
+  Certificate c;
+  if (threadIdx.y == 0)
+    c = judge_head(item, head_dim, shared);
+  else if (threadIdx.y == 1)
+    shared.published = published_bound(shared);
+  __syncthreads();
+  if (threadIdx.y > 0) return;
+  c.e_key_paper = shared.published;
+  state_verdict(args, item, head, c);
 }
 
 }  // namespace
@@ -66,11 +73,8 @@ cudaError_t launch_attend(const PassArgs& args, const KernelShape& shape, uint32
 cudaError_t launch_merge(const PassArgs& args, const KernelShape& shape, cudaStream_t stream) {
   const dim3 grid(unsigned(shape.heads), unsigned(shape.items));
   const unsigned warps = unsigned(shape.head_dim / 32);
-  const dim3 block(32, warps + unsigned(shape.certificate));
-  const Launch launch(grid, block, 0, stream, shape.early);
-  return cudaLaunchKernelEx(&launch.config,
-                            shape.certificate ? merge_kernel<true> : merge_kernel<false>, args,
-                            shape.head_dim);
+  const Launch launch(grid, dim3(32, warps + 1), 0, stream, shape.early);
+  return cudaLaunchKernelEx(&launch.config, merge_kernel, args, shape.head_dim, shape.certificate);
 }
 
 }  // namespace certkv::cuda

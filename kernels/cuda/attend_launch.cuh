@@ -55,10 +55,6 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<kDim, kGroups, kWarps>)
   __syncthreads();
   let_next_begin();
   block.combine();
-  if (!kCertificate || item.judged == nullptr) return;
-  block.tally();
-  __syncthreads();
-  block.finish_tally();
 }
 
 // Calls body with the kernel of a shape.

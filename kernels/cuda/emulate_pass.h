@@ -34,11 +34,6 @@ void emulate_pass(const PassArgs& args, const PassShape& shape) {
         Block{args, item, shared.data(), split, warp}.walk();
       for (int warp = 0; warp < kWarps; ++warp)
         Block{args, item, shared.data(), split, warp}.combine();
-      if (!kCertificate || item.judged == nullptr) continue;
-      for (int warp = 0; warp < kWarps; ++warp)
-        Block{args, item, shared.data(), split, warp}.tally();
-      for (int warp = 0; warp < kWarps; ++warp)
-        Block{args, item, shared.data(), split, warp}.finish_tally();
     }
     for (int head = 0; shape.merge && head < item.heads; ++head) {
       emulated::MergeShared shared;
@@ -47,9 +42,11 @@ void emulate_pass(const PassArgs& args, const PassShape& shape) {
       const bool judged = kCertificate && item.judged != nullptr;
       const emulated::MergeSplits merge{item, kDim, (item.page_count + each - 1) / each, head};
       for (int element = 0; element < kDim; element += 32) merge.elements(element, judged, &shared);
+      merge.header(&shared);
       if (!judged) continue;
-      merge.tally(&shared);
-      emulated::judge_head(args, item, kDim, head, shared);
+      Certificate c = emulated::judge_head(item, kDim, shared);
+      c.e_key_paper = emulated::published_bound(shared);
+      emulated::state_verdict(args, item, head, c);
     }
   }
 }

@@ -40,6 +40,8 @@ inline constexpr int kPageTiles = kPageTokens / 16;  // a tile is a block: 16 to
 struct BlockNotesDevice {
   float eta, nu, kappa, e, k_norm, vbar;  // as BlockAnnotations, of what the device serves
 };
+inline constexpr int kBlockNotes = 6, kNoteEta = 0, kNoteNu = 1, kNoteVbar = 5;  // in floats
+static_assert(sizeof(BlockNotesDevice) == kBlockNotes * sizeof(float));
 struct PageNotesDevice {
   float kbar_norm, kappa, e;  // as PageNotes
   float norm_step;            // norm_step code <= ||v^_t|| <= norm_step (code + kNormMargin)

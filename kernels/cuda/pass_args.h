@@ -33,32 +33,44 @@ inline constexpr int kRecordRef = 16, kRecordDelta = 32, kRecordBound = 48, kRec
 
 // Sums of a split about its own reference: a header, then o and a, [head_dim] each. In the merged
 // state the same in double. Values are multiplied by the item's unit in splits alone.
-inline constexpr int kSumsHeader = 8;
-enum SumsHeader { kSumRef, kSumL, kSumM2, kSumS1, kSumCTokens, kSumScoreMax };
+inline constexpr int kSumsHeader = 24;
+enum SumsHeader {
+  kSumRef,
+  kSumL,
+  kSumM2,  // with the unit twice, as kSumH2
+  kSumS1,
+  // What the closing arithmetic asks for of the blocks (BlockSums).
+  kSumS,
+  kSumH2,
+  kSumABar,
+  kSumTNu,
+  kSumFSum,
+  kSumFNu,
+  kSumDen,
+  kSumValue,
+  kSumGO,
+  kSumTail,
+  kSumFlushed,  // from here on whatever the reference
+  kSumCTokens,
+  kSumScoreMax,  // from here on largest, not sums
+  kSumNuMax,     // notes without the unit; one that is not >= 0 counts as NaN
+  kSumEtaMax,
+  kSumVbarMax,
+  kSumCount
+};
+inline constexpr int kFirstOfBlocks = kSumS, kFirstPlain = kSumFlushed, kFirstMax = kSumScoreMax;
+static_assert(kSumCount <= kSumsHeader);
+// How often a header's sum has the unit as a factor.
+CERTKV_HD constexpr int units_in(int entry) {
+  if (entry == kSumM2 || entry == kSumH2) return 2;
+  return entry == kSumS1 || entry == kSumABar || entry == kSumTNu || entry == kSumFNu ||
+                 entry == kSumValue || entry == kSumGO
+             ? 1
+             : 0;
+}
 CERTKV_HD constexpr int sums_floats(int head_dim) {
   return kSumsHeader + 2 * head_dim;
 }
-
-// Of a head, over the blocks of a split, weights about the split's reference: what the closing
-// arithmetic asks for (BlockSums), then the largest notes. In double.
-enum Tally {
-  kTallyS,
-  kTallyH2,
-  kTallyABar,
-  kTallyTNu,
-  kTallyFSum,
-  kTallyFNu,
-  kTallyDen,
-  kTallyValue,
-  kTallyGO,
-  kTallyTail,
-  kTallyFlushed,
-  kTallyNuMax,
-  kTallyEtaMax,
-  kTallyVbarMax,
-  kTallyCount
-};
-inline constexpr int kTallyFirstMax = kTallyNuMax;
 
 // One KV head of one sequence.
 struct PassItem {
@@ -72,6 +84,7 @@ struct PassItem {
   const int32_t* key_slot = nullptr;    // [page_count, 4] slot of a block's keys; -1: not resident
   const int32_t* value_slot = nullptr;  // the same of its values
   const float* k_norm = nullptr;        // [page_count, 4] of original keys, as annotated
+  const float* open_nu = nullptr;       // [page_count, 4] largest norm of a value, without codes
   float unit = 1;                       // power of two that brings the largest norm near 1
   PageKind kind = PageKind::K8V4;       // of its pages; see PassArgs::of_kind
   float* records = nullptr;             // out [page_count, groups, kRecordFloats]
@@ -87,8 +100,6 @@ struct PassItem {
   int32_t relative = 0;             // whether the tolerance is relative to S
   double tolerance = 0;             // method E5; infinite and absolute: every number fits
   int64_t tokens = 0;               // of the sequence
-  const float* open_nu = nullptr;   // [page_count, 4] largest norm of a value; without codes alone
-  double* tally = nullptr;          // scratch [splits, heads, kTallyCount]
   Certificate* judged = nullptr;    // out [heads]
   uint32_t* failing = nullptr;      // out: bit h or-ed in where head h is not within the tolerance
   uint32_t* any_failing = nullptr;  // out: 1 or-ed in if any is

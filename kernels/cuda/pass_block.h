@@ -73,6 +73,8 @@ struct PassBlock {
   static constexpr int kCells = kDim / 16;  // of 16 elements
   static constexpr int kHeads = 4 * kGroups;
   static constexpr int kSums = sums_floats(kDim);
+  static constexpr int kBlockSums = kFirstMax - 1 - kFirstOfBlocks;  // c_tokens is apart
+  static_assert(kFirstMax - 1 == kSumCTokens);
 
   const PassArgs& args;
   const PassItem& item;
@@ -96,9 +98,12 @@ struct PassBlock {
   }
   CERTKV_FN float* query() const { return reinterpret_cast<float*>(shared + kShared.query); }
   CERTKV_FN float* norms() const { return reinterpret_cast<float*>(shared + kShared.norm); }
-  // Terms of the queries for original keys, see split_query; and 1 over their scales.
-  CERTKV_FN std::byte* terms() const { return shared + kShared.terms; }
-  CERTKV_FN float* scales() const { return reinterpret_cast<float*>(shared + kShared.scale); }
+  // The warp's terms of the queries for original keys, see split_query, and 1 over their scales;
+  // where its pages were.
+  CERTKV_FN std::byte* terms() const { return own(); }
+  CERTKV_FN float* scales() const { return reinterpret_cast<float*>(own() + kTermBytes); }
+  static constexpr int kTermBytes = kHeads * kDim * 3 * 2;
+  static_assert(kTermBytes + kHeads * 4 <= int(kShared.warp_bytes));
   CERTKV_FN float* sums(int w) const {
     return reinterpret_cast<float*>(shared + w * int(kShared.warp_bytes));
   }
@@ -116,10 +121,10 @@ struct PassBlock {
     return left < pages_per_split(args, item) ? left : pages_per_split(args, item);
   }
 
-  // 16-byte pieces [0, count) of `from`, zeros up to `padded`; by `others` warps, this one `at`.
-  CERTKV_FN static void fetch(const void* from, int count, int padded, int at, int others,
-                              void* to) {
-    for (int first = at * 32; first < padded; first += others * 32) {
+  // 16-byte pieces [0, count) of `from`, zeros up to `padded`; by `all` warps, this one `at`.
+  CERTKV_FN static void fetch(const void* from, int count, int padded, int at, int all, void* to) {
+    CERTKV_NO_UNROLL
+    for (int first = at * 32; first < padded; first += all * 32) {
       const I i = lane_index() + first;
       U piece[4];
       load4(static_cast<const std::byte*>(from), select(i < count, i, splat_i(0)) * 16, piece);
@@ -140,22 +145,12 @@ struct PassBlock {
       }
     }
   }
-  // Then some warps split the queries, a head each where there are enough, the others fetch what
-  // all of them need.
+  // Then the warps fetch what all of them need.
   CERTKV_FN void begin() const {
-    static_assert(kWarps >= 2);
-    constexpr int kSplitters = kHeads < kWarps ? kHeads : kWarps - 1;
-    if (warp < kSplitters) {
-      split_query(warp);
-      if constexpr (kSplitters < kHeads)
-        for (int head = warp + kSplitters; head < kHeads; head += kSplitters) split_query(head);
-      return;
-    }
-    constexpr int kOthers = kWarps - kSplitters;
-    const int at = warp - kSplitters;
-    fetch(item.pages + first_page(), pages(), pages(), at, kOthers, entries());
-    fetch(item.scaled, item.heads * kDim / 4, kHeads * kDim / 4, at, kOthers, query());
-    if (at == 0) {
+    fetch(item.pages + first_page(), pages(), pages(), warp, kWarps, entries());
+    fetch(item.scaled, item.heads * kDim / 4, kHeads * kDim / 4, kWarps - 1 - warp, kWarps,
+          query());
+    if (warp == kWarps / 2) {
       const I i = lane_index();
       const F norm = load_float(item.norm, select(i < item.heads, i, splat_i(0)));
       store_where(i < kHeads, norms(), i, select(i < item.heads, norm, splat(0)));
@@ -174,9 +169,7 @@ struct PassBlock {
     F most = splat(0);
     CERTKV_EACH (i, kPairs)
       CERTKV_EACH (e, 2) {
-        const float* from = head < item.heads ? item.scaled + head * kDim : item.scaled;
-        x[i][e] = load_float(from, lane * 2 + (64 * i + e));
-        if (head >= item.heads) x[i][e] = splat(0);
+        x[i][e] = load_float(query(), lane * 2 + (head * kDim + 64 * i + e));
         most = larger(most, magnitude(x[i][e]));
       }
     CERTKV_UNROLL
@@ -218,14 +211,18 @@ struct PassBlock {
     }
   }
 
-  // A head's sums about m, in registers as a C fragment. l, m2 and s1: of this lane's tokens alone.
+  // A head's sums about m, in registers as a C fragment. l, m2 and s1: of this lane's tokens alone;
+  // of_blocks: of the tile that lane 4 r + h stands for, r % 4, with the unit.
   struct Sums {
     F m, l, m2, s1, c_tokens, score_max;
+    F of_blocks[kBlockSums];
     F o[kCells][2], a[kCells][2];
 
+    CERTKV_FN F& sum(int entry) { return of_blocks[entry - kFirstOfBlocks]; }
     CERTKV_FN void clear() {
       m = splat(-__builtin_inff());
       l = m2 = s1 = c_tokens = score_max = splat(0);
+      CERTKV_EACH (i, kBlockSums) of_blocks[i] = splat(0);
       CERTKV_EACH (i, kCells) o[i][0] = o[i][1] = a[i][0] = a[i][1] = splat(0);
     }
     // About a reference at least as large as `most`. NaN: what is weighed is NaN, and stays.
@@ -237,6 +234,7 @@ struct PassBlock {
       if (kCertificate) {
         m2 = m2 * less;
         s1 = s1 * less;
+        CERTKV_EACH (i, kFirstPlain - kFirstOfBlocks) of_blocks[i] = of_blocks[i] * less;
       }
       CERTKV_EACH (i, kCells)
         CERTKV_EACH (half, 2) {
@@ -245,6 +243,46 @@ struct PassBlock {
         }
     }
   };
+
+  // The largest notes of the blocks that a warp serves, as words: a NaN is above infinity, and what
+  // is negative above both.
+  struct LargestNotes {
+    U nu, eta, vbar;
+    CERTKV_FN void clear() { nu = eta = vbar = splat_u(0); }
+    CERTKV_FN void take(F of_nu, F of_eta, F of_vbar) {
+      nu = larger_word(nu, bits_of(of_nu));
+      eta = larger_word(eta, bits_of(of_eta));
+      vbar = larger_word(vbar, bits_of(of_vbar));
+    }
+    CERTKV_FN static U larger_word(U a, U b) { return select(a < b, b, a); }
+    CERTKV_FN static F over_tiles(U x) {
+      x = larger_word(x, shuffle_xor(x, 4));
+      x = larger_word(x, shuffle_xor(x, 8));
+      return select(x <= 0x7f800000u, float_of_bits(x), splat(__builtin_nanf("")));
+    }
+  };
+
+  // What a block adds to the sums of the blocks: of weight w about m, keys charged with c and
+  // delta, values with eta_b and vbar_b (0 and nu_b where originals served them). Notes have the
+  // unit. SOURCE: method E1, E2, E4; sum_blocks() of runtime/certify takes the same sums.
+  CERTKV_FN static void add_block(F w, F c, F delta, F nu, F eta, F vbar, bool quantised_key,
+                                  Sums* to) {
+    const F cw = c * w;
+    const auto add = [&](int entry, F a, F b) { to->sum(entry) = fma(a, b, to->sum(entry)); };
+    if (quantised_key) {
+      const F cw_eta = cw * eta;
+      to->sum(kSumS) = to->sum(kSumS) + cw;
+      add(kSumH2, cw_eta, eta);
+      add(kSumABar, cw, vbar);
+      add(kSumTNu, cw, nu);
+    } else {
+      to->sum(kSumFSum) = to->sum(kSumFSum) + cw;
+      add(kSumFNu, cw, nu);
+    }
+    add(kSumDen, w, exponential(splat(0) - delta));  // within kExpError
+    add(kSumValue, w, eta);
+    add(kSumGO, w, vbar);
+  }
 
   CERTKV_FN static F charged(F bound) {  // Delta_b
     return (bound + float(kEpsWDevice * (1 + 8 * kUnit))) * (1 + 0x1p-22f);

@@ -9,6 +9,7 @@ template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
 struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps, kKind> {
   using Base = PassQuery<kDim, kGroups, kCertificate, kWarps, kKind>;
   using Base::args, Base::item, Base::kCells, Base::kHeads, Base::kPage, Base::kSteps;
+  using typename Base::LargestNotes;
   using typename Base::Query;
   using typename Base::Sums;
 
@@ -104,9 +105,10 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps, kKind> {
         CERTKV_EACH (i, 4) acc[g][c][i] = splat(0);
   }
 
-  // What a page leaves for its blocks; one reference for all.
-  CERTKV_FN void record(int page, int group, const F (&tile_sum)[kPageTiles], F ref, F bound, F c,
-                        F delta, uint32_t skip) const {
+  // What a page leaves for its blocks; one reference for all. Returns the sum of the tile that the
+  // lane stands for.
+  CERTKV_FN F record(int page, int group, const F (&tile_sum)[kPageTiles], F ref, F bound, F c,
+                     F delta, uint32_t skip) const {
     const I lane = lane_index(), row = lane >> 2;
     // Half of the sums go to the neighbour rows, twice: rows r and r + 4 end with tile r % 4.
     const B odd = (row & 1) != 0, upper = (row & 2) != 0;
@@ -121,6 +123,7 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps, kKind> {
     store_where(here, to, lane, select(row < 4, sum, ref));
     store_where((here & (row < 4)) | ((row & 6) == 4), to + kRecordDelta, lane,
                 select(row < 4, delta, select(row < 5, bound, c)));
+    return sum;
   }
 
   // Tiles in `skip` (bit t) count nothing: they are served otherwise; not all of them.
@@ -128,12 +131,21 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps, kKind> {
   template <typename AfterKeys, typename BeforeValues>
   CERTKV_FN void page_of_codes(int page, uint32_t skip, const std::byte* keys,
                                const F (&q)[kGroups][kSteps * 4], const F (&norm)[kGroups],
-                               Sums (&sums)[kGroups], AfterKeys after_keys,
+                               Sums (&sums)[kGroups], LargestNotes* largest, AfterKeys after_keys,
                                BeforeValues before_values) const {
     const I lane = lane_index();
     const PageNotesDevice& notes = *reinterpret_cast<const PageNotesDevice*>(keys + kPage.notes);
     const float norm_step = accepted(notes.norm_step) * item.unit;
     const float factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
+    F nu, eta, vbar;  // of the lane's tile
+    if (kCertificate) {
+      const float* block = reinterpret_cast<const float*>(notes.block);
+      const I at = ((lane >> 2) & 3) * kBlockNotes;
+      nu = load_float(block, at + kNoteNu);
+      eta = load_float(block, at + kNoteEta);
+      vbar = load_float(block, at + kNoteVbar);
+      largest->take(nu, eta, vbar);
+    }
     F s[kPageTiles][kGroups][2];
     F bound[kGroups], c[kGroups];
     {
@@ -176,7 +188,9 @@ struct PassCodes : PassQuery<kDim, kGroups, kCertificate, kWarps, kKind> {
       if (kCertificate) {
         const F delta = Base::charged(bound[g]);
         c[g] = c_of(delta);
-        record(page, g, tile_sum, most, bound[g], c[g], delta, skip);
+        const F sum = record(page, g, tile_sum, most, bound[g], c[g], delta, skip);
+        Base::add_block(f[g] * sum, c[g], delta, nu * item.unit, eta * item.unit, vbar * item.unit,
+                        true, &x);
         x.c_tokens = fma(c[g], splat(counted), x.c_tokens);
         x.score_max = max_nan(x.score_max, bound[g]);
       }

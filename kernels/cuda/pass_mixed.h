@@ -9,6 +9,7 @@ template <int kDim, int kGroups, bool kCertificate, int kWarps, PageKind kKind>
 struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
   using Base = PassCodes<kDim, kGroups, kCertificate, kWarps, kKind>;
   using Base::args, Base::item, Base::kCells, Base::kHeads, Base::kPage, Base::kSteps;
+  using typename Base::LargestNotes;
   using typename Base::Query;
   using typename Base::Sums;
 
@@ -124,11 +125,12 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
     }
   }
 
-  // Blocks served from originals, of all entries of the split in order, are dealt out to the warps:
-  // this warp's, as 4 entry + tile. Returns how many.
+  // Blocks served from originals, of all entries of the split in order, are dealt out to the warps,
+  // the last one first, for it has the fewest pages: this warp's, as 4 entry + tile. Returns how
+  // many.
   CERTKV_FN int list_tiles() const {
     const I lane = lane_index();
-    const int count = this->pages();
+    const int count = this->pages(), place = kWarps - 1 - this->warp;
     int dealt = 0;
     for (int first = 0; first < count; first += 32) {
       const I n = select(lane + first < count, lane + first, splat_i(count - 1));
@@ -148,24 +150,21 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
       CERTKV_EACH (t, kPageTiles) {
         const B has = (tiles >> t & 1u) == 1u;
         const U turn = at / uint32_t(kWarps), whose = at - turn * uint32_t(kWarps);
-        store_where(has & (whose == uint32_t(this->warp)),
-                    reinterpret_cast<float*>(this->own_tiles()), index_of(turn),
-                    float_of_bits(word_of(n * kPageTiles + t)));
+        store_where(has & (whose == uint32_t(place)), reinterpret_cast<float*>(this->own_tiles()),
+                    index_of(turn), float_of_bits(word_of(n * kPageTiles + t)));
         at = at + select(has, splat_u(1), splat_u(0));
       }
       dealt += int(uniform(sum, 31));
     }
     sync_lanes();
-    return (dealt + kWarps - 1 - this->warp) / kWarps;
+    return (dealt + kWarps - 1 - place) / kWarps;
   }
 
-  // The warp's blocks of originals, one after the other, into sums of their own.
-  CERTKV_FN void blocks_of_originals(const F (&q)[kGroups][kSteps * 4], const F (&norm)[kGroups],
-                                     Sums (&part)[kGroups]) const {
+  // The rows of the warp's blocks of originals, on their way to the L2 cache.
+  CERTKV_FN void call_originals(int count) const {
     const I lane = lane_index();
-    CERTKV_EACH (g, kGroups) part[g].clear();
-    const int count = list_tiles();
-    for (int first = 0; first < count; first += 32) {  // their rows, on the way to the L2 cache
+    CERTKV_NO_UNROLL
+    for (int first = 0; first < count; first += 32) {
       const I own = select(lane + first < count, lane + first, splat_i(first));
       const U id = load1(reinterpret_cast<const std::byte*>(this->own_tiles()), own * 4);
       const I block = (index_of(id) + this->first_page() * kPageTiles) * 4;
@@ -176,7 +175,19 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
           if (slot >= 0 && slot < item.slot_count)
             prefetch(item.slots + size_t(slot) * size_t(16 * kDim * 2), lane * kDim);
     }
+  }
 
+  // The warp's blocks of originals, one after the other, into sums of their own. Its slots are
+  // free.
+  CERTKV_FN void blocks_of_originals(int count, const F (&q)[kGroups][kSteps * 4],
+                                     const F (&norm)[kGroups], Sums (&part)[kGroups],
+                                     LargestNotes* largest) const {
+    const I lane = lane_index();
+    sync_lanes();
+    CERTKV_NO_UNROLL
+    for (int head = 0; head < kHeads; ++head) this->split_query(head);
+    sync_lanes();
+    CERTKV_EACH (g, kGroups) part[g].clear();
     CERTKV_NO_UNROLL
     for (int i = 0; i < count; ++i) {
       const int id = int(this->own_tiles()[i]), t = id % kPageTiles;
@@ -193,7 +204,7 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
       F s[kGroups][2], p[kGroups][2], s1[kGroups], squares[kGroups], c[kGroups], delta[kGroups],
           bound[kGroups];
       U w[kGroups][2];
-      float norm_step = 0, factor = 0;
+      float norm_step = 0, factor = 0, nu = 0, eta = 0, vbar = 0;
       CERTKV_EACH (g, kGroups)
         bound[g] = c[g] = delta[g] = s[g][0] = s[g][1] = s1[g] = squares[g] = splat(0);
       if (coded) {  // what codes are needed is read where it lies: the page is another warp's
@@ -201,6 +212,9 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
             *reinterpret_cast<const PageNotesDevice*>(entry.page + kPage.notes);
         norm_step = accepted(notes.norm_step) * item.unit;
         factor = accepted(notes.value_factor) * (item.unit / kWeightScale);
+        nu = notes.block[t].nu;
+        eta = notes.block[t].eta;
+        vbar = notes.block[t].vbar;
         if (quantised || alone) {
           Query query[kGroups];
           CERTKV_EACH (g, kGroups) {
@@ -210,6 +224,14 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
             c[g] = c_of(delta[g]);
           }
           if (quantised) Base::score_codes(entry.page, t, query, s);
+        }
+      }
+      if (kCertificate) {
+        if (!coded) nu = vbar = item.open_nu[cell];
+        largest->take(splat(nu), splat(eta), splat(vbar));
+        if (v != nullptr) {
+          eta = 0;
+          vbar = nu;
         }
       }
       if (k != nullptr) score_rows(k, tokens, s);
@@ -235,7 +257,16 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
                                    (gamma * accepted(item.k_norm[cell])));
           }
           const I row = lane >> 2;
-          const F one = select(row < 1, sum_rows(sum), select(row < 2, part[g].m, charge));
+          const F of_rows = sum_rows(sum), c_used = k != nullptr ? c_of(charge) : c[g];
+          // In the rows that stand for the tile.
+          const F weight = select((row & 3) == t, of_rows, splat(0));
+          Base::add_block(weight, c_used, charge, splat(nu * item.unit), splat(eta * item.unit),
+                          splat(vbar * item.unit), k == nullptr, &part[g]);
+          if (k == nullptr) part[g].sum(kSumTail) = part[g].sum(kSumTail) + weight;
+          part[g].sum(kSumFlushed) =
+              part[g].sum(kSumFlushed) +
+              select((row & 3) == t, (c_used + 1) * float(kMaxBlockTokens), splat(0));
+          const F one = select(row < 1, of_rows, select(row < 2, part[g].m, charge));
           float* to = this->record_of(page, g);
           store_where(row < 3, to + t * 4, row * 16 + (lane & 3), one);
           if (alone || !coded)
@@ -294,6 +325,13 @@ struct PassMixed : PassCodes<kDim, kGroups, kCertificate, kWarps, kKind> {
     to->l = fma(f, part.l, to->l);
     to->s1 = fma(f, part.s1, to->s1);
     to->m2 = fma(f, part.m2, to->m2);
+    if (kCertificate) {
+      for (int entry = kFirstOfBlocks; entry < kFirstPlain; ++entry)
+        to->of_blocks[entry - kFirstOfBlocks] =
+            fma(f, part.of_blocks[entry - kFirstOfBlocks], to->of_blocks[entry - kFirstOfBlocks]);
+      to->of_blocks[kSumFlushed - kFirstOfBlocks] = to->of_blocks[kSumFlushed - kFirstOfBlocks] +
+                                                    part.of_blocks[kSumFlushed - kFirstOfBlocks];
+    }
     to->c_tokens = to->c_tokens + part.c_tokens;
     to->score_max = max_nan(to->score_max, part.score_max);
     CERTKV_EACH (n, kCells)

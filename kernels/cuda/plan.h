@@ -26,9 +26,9 @@ inline constexpr int kMostResident = 2;
 
 // Offsets in a block's shared memory. UNITS: bytes.
 struct SharedLayout {
-  uint32_t warp_bytes = 0;  // of each warp: its slots; once it has walked, its sums
+  uint32_t warp_bytes = 0;  // of each warp: its slots; then its terms of the queries, then its sums
   uint32_t values = 0;      // of the value slots within a warp's part
-  uint32_t states = 0, entries = 0, tiles = 0, query = 0, terms = 0, norm = 0, scale = 0, bytes = 0;
+  uint32_t states = 0, entries = 0, tiles = 0, query = 0, norm = 0, bytes = 0;
 };
 CERTKV_HD constexpr SharedLayout shared_layout(int head_dim, int groups, int warps, PageKind kind) {
   const PageLayoutDevice page = page_layout(head_dim, kind);
@@ -39,10 +39,8 @@ CERTKV_HD constexpr SharedLayout shared_layout(int head_dim, int groups, int war
   s.entries = s.states + uint32_t(warps) * (kKeySlots + kValueSlots) * kCopyStateBytes;
   s.tiles = s.entries + uint32_t(warps) * kMaxPagesPerWarp * 16;
   s.query = s.tiles + uint32_t(warps) * kMaxTilesPerWarp * 4;
-  s.terms = s.query + uint32_t(4 * groups * head_dim) * 4;
-  s.norm = s.terms + uint32_t(4 * groups * head_dim) * 3 * 2;
-  s.scale = s.norm + uint32_t(4 * groups) * 4;
-  s.bytes = s.scale + uint32_t(4 * groups) * 4;
+  s.norm = s.query + uint32_t(4 * groups * head_dim) * 4;
+  s.bytes = s.norm + uint32_t(4 * groups) * 4;
   return s;
 }
 

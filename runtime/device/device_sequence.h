@@ -176,7 +176,7 @@ struct DeviceCache::StepBuffers {
   DeviceArray<cuda::AppendItem> append;
   DeviceArray<cuda::LadderItem> ladder;
   DeviceArray<float> scaled, norm, records, split_sums;
-  DeviceArray<double> merged, tally, scored;
+  DeviceArray<double> merged, scored;
   DeviceArray<uint8_t> used;
   DeviceArray<cuda::PageInRequest> list;
   DeviceArray<uint32_t> undecided;

@@ -155,7 +155,6 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
   const size_t used = items * pages * kPageTiles;
   grow(&b.used, device_, kLearning * used, "records of a pass");
   grow(&b.split_sums, device_, items * splits * n * sums, "sums of a pass");
-  grow(&b.tally, device_, items * splits * n * cuda::kTallyCount, "sums of a pass");
   grow(&b.merged, device_, kLearning * merged, "sums of a pass");
   const bool paper = at(rows_[0]).rules.policy == Policy::Paper;
   if (paper) grow(&b.scored, device_, items * pages * groups * 16, "masses of a first pass");
@@ -226,7 +225,6 @@ void DeviceCache::begin_rows(std::span<const int64_t> sequences, float* out) {
             b.records.data() + branch * records + item * pages * groups * cuda::kRecordFloats;
         p.used = b.used.data() + branch * used + item * pages * kPageTiles;
         p.splits = b.split_sums.data() + item * splits * n * sums;
-        p.tally = b.tally.data() + item * splits * n * cuda::kTallyCount;
         p.merged = b.merged.data() + branch * merged + item * n * sums;
         p.out = out + item * n * d;
         p.flags = marks + kFlags;

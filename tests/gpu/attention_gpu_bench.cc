@@ -178,6 +178,7 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
       item.key_slot = hold(device(key_slot));
       item.value_slot = hold(device(value_slot));
       item.k_norm = k_norm_at;
+      item.open_nu = k_norm_at;
       item.unit = 0x1p-4f;
       item.records = hold(device<float>(size_t(s.pages) * cuda::kRecordFloats));
       item.used = hold(device<uint8_t>(size_t(s.pages) * 4));
@@ -191,8 +192,6 @@ Setup make_setup(int tokens, int batch, double originals, bool certificate) {
         item.relative = 1;
         item.tolerance = 0.05;
         item.tokens = tokens + kOpenTokens;
-        item.open_nu = k_norm_at;
-        item.tally = hold(device<double>(size_t(plan.splits) * kHeads * cuda::kTallyCount));
         item.judged = hold(device<Certificate>(kHeads));
         item.failing = flags;
         item.any_failing = item.climbed = flags;
