@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "kvstore/control.h"
 
 namespace certkv {
@@ -154,6 +155,7 @@ Arena Arena::create(uint64_t bytes, uint64_t boot_nonce,
   Arena arena(fd, nullptr, 0);  // owns fd from here on
   for (uint64_t done = 0; done < bytes;) {
     const uint64_t step = std::min(kStretch, bytes - done);
+    CERTKV_FAILPOINT(arena_allocate);
     int error;
     do {
       error = posix_fallocate(fd, off_t(done), off_t(step));
@@ -175,6 +177,7 @@ Arena Arena::create(uint64_t bytes, uint64_t boot_nonce,
 
 Arena Arena::map(int fd, uint64_t bytes, uint64_t boot_nonce) {
   Arena arena(fd, nullptr, 0);
+  CERTKV_FAILPOINT(arena_map);
   struct stat st {};
   CERTKV_EXPECT(fstat(fd, &st) == 0, CommError, "the store's arena: {}", std::strerror(errno));
   const int seals = fcntl(fd, F_GET_SEALS);
@@ -191,6 +194,7 @@ Arena Arena::map(int fd, uint64_t bytes, uint64_t boot_nonce) {
   arena.bytes_ = bytes;
   ArenaHeader header;
   std::memcpy(static_cast<void*>(&header), base, offsetof(ArenaHeader, progress));
+  CERTKV_FAILPOINT_BYTES(arena_header, &header, offsetof(ArenaHeader, progress));
   CERTKV_EXPECT(header.magic == kArenaMagic && header.format == kFormatVersion &&
                     header.header_bytes == sizeof(ArenaHeader) && header.uid == getuid() &&
                     header.boot_nonce == boot_nonce && header.arena_bytes == bytes &&

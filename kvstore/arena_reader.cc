@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/digest.h"
 #include "kvstore/reader_batch.h"
 
@@ -15,12 +16,14 @@ namespace {
 // Copies or shows one payload; true when its digest is the one sealed.
 bool fetch(const std::byte* from, size_t bytes, uint64_t digest, bool view, uint16_t* to,
            const uint16_t*& out) {
+  // In the arena itself, where every reader meets it.
+  CERTKV_FAILPOINT_BYTES(reader_source, const_cast<std::byte*>(from), bytes);
   if (view) {
     out = reinterpret_cast<const uint16_t*>(from);
-    return payload_digest(from, bytes) == digest;
+    return payload_digest(from, bytes) == digest || CERTKV_FAILPOINT_FORCED(reader_undigested);
   }
   out = to;
-  return copy_and_digest(to, from, bytes) == digest;
+  return copy_and_digest(to, from, bytes) == digest || CERTKV_FAILPOINT_FORCED(reader_undigested);
 }
 
 void read_block(const SpanRecord& record, const BlockId& id, const Destination& destination,
@@ -55,6 +58,7 @@ void read_block(const SpanRecord& record, const BlockId& id, const Destination& 
 ReadTicket ArenaReader::read(std::span<const BlockId> ids,
                              std::span<const Destination> destinations, Deadline) {
   check_destinations(ids, destinations, /*shows_views=*/true);
+  CERTKV_FAILPOINT(reader_batch);
   std::vector<BlockResult> results(ids.size());
   const std::shared_lock lock(directory_.mutex());
   const BlockStatus missing =
@@ -62,7 +66,7 @@ ReadTicket ArenaReader::read(std::span<const BlockId> ids,
   const SpanRecord* record = nullptr;
   for (size_t i = 0; i < ids.size(); ++i) {
     const BlockId& id = ids[i];
-    if (gone_.load(std::memory_order_acquire)) {
+    if (gone_.load(std::memory_order_acquire) || CERTKV_FAILPOINT_FORCED(reader_lost)) {
       results[i].status = BlockStatus::Lost;
       continue;
     }

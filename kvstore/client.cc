@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "kernels/digest.h"
 #include "kvstore/arena.h"
@@ -65,6 +66,7 @@ struct OriginalsSpan::State {
   ~State() {
     if (client == nullptr) return;
     client->directory.remove(&record);
+    CERTKV_FAILPOINT(client_release);
     const ReleaseRequest release{record.version, keep ? 1u : 0u};
     client->channel.post(ControlOp::Release, payload_of(release));
   }
@@ -114,6 +116,8 @@ void OriginalsSpan::State::publish(std::byte* slot_bytes, const BlockId& id, uin
   header.k_digest = k_digest;
   header.v_digest = v_digest;
   std::memcpy(slot_bytes, &header, offsetof(BlockHeader, seal));
+  CERTKV_FAILPOINT_BYTES(client_header, slot_bytes, offsetof(BlockHeader, seal));
+  CERTKV_FAILPOINT(client_publish);
   // A store that took this rank for dead may have given the space away.
   client->throw_if_lost();
   publish_seal(slot_bytes, block_seal(header));
@@ -138,6 +142,7 @@ void OriginalsSpan::seal_block(uint32_t layer, uint32_t kv_head, uint32_t block,
   state_->expect_tokens(tokens);
   state_->client->wait_for_copies();
   const std::shared_lock lock(state_->client->directory.mutex());  // detaching waits for us
+  CERTKV_FAILPOINT(client_seal);
   std::byte* slot = state_->unsealed_slot(layer, kv_head, block);
   const size_t bytes = shape.payload_bytes(), used = size_t(tokens) * shape.head_dim * 2;
   const auto put = [&](std::byte* to, const uint16_t* from) {
@@ -148,6 +153,7 @@ void OriginalsSpan::seal_block(uint32_t layer, uint32_t kv_head, uint32_t block,
   };
   const uint64_t k_digest = put(slot + shape.k_offset(), k);
   const uint64_t v_digest = put(slot + shape.v_offset(), v);
+  CERTKV_FAILPOINT_BYTES(client_payload, slot + shape.k_offset(), bytes);
   state_->publish(slot, state_->record.id(layer, kv_head, block), tokens, k_digest, v_digest);
 }
 
@@ -278,6 +284,7 @@ OriginalsSpan StoreClient::span_of(const ReserveRequest& request, uint32_t versi
   record.version = version;
   record.adopted = adopted;
   span->client = state_;
+  CERTKV_FAILPOINT(client_reserve);
   CERTKV_EXPECT(runs == request.runs() &&
                     run_bytes == uint64_t(request.blocks) * request.shape.slot_bytes() &&
                     offsets.size() == runs * sizeof(uint64_t),
@@ -286,6 +293,7 @@ OriginalsSpan StoreClient::span_of(const ReserveRequest& request, uint32_t versi
   for (size_t i = 0; i < runs; ++i) {
     uint64_t offset = 0;
     std::memcpy(&offset, offsets.data() + i * sizeof offset, sizeof offset);
+    CERTKV_FAILPOINT_BYTES(client_offset, &offset, sizeof offset);
     record.runs.push_back(state_->arena.at(offset, run_bytes));
   }
   CERTKV_EXPECT(state_->directory.add(&record), InvalidArgument,

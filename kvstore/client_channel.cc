@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 
 namespace certkv {
@@ -102,6 +103,7 @@ void ClientChannel::connect(const std::string& name, Deadline deadline) {
                   name, std::strerror(error));
     std::this_thread::sleep_for(kRetry);
   }
+  CERTKV_FAILPOINT(client_connect);
   ucred peer{};
   socklen_t peer_length = sizeof peer;
   CERTKV_EXPECT(getsockopt(socket_.get(), SOL_SOCKET, SO_PEERCRED, &peer, &peer_length) == 0,
@@ -131,6 +133,7 @@ void ClientChannel::attach(int rank, Deadline deadline) {
                   name_);
     got += size_t(n);
   }
+  CERTKV_FAILPOINT_BYTES(client_attach, bytes.data(), bytes.size());
   FrameHeader header;
   std::memcpy(&header, bytes.data(), sizeof header);
   const auto payload = std::span<const std::byte>(bytes).subspan(sizeof header);
@@ -148,8 +151,9 @@ void ClientChannel::attach(int rank, Deadline deadline) {
 
 uint64_t ClientChannel::send_locked(ControlOp op, std::span<const std::byte> payload) {
   const uint64_t sequence = ++sequence_;
-  const auto frame =
+  [[maybe_unused]] auto frame =
       make_frame(uint16_t(op), ControlStatus::Ok, sequence, attached_.session, payload);
+  CERTKV_FAILPOINT_BYTES(client_send, frame.data(), frame.size());
   ssize_t sent;
   do {
     sent = send(socket_.get(), frame.data(), frame.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -208,6 +212,7 @@ void ClientChannel::post(ControlOp op, std::span<const std::byte> payload) noexc
 void ClientChannel::watch() {
   auto last_sign = Clock::now(), last_turn = last_sign, next_beat = last_sign + heartbeat_;
   for (;;) {
+    CERTKV_FAILPOINT(client_beat);
     auto now = Clock::now();
     const auto pause =
         std::chrono::ceil<milliseconds>(std::max(next_beat - now, Clock::duration(0)));
@@ -243,6 +248,7 @@ void ClientChannel::receive() {
     lose_locked(why);
   };
   if (n <= 0) return lose(n == 0 ? "it ended (its socket was closed)" : std::strerror(errno));
+  CERTKV_FAILPOINT_BYTES(client_receive, chunk.data(), size_t(n));
   inbox_.insert(inbox_.end(), chunk.begin(), chunk.begin() + n);
   size_t used = 0;
   while (inbox_.size() - used >= sizeof(FrameHeader)) {
@@ -283,6 +289,7 @@ void ClientChannel::close() noexcept {
       const std::lock_guard lock(mutex_);
       if (stop_) return;
     }
+    CERTKV_FAILPOINT(client_detach);
     if (!lost_) request(ControlOp::Detach, {}, std::min(silence_, kFarewell));
   } catch (const std::exception& e) {
     log_debug("detaching from the store: {}", e.what());

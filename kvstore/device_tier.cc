@@ -7,6 +7,7 @@
 #include <new>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/digest.h"
 #include "kernels/quantize.h"
 
@@ -108,6 +109,7 @@ void DeviceTier::append(const uint16_t* k, const uint16_t* v, size_t tokens, con
     tokens -= n;
     list_open_blocks(before);
     open_sealed_ = open_digest();
+    CERTKV_FAILPOINT_BYTES(tier_open, open_k_.get(), 2 * open_tokens_ * d);
   }
 }
 
@@ -122,6 +124,7 @@ std::shared_ptr<DeviceTier::Page> DeviceTier::make_page(const PageFormat& f, con
   const size_t rows = size_t(f.group_tokens) * size_t(f.head_dim);
   const size_t block = size_t(f.block_tokens) * size_t(f.head_dim);
   auto page = std::make_shared<Page>(account_, f.page_bytes);
+  CERTKV_FAILPOINT(tier_allocate);
   const SealStatus status = seal_page(f, dtype_, k, v, page->data);
   if (status == SealStatus::NonFinite) return nullptr;
   if (status != SealStatus::Sealed) {  // served from originals for ever: keep them beside the pages
@@ -137,6 +140,7 @@ std::shared_ptr<DeviceTier::Page> DeviceTier::make_page(const PageFormat& f, con
     }
   }
   page->digest = payload_digest(page->data, page->bytes);
+  CERTKV_FAILPOINT_BYTES(tier_page, page->data, page->bytes);
   return page;
 }
 
@@ -173,6 +177,7 @@ void DeviceTier::seal(const uint16_t* k, const uint16_t* v, const SealSink& sink
   // Nothing below throws: a group is sealed as a whole or not at all.
   refs_.resize(sealed_blocks_);  // the open blocks that become sealed ones
   for (int b = 0; b < f.blocks(); ++b) refs_.push_back(sealed_ref(*page, b));
+  CERTKV_FAILPOINT_BYTES(tier_table, &refs_.back().nu, sizeof refs_.back().nu);
   pages_.push_back(page);
   sealed_blocks_ += size_t(f.blocks());
   if (page->quantised) quantised_blocks_ += size_t(f.blocks());
@@ -206,7 +211,8 @@ void DeviceTier::list_open_blocks(size_t changed_from) {
 
 PageState DeviceTier::check_page(size_t page) const {
   const Page& p = *pages_[page];
-  if (payload_digest(p.data, p.bytes) != p.digest) return PageState::Bytes;
+  if (payload_digest(p.data, p.bytes) != p.digest && !CERTKV_FAILPOINT_FORCED(tier_unchecked))
+    return PageState::Bytes;
   const auto same = [](float a, float b) {  // bit for bit: NaN too
     return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
   };
@@ -220,6 +226,13 @@ PageState DeviceTier::check_page(size_t page) const {
   }
   return PageState::Sound;
 }
+
+#if CERTKV_FAILPOINTS
+void DeviceTier::rot() const {
+  for (const auto& page : pages_)
+    failpoint::change(failpoint::Point::tier_rot, page->data, page->bytes);
+}
+#endif
 
 void DeviceTier::restore_table(size_t page) {
   const Page& p = *pages_[page];

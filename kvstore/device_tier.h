@@ -14,6 +14,7 @@
 #include <span>
 #include <vector>
 
+#include "kernels/base/failpoint.h"
 #include "kernels/attend.h"
 
 namespace certkv {
@@ -75,6 +76,9 @@ class DeviceTier {
   // Reads the whole page and the table's entries of its blocks, the pointers set by use_key() and
   // use_value() excepted: whoever set them knows what they must be.
   PageState check_page(size_t page) const;
+#if CERTKV_FAILPOINTS
+  void rot() const;  // meets tier.rot once for each page
+#endif
   // Takes nu, k_norm and the rest of the table from the page again. REQUIRES the page's bytes
   // sound.
   void restore_table(size_t page);

@@ -7,6 +7,7 @@
 #include <csignal>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "kvstore/holder_state.h"
 
@@ -37,6 +38,7 @@ void sweep_socket_file(const std::string& path, const LocalStream::endpoint& end
 }  // namespace
 
 void HolderState::bind() {
+  CERTKV_FAILPOINT(holder_bind);
   if (options.socket.empty()) options.socket = random_socket_name();
   char path[108];
   size_t length = 0;
@@ -62,6 +64,7 @@ void HolderState::bind() {
 void HolderState::accept() {
   acceptor.async_accept([this](ErrorCode error, LocalStream::socket socket) {
     if (ended) return;
+    CERTKV_FAILPOINT(holder_accept);
     if (!error) {
       const HolderPeer peer = peer_of(socket.native_handle());
       ErrorCode ignored;
@@ -92,6 +95,7 @@ void HolderState::accept() {
 }
 
 void HolderState::turn() {
+  CERTKV_FAILPOINT(holder_turn);
   arena.stamp_progress();
   turn_timer.expires_after(kTurn);
   turn_timer.async_wait([this](ErrorCode error) {
@@ -104,6 +108,7 @@ void HolderState::scrub() {
   scrubbing = true;
   asio::post(io, [this] {
     scrubbing = false;
+    CERTKV_FAILPOINT(holder_scrub);
     extents.scrub(kScrubBytes);
     if (!ended) scrub();
   });

@@ -3,6 +3,7 @@
 
 #include <cerrno>
 
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "kvstore/holder_state.h"
 
@@ -41,6 +42,7 @@ HolderPeer peer_of(int fd) {
 }
 
 void HolderConnection::handle() {
+  CERTKV_FAILPOINT_BYTES(holder_payload, payload_.data(), header_.payload_bytes);
   const std::span<const std::byte> payload(payload_.data(), header_.payload_bytes);
   if (!checksum_matches(header_, payload)) return reject("checksum");
   if (header_.sequence != last_sequence_ + 1) return reject("sequence number");
@@ -80,6 +82,7 @@ void HolderConnection::handle() {
       return reply(ControlStatus::Ok, text_payload(holder_.status()));
     case ControlOp::Detach:
       if (!payload.empty()) break;
+      CERTKV_FAILPOINT(holder_detach);
       detached_ = true;
       holder_.extents.release_session(session_, ExtentTable::Clock::now());
       holder_.scrub();
@@ -93,6 +96,7 @@ void HolderConnection::handle_attach(std::span<const std::byte> payload) {
   if (attached() || !parse_payload(payload, request) || request.reserved != 0) {
     return reject("attach");
   }
+  CERTKV_FAILPOINT(holder_attach);
   rank_ = request.rank;
   session_ = holder_.next_session++;
   is_server_ = holder_.server != nullptr && peer_.pid == holder_.server->pid();
@@ -103,6 +107,7 @@ void HolderConnection::handle_attach(std::span<const std::byte> payload) {
   const AttachReply answer{holder_.boot_nonce, session_, holder_.arena.bytes(), uint64_t(getpid())};
   out_ = make_frame(uint16_t(header_.op | kReplyBit), ControlStatus::Ok, header_.sequence, session_,
                     payload_of(answer));
+  CERTKV_FAILPOINT(holder_handover);
   if (!send_with_fd(socket_.native_handle(), out_, holder_.arena.fd())) {
     return close("the arena could not be handed over");
   }
@@ -115,7 +120,10 @@ void HolderConnection::handle_allocate(std::span<const std::byte> payload) {
   AllocateRequest request;
   if (!parse_payload(payload, request)) return reject("allocate");
   if (const std::string defect = allocation_defect(request); !defect.empty()) return refuse(defect);
-  const auto got = holder_.extents.allocate(session_, request);
+  CERTKV_FAILPOINT(holder_allocate);
+  const auto got = CERTKV_FAILPOINT_FORCED(holder_full)
+                       ? std::nullopt
+                       : holder_.extents.allocate(session_, request);
   if (!got) {
     const ExtentTable& e = holder_.extents;
     const std::string text =
@@ -124,6 +132,7 @@ void HolderConnection::handle_allocate(std::span<const std::byte> payload) {
                     e.total_bytes(), e.largest_bytes());
     return reply(ControlStatus::NoSpace, text_payload(text));
   }
+  CERTKV_FAILPOINT(holder_allocated);
   const AllocateReply head{got->version, uint32_t(got->offsets.size()), got->run_bytes};
   std::vector<std::byte> answer(sizeof head + got->offsets.size() * sizeof(uint64_t));
   std::memcpy(answer.data(), &head, sizeof head);
@@ -172,6 +181,7 @@ void HolderConnection::handle_list(std::span<const std::byte> payload) {
 void HolderConnection::handle_release(std::span<const std::byte> payload) {
   ReleaseRequest request;
   if (!parse_payload(payload, request) || request.keep > 1) return reject("release");
+  CERTKV_FAILPOINT(holder_release);
   if (!holder_.extents.release(session_, request.version, request.keep == 1)) {
     return refuse(fmt::format("this session holds no reservation {}", request.version));
   }
@@ -182,6 +192,7 @@ void HolderConnection::handle_release(std::span<const std::byte> payload) {
 void HolderConnection::handle_heartbeat(std::span<const std::byte> payload) {
   HeartbeatFrame beat;
   if (!parse_payload(payload, beat)) return reject("heartbeat");
+  CERTKV_FAILPOINT(holder_heartbeat);
   progress_ = beat.progress;
   const HeartbeatFrame answer{holder_.arena.progress()};
   reply(ControlStatus::Ok, payload_of(answer));
@@ -198,7 +209,10 @@ void HolderConnection::close(const std::string& why) {
     if (!holder_.ended) log_warning("connection of pid {} dropped: {}", peer_.pid, why);
     return;
   }
-  if (!detached_) holder_.extents.orphan_session(session_, ExtentTable::Clock::now());
+  if (!detached_) {
+    CERTKV_FAILPOINT(holder_orphan);
+    holder_.extents.orphan_session(session_, ExtentTable::Clock::now());
+  }
   if (is_server_) return;  // the holder says its end
   --holder_.attached;
   if (!detached_) {

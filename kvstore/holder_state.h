@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/base/asio.h"
+#include "kernels/base/failpoint.h"
 #include "kvstore/arena.h"
 #include "kvstore/control.h"
 #include "kvstore/extent_table.h"
@@ -117,6 +118,8 @@ class HolderConnection : public std::enable_shared_from_this<HolderConnection> {
     boost::asio::async_read(socket_, boost::asio::buffer(&header_, sizeof header_),
                             [self = shared_from_this()](ErrorCode error, size_t) {
                               if (error) return self->close(error.message());
+                              CERTKV_FAILPOINT_BYTES(holder_header, &self->header_,
+                                                     sizeof self->header_);
                               if (const char* defect = header_defect(self->header_, true)) {
                                 return self->reject(defect);
                               }
@@ -137,6 +140,7 @@ class HolderConnection : public std::enable_shared_from_this<HolderConnection> {
   void reply(ControlStatus status, std::span<const std::byte> payload) {
     out_ =
         make_frame(uint16_t(header_.op | kReplyBit), status, header_.sequence, session_, payload);
+    CERTKV_FAILPOINT_BYTES(holder_reply, out_.data(), out_.size());
     boost::asio::async_write(socket_, boost::asio::buffer(out_),
                              [self = shared_from_this()](ErrorCode error, size_t) {
                                if (error) return self->close(error.message());

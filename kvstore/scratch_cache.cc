@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/base/failpoint.h"
 #include "kernels/digest.h"
 
 namespace certkv {
@@ -16,6 +17,7 @@ const uint16_t* ScratchCache::find(uint32_t block) const {
 
 uint16_t* ScratchCache::insert(uint32_t block, uint32_t* evicted) {
   *evicted = kNone;
+  if (CERTKV_FAILPOINT_FORCED(scratch_full)) return nullptr;
   uint32_t index;
   if (!free_.empty()) {
     index = free_.back();
@@ -60,6 +62,7 @@ void ScratchCache::seal(uint32_t block) {
   Slot& s = slots_.at(slot_of(block));
   s.digest = payload_digest(s.data.get(), block_elements_ * 2);
   s.sealed = true;
+  CERTKV_FAILPOINT_BYTES(scratch_slot, s.data.get(), block_elements_ * 2);
 }
 
 bool ScratchCache::sound(uint32_t block) const {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "kernels/base/failpoint.h"
 #include "kvstore/control.h"
 
 namespace certkv {
@@ -36,9 +37,11 @@ void publish_seal(std::byte* slot, uint64_t seal) {
 
 BlockStatus check_header(const SpanRecord& record, const BlockId& id, const std::byte* slot,
                          BlockHeader& out) {
-  const uint64_t seal = load_seal(slot);
+  uint64_t seal = load_seal(slot);
+  CERTKV_FAILPOINT_BYTES(reader_seal, &seal, sizeof seal);
   if (seal == 0) return BlockStatus::Absent;
   std::memcpy(static_cast<void*>(&out), slot, offsetof(BlockHeader, seal));
+  CERTKV_FAILPOINT_BYTES(reader_header, &out, offsetof(BlockHeader, seal));
   out.seal = seal;
   if (block_seal(out) != seal) return BlockStatus::Corrupt;
   if (out.magic != kBlockMagic || out.format != kFormatVersion ||

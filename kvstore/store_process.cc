@@ -18,6 +18,7 @@
 #include <string_view>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "kvstore/arena.h"
 #include "kvstore/control.h"
@@ -245,6 +246,7 @@ SpawnedStore spawn_store(const StoreProcessOptions& options, milliseconds silenc
   CERTKV_EXPECT(pipe2(ends, O_CLOEXEC) == 0, OutOfMemory, "starting the store: pipe: {}",
                 std::strerror(errno));
   UniqueFd ours(ends[0]), theirs(ends[1]);
+  CERTKV_FAILPOINT(store_spawn);
   launch(options, theirs.get());
   theirs.reset();
 
@@ -283,6 +285,7 @@ int run_store(const StoreProcessOptions& options) {
   std::signal(SIGHUP, SIG_IGN);
   log_set_name("store");
   try {
+    CERTKV_FAILPOINT(store_start);
     const uint64_t boot_nonce = random_u64() | 1;
     HolderOptions holder_options;
     holder_options.socket = options.socket;
@@ -296,6 +299,7 @@ int run_store(const StoreProcessOptions& options) {
         Arena::create(options.arena_bytes, boot_nonce,
                       [&](uint64_t bytes) { tell(ready.get(), fmt::format("memory {}", bytes)); }),
         boot_nonce, holder_options);
+    CERTKV_FAILPOINT(store_ready);
     if (ready.valid()) {
       tell(ready.get(), "ready " + holder.socket());
       ready.reset();

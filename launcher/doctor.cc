@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/attend.h"
+#include "kernels/base/failpoint.h"
 #include "launcher/commands.h"
 #include "launcher/doctor_gpu.h"
 #include "launcher/machine.h"
@@ -127,6 +128,7 @@ void report_gpu_side(Report& report) {
 
 struct DoctorKeys {
   bool json = false;
+  bool failpoints = false;
   int64_t context = 0;
   int64_t ranks_per_node = 0;
 };
@@ -219,6 +221,18 @@ bool report_configuration(const JobOptions& options, const DoctorKeys& keys, uin
   return wrong.empty();
 }
 
+// Name, what can be asked there, what must hold: with tabs between them.
+int list_failpoints() {
+#if CERTKV_FAILPOINTS
+  for (const failpoint::Row& row : failpoint::table())
+    fmt::print("{}\t{}\t{}\n", row.name, row.actions, row.holds);
+  return kExitDone;
+#else
+  fmt::print(stderr, "this build has no failpoints: configure with -DCERTKV_FAILPOINTS=ON\n");
+  return kExitNo;
+#endif
+}
+
 }  // namespace
 
 int doctor_command(Args& args) {
@@ -226,6 +240,8 @@ int doctor_command(Args& args) {
   JobOptions options;
   OptionTable table(options);
   table.add("json", &keys.json, {.meaning = "print JSON instead of text"});
+  table.add("failpoints", &keys.failpoints,
+            {.meaning = "only list the named places where a fault can be asked for, one a line"});
   table.add("context", &keys.context,
             {.meaning = "of every sequence; 0: model.max_len, or the model's limit",
              .unit = "tokens",
@@ -246,6 +262,7 @@ int doctor_command(Args& args) {
         table.help());
     return kExitDone;
   }
+  if (keys.failpoints) return list_failpoints();
   table.resolve_paths();
   const Machine machine = inspect_machine();
   Report report;

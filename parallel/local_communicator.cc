@@ -4,6 +4,7 @@
 #include <cstring>
 #include <thread>
 
+#include "kernels/base/failpoint.h"
 #include "parallel/group_life.h"
 #include "parallel/local_world.h"
 #include "parallel/ordered_sum.h"
@@ -134,6 +135,7 @@ void LocalGroup::run(Operation& operation) {
 }
 
 void LocalGroup::wait(int rank, std::chrono::milliseconds silence) {
+  CERTKV_FAILPOINT(ranks_wait);
   const int self = members_[size_t(rank)];
   const uint64_t target = enqueued_[size_t(rank)];  // written by this thread alone
   const auto is_done = [&] { return done_.load(std::memory_order_acquire) >= target; };

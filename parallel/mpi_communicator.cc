@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 
+#include "kernels/base/failpoint.h"
 #include "parallel/group_life.h"
 #include "parallel/mpi_world.h"
 #include "parallel/ordered_sum.h"
@@ -209,6 +210,7 @@ bool MpiCommunicator::poll() {
 
 void MpiCommunicator::wait(std::chrono::milliseconds silence) {
   if (under_way_.empty()) return alive();
+  CERTKV_FAILPOINT(ranks_wait);
   world_->life().set_arrived(world_->rank(), slot_, enqueued_);
   try {
     size_t bytes = 0;

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels/base/deadline.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "parallel/communicator.h"
 
@@ -48,6 +49,7 @@ void MpiHeart::loop() {
       const std::lock_guard lock(world_.mutex_);
       if (world_.muted_) return;
       try {
+        CERTKV_FAILPOINT(ranks_beat);
         receive();
         if (beat()) {
           parted_ = true;

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "kernels/arith/rounding.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "kvstore/content_owner.h"
 #include "parallel/communicator.h"
@@ -118,6 +119,7 @@ int64_t CertifiedCache::create(int64_t prompt_tokens, int64_t sequence_id, int64
 
 std::unique_ptr<CertifiedCache::Sequence> CertifiedCache::make_sequence(int64_t prompt_tokens,
                                                                         int64_t sequence_id) {
+  CERTKV_FAILPOINT(cache_create);
   auto s = std::make_unique<Sequence>();
   const int64_t groups = prompt_tokens / format_->group_tokens;  // only whole groups are sealed
   s->id = sequence_id;
@@ -140,6 +142,7 @@ int64_t CertifiedCache::keep_sequence(std::unique_ptr<Sequence> s, int64_t promp
 }
 
 int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
+  CERTKV_FAILPOINT(cache_fork);
   Sequence& from = at(sequence);
   auto s = fork_prompt(from, rules);
   s->spans.add(reserve(s->prefix_blocks, answer_blocks(from, max_tokens)));
@@ -257,6 +260,11 @@ void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequence
     s.groups.resize(size_t(heads_.count()));
     if (!s.first_step) s.first_step = s.heads[0].tier.tokens();
   }
+#if CERTKV_FAILPOINTS
+  if (failpoint::is_set(failpoint::Point::tier_rot)) [[unlikely]]
+    for (int64_t handle : sequences)
+      for (const HeadState& h : at(handle).heads) h.tier.rot();
+#endif
   scrub(sequences, Extent::Due);
   if (has_classes_) revise_classes(sequences);
   for (int64_t handle : sequences) {
@@ -417,6 +425,10 @@ void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* f
     guarded(task, [&](Sequence& s) {
       HeadState& state = s.heads[size_t(layer) * heads + h];
       const auto start = std::chrono::steady_clock::now();
+      CERTKV_FAILPOINT_BYTES(cache_key, const_cast<uint16_t*>(rows[row].k + h * d), 2 * d);
+      CERTKV_FAILPOINT_BYTES(cache_value, const_cast<uint16_t*>(rows[row].v + h * d), 2 * d);
+      CERTKV_FAILPOINT_BYTES(cache_query, const_cast<float*>(rows[row].q + h * per_group * d),
+                             4 * per_group * d);
       state.tier.append(rows[row].k + h * d, rows[row].v + h * d, 1, sink(s, layer, int(h)));
       const std::chrono::duration<double> appended = std::chrono::steady_clock::now() - start;
       t.originals.emplace(*this, s, layer, int(h));
@@ -441,6 +453,8 @@ void CertifiedCache::decode(int layer, std::span<const DecodeRow> rows, float* f
       if (tasks_[task]->runs) {
         tasks_[task]->runs = false;
         guarded(task, [&](Sequence&) { tasks_[task]->runs = tasks_[task]->step.finish(); });
+        CERTKV_FAILPOINT_BYTES(cache_output, rows[task / heads].out + task % heads * per_group * d,
+                               4 * per_group * d);
         if (tasks_[task]->runs) unfinished = true;
       }
       group_.alive();
@@ -517,6 +531,7 @@ void CertifiedCache::account(int layer, Sequence& s, size_t head, const GroupRep
 }
 
 VerdictRecord CertifiedCache::verdict(int64_t sequence) const {
+  CERTKV_FAILPOINT(cache_verdict);
   const Sequence& s = at(sequence);
   return verdict_of(s.report, s.failed(), step_, format_->head_dim);
 }

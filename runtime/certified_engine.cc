@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels/arith/rounding.h"
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "kernels/sample.h"
 #include "runtime/engine_inside.h"
@@ -124,6 +125,7 @@ EnginePlan CertifiedEngine::make_plan(bool stop, std::vector<std::byte>* payload
 void CertifiedEngine::share_plan(EnginePlan* plan, std::vector<std::byte>* payload) {
   group_.broadcast(view_u64(reinterpret_cast<uint64_t*>(plan), sizeof(EnginePlan) / 8), 0, {});
   group_.wait();
+  CERTKV_FAILPOINT(engine_plan);
   if (plan->bytes == 0) return;
   payload->resize(size_t(plan->bytes));
   group_.broadcast({payload->data(), payload->size(), DType::U8, MemoryKind::Host}, 0, {});
@@ -131,6 +133,7 @@ void CertifiedEngine::share_plan(EnginePlan* plan, std::vector<std::byte>* paylo
 }
 
 bool CertifiedEngine::step(bool stop) {
+  CERTKV_FAILPOINT(engine_step);
   if (parts_.store != nullptr) parts_.store->throw_if_lost();
   EnginePlan plan;
   std::vector<std::byte> payload;
@@ -204,12 +207,14 @@ void CertifiedEngine::decode(Policy policy) {
   cache_.begin_step(step_, handles);
   const double scrub_seconds = seconds_since(scrubbing);
   const DecodeOutput out = forward_.decode(inputs);
+  CERTKV_FAILPOINT(engine_decode);
   cache_.end_step();
 
   // The step's verdict: agreed upon before anything of it is used.
   const auto agreeing = EngineClock::now();
   std::vector<VerdictRecord> verdicts;
   for (int64_t handle : handles) verdicts.push_back(cache_.verdict(handle));
+  CERTKV_FAILPOINT(engine_agree);
   group_.reduce_verdict(verdicts, {});
   group_.wait();
   const double agree_seconds = seconds_since(agreeing);
@@ -307,6 +312,7 @@ void CertifiedEngine::fail(Generation& g, ErrorKind kind, const std::string& tex
 }
 
 void CertifiedEngine::finish(std::list<Generation>::iterator g) {
+  CERTKV_FAILPOINT(engine_finish);
   Completion c = g->completion();
   uint64_t damaged = g->handle != 0 ? cache_.close(g->handle) : 0;
   group_.all_reduce_sum(view_u64(&damaged, 1), {});

@@ -1,6 +1,7 @@
 // Prompts: admitting them, prefilling them, and the decodes that go on from them.
 #include <algorithm>
 
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "kernels/sample.h"
 #include "runtime/engine_inside.h"
@@ -61,6 +62,7 @@ int64_t CertifiedEngine::reserve(const Request& r, const Shared& shared, std::st
 }
 
 void CertifiedEngine::admit(const Request& r) {
+  CERTKV_FAILPOINT(engine_admit);
   const std::vector<Policy> policies = policies_of(r);
   std::string why = "another rank has no room; its log says more";
   Shared shared = find_shared(r);
@@ -131,6 +133,7 @@ std::optional<Error> CertifiedEngine::run_prompt(const Request& r, int64_t* prom
 }
 
 void CertifiedEngine::prefill(const Request& r, int64_t prompt, Shared shared) {
+  CERTKV_FAILPOINT(engine_prefill);
   const auto start = EngineClock::now();
   const std::vector<Policy> policies = policies_of(r);
   std::vector<float> logits;

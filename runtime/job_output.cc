@@ -8,6 +8,7 @@
 #include <mutex>
 #include <nlohmann/json.hpp>
 
+#include "kernels/base/failpoint.h"
 #include "kernels/base/log.h"
 #include "runtime/finished_line.h"
 #include "runtime/journal.h"
@@ -202,6 +203,7 @@ void JobOutput::State::open_journals(const std::string& job, int replicas) {
 }
 
 void JobOutput::State::write_results() {
+  CERTKV_FAILPOINT(output_results);
   const auto begin = Clock::now();
   for (size_t s = 0; s < result_names.size(); ++s) {
     certkv::write_results(path(result_names[s]), results, s, journal_paths);

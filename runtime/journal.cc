@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "runtime/json_file.h"
 #include "runtime/line_reader.h"
 #include "runtime/output_file.h"
@@ -82,6 +83,7 @@ JournalContents read_journal(const std::string& path, const std::string& job,
   LineReader lines(file.fd, path, kMaxRecordBytes);
   LineReader::Line line;
   while (lines.next(line)) {
+    CERTKV_FAILPOINT_BYTES(journal_read, line.text.data(), line.text.size());
     const Framed record = unframed(line);
     if (!record.whole) {
       ++contents.dropped;
@@ -122,7 +124,9 @@ JournalPosition Journal::append(std::string_view note, std::string_view result) 
                     result.find_first_of("\t\n") == std::string_view::npos,
                 InvalidArgument, "a journal record holds a raw tab or line feed");
   const uint64_t at = file_->bytes() + kDigestChars + 1 + note.size() + 1;
-  file_->append(framed(note, result));
+  std::string record = framed(note, result);
+  CERTKV_FAILPOINT_BYTES(journal_record, record.data(), record.size() - 1);
+  file_->append(record);
   if (sync_ == Sync::Each) file_->sync();
   return {at, result.size()};
 }

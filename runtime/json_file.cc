@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 
 namespace certkv {
 namespace {
@@ -146,6 +147,7 @@ std::string read_file_bounded(const std::string& path, size_t max_bytes) {
 }
 
 json load_json_file(const std::string& path, const JsonLimits& limits) {
+  CERTKV_FAILPOINT(model_json);
   return parse_json(read_file_bounded(path, limits.max_bytes), path, limits);
 }
 

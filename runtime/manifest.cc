@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "kernels/base/failpoint.h"
 #include "runtime/json_file.h"
 #include "runtime/options_io.h"
 #include "runtime/output_file.h"
@@ -167,6 +168,7 @@ EarlierJob read_manifest(const std::string& folder) {
 void write_manifest(const std::string& folder, const JobIdentity& identity,
                     const BatchSurvey& input, const std::string& options_echo,
                     const ManifestSession& session, const EarlierJob& earlier) {
+  CERTKV_FAILPOINT(output_manifest);
   json v = {{"format", 1},
             {"job", identity_digest(identity)},
             {"identity", identity},

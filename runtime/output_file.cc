@@ -9,6 +9,7 @@
 #include <filesystem>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 
 namespace certkv {
 namespace {
@@ -65,6 +66,7 @@ void AtomicFile::write(std::string_view bytes) {
 void AtomicFile::commit() {
   flush();
   if (::fsync(fd_) != 0) fail(path_, "writing to the disk", errno);
+  CERTKV_FAILPOINT(output_replace);
   const int fd = fd_;
   fd_ = -1;
   if (::close(fd) != 0 || ::rename(temporary_.c_str(), path_.c_str()) != 0) {
@@ -110,6 +112,11 @@ AppendFile::~AppendFile() {
 
 void AppendFile::append(std::string_view bytes) {
   try {
+    CERTKV_FAILPOINT(output_append);
+    if (CERTKV_FAILPOINT_FORCED(output_half)) {
+      write_all(fd_, bytes.substr(0, bytes.size() / 2), path_);
+      fail(path_, "writing", ENOSPC);
+    }
     write_all(fd_, bytes, path_);
   } catch (const Error&) {
     // What was written of it is a torn line; a reader would drop it anyway if this fails too.
@@ -120,10 +127,12 @@ void AppendFile::append(std::string_view bytes) {
 }
 
 void AppendFile::sync() {
+  CERTKV_FAILPOINT(output_sync);
   if (::fdatasync(fd_) != 0) fail(path_, "writing to the disk", errno);
 }
 
 FolderLock::FolderLock(const std::string& folder) {
+  CERTKV_FAILPOINT(output_lock);
   const std::string path = folder + "/.lock";
   fd_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
   if (fd_ < 0) fail(path, "opening", errno);

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "runtime/checked_math.h"
 #include "runtime/json_file.h"
 
@@ -100,7 +101,8 @@ bool read_fully(int fd, void* out, uint64_t count, uint64_t offset, const std::s
         ::pread(fd, to, std::min<uint64_t>(count, uint64_t(1) << 30), off_t(offset));
     if (got < 0 && errno == EINTR) continue;
     CERTKV_EXPECT(got >= 0, BadFile, "{}: cannot be read: {}", where, std::strerror(errno));
-    if (got == 0) return false;
+    CERTKV_FAILPOINT(safetensors_read);
+    if (got == 0 || CERTKV_FAILPOINT_FORCED(safetensors_shrink)) return false;
     to += got;
     offset += uint64_t(got);
     count -= uint64_t(got);
@@ -216,6 +218,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
     std::vector<std::byte> start(8 + wanted);
     CERTKV_EXPECT(read_fully(fd_, start.data(), start.size(), 0, path_), BadFile,
                   "{}: the file shrank while it was read", path_);
+    CERTKV_FAILPOINT_BYTES(safetensors_header, start.data(), start.size());
     header_ = parse_safetensors_header(start, file_bytes, path_);
   } catch (...) {
     ::close(fd_);

@@ -9,6 +9,7 @@
 
 #include "kernels/arith/int8_weight.h"
 #include "kernels/base/error.h"
+#include "kernels/base/failpoint.h"
 #include "runtime/byte_size.h"
 #include "runtime/host_memory.h"
 #include "runtime/safetensors.h"
@@ -346,6 +347,7 @@ Weights load_weights(const std::filesystem::path& folder, const ModelConfig& con
   if (needed > available) throw_out_of_memory(whose, needed, available);
 
   try {
+    CERTKV_FAILPOINT(model_weights);
     const Loader from(files);
     Weights w;
     w.groups = groups;

@@ -29,6 +29,10 @@ elseif(NOT CERTKV_SANITIZER STREQUAL "")
   message(FATAL_ERROR "CERTKV_SANITIZER is '${CERTKV_SANITIZER}': use address, thread or nothing")
 endif()
 
+if(CERTKV_FAILPOINTS)
+  target_compile_definitions(certkv_flags INTERFACE CERTKV_FAILPOINTS=1)
+endif()
+
 if(CERTKV_FUZZERS)
   if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
     message(FATAL_ERROR "CERTKV_FUZZERS needs clang: configure with -DCMAKE_CXX_COMPILER=clang++ in "
