@@ -223,6 +223,7 @@ void CertifiedEngine::decode(Policy policy) {
   figures.gather(cache_, handles, group_);
   double record_seconds = seconds_since(recording);
 
+  CERTKV_FAILPOINT(engine_sample);
   const auto sampling = EngineClock::now();
   StepRecord record;
   record.step = step_;

@@ -25,6 +25,10 @@ std::string digest_of(std::string_view payload) {
   return fmt::format("{:016x}", XXH3_64bits(payload.data(), payload.size()));
 }
 
+uint64_t result_digest(std::string_view result) {
+  return XXH3_64bits(result.data(), result.size());
+}
+
 std::string framed(std::string_view note, std::string_view result) {
   std::string payload;
   payload.reserve(note.size() + result.size() + 1);
@@ -102,7 +106,7 @@ JournalContents read_journal(const std::string& path, const std::string& job,
     }
     ++contents.records;
     const uint64_t at = line.offset + uint64_t(record.result.data() - line.text.data());
-    visit(record.note, record.result, {at, record.result.size()});
+    visit(record.note, record.result, {at, record.result.size(), result_digest(record.result)});
   }
   return contents;
 }
@@ -128,7 +132,7 @@ JournalPosition Journal::append(std::string_view note, std::string_view result) 
   CERTKV_FAILPOINT_BYTES(journal_record, record.data(), record.size() - 1);
   file_->append(record);
   if (sync_ == Sync::Each) file_->sync();
-  return {at, result.size()};
+  return {at, result.size(), result_digest(result)};
 }
 
 const std::string& Journal::path() const {
@@ -155,6 +159,12 @@ std::string JournalResults::read(JournalPosition where) const {
                   n < 0 ? std::strerror(errno) : "the file became shorter");
     done += size_t(n);
   }
+  CERTKV_FAILPOINT_BYTES(journal_result, text.data(), text.size());
+  CERTKV_EXPECT(
+      result_digest(text) == where.digest, IoError,
+      "{}: the result at byte {} was changed or damaged since it was written; continue with "
+      "--resume: its line is done again",
+      path_, where.offset);
   return text;
 }
 

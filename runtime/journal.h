@@ -24,9 +24,10 @@ namespace certkv {
 
 class AppendFile;
 
-// Where a record's result lies in its file.
+// Where a record's result lies in its file, and what it was when it was written or checked.
 struct JournalPosition {
   uint64_t offset = 0, bytes = 0;
+  uint64_t digest = 0;  // XXH3 (64 bits) of the result
 };
 
 using JournalVisitor =
@@ -71,6 +72,7 @@ class JournalResults {
   ~JournalResults();
   JournalResults(const JournalResults&) = delete;
   JournalResults& operator=(const JournalResults&) = delete;
+  // ERRORS: IoError, also where the bytes are no longer what they were.
   std::string read(JournalPosition where) const;
 
  private:

@@ -79,6 +79,27 @@ TEST_F(JournalFile, GivesBackWhatWasAppendedInOrderAlsoAfterReopening) {
   EXPECT_EQ(contents.dropped, 0u);
 }
 
+TEST_F(JournalFile, AResultThatChangedSinceItWasWrittenIsNotGivenOut) {
+  Journal journal = reopen(path_);
+  journal.append(record(0).note, record(0).result);
+  const JournalPosition where = journal.append(record(1).note, record(1).result);
+  const std::string whole = slurp(path_);
+  for (uint64_t i = 0; i < where.bytes; ++i) {
+    std::string changed = whole;
+    changed[where.offset + i] = char(changed[where.offset + i] ^ 0x10);
+    spill(path_, changed);
+    try {
+      JournalResults(path_).read(where);
+      ADD_FAILURE() << "byte " << i << " was changed";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.kind(), ErrorKind::IoError);
+      EXPECT_NE(std::string(e.what()).find("--resume"), std::string::npos);
+    }
+  }
+  spill(path_, whole);
+  EXPECT_EQ(JournalResults(path_).read(where), record(1).result);
+}
+
 TEST_F(JournalFile, TornAtEveryByteItKeepsTheWholeLinesAndGoesOn) {
   std::vector<size_t> ends;  // of whole lines, the header first
   {
