@@ -46,9 +46,20 @@ void end_soon(int code) {
   }).detach();
 }
 
+// What libraries do at the end of a process can hang: OpenBLAS's threads wait for memory for ever
+// where an address space limit (ulimit -v) refuses it.
+volatile std::sig_atomic_t code_at_last = kExitOther;
+void end_at_last(int code) {
+  code_at_last = code;
+  std::signal(SIGALRM, [](int) { ::_exit(code_at_last); });
+  ::alarm(3);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  // A file that may not grow (ulimit -f) is an error by name, not the end of the process.
+  std::signal(SIGXFSZ, SIG_IGN);
   Args args;
   const MpiLaunch launch = detect_mpi_launch();
   int code = kExitOther;
@@ -72,5 +83,6 @@ int main(int argc, char** argv) {
   if (args.mpi != nullptr && code == kExitStopped) end_soon(code);
   // A rank that threw must not wait for the others, which may be waiting for it.
   if (args.mpi != nullptr && (threw || !args.mpi->finish())) args.mpi->abort(code);
+  end_at_last(code);
   return code;
 }
