@@ -70,6 +70,14 @@ bool ScratchCache::sound(uint32_t block) const {
   return s.sealed && payload_digest(s.data.get(), block_elements_ * 2) == s.digest;
 }
 
+#if CERTKV_FAILPOINTS
+void ScratchCache::rot() const {
+  for (const Slot& s : slots_)
+    if (s.block != kNone)
+      failpoint::change(failpoint::Point::scratch_rot, s.data.get(), block_elements_ * 2);
+}
+#endif
+
 void ScratchCache::pin(uint32_t block) { slots_.at(slot_of(block)).pinned = true; }
 
 void ScratchCache::unpin_all() {

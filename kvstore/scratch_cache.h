@@ -10,6 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "kernels/base/failpoint.h"
+
 namespace certkv {
 
 class ScratchCache {
@@ -37,6 +39,10 @@ class ScratchCache {
   // Whether the slot still holds what seal() saw; false too where it was never sealed. Reads the
   // whole block. REQUIRES resident.
   bool sound(uint32_t block) const;
+
+#if CERTKV_FAILPOINTS
+  void rot() const;  // meets scratch.rot once for each resident block
+#endif
 
   void pin(uint32_t block);  // REQUIRES resident
   void unpin_all();

@@ -261,9 +261,14 @@ void CertifiedCache::begin_step(uint64_t step, std::span<const int64_t> sequence
     if (!s.first_step) s.first_step = s.heads[0].tier.tokens();
   }
 #if CERTKV_FAILPOINTS
-  if (failpoint::is_set(failpoint::Point::tier_rot)) [[unlikely]]
+  if (failpoint::is_set(failpoint::Point::tier_rot) ||
+      failpoint::is_set(failpoint::Point::scratch_rot)) [[unlikely]]
     for (int64_t handle : sequences)
-      for (const HeadState& h : at(handle).heads) h.tier.rot();
+      for (const HeadState& h : at(handle).heads) {
+        h.tier.rot();
+        h.keys.rot();
+        h.values.rot();
+      }
 #endif
   scrub(sequences, Extent::Due);
   if (has_classes_) revise_classes(sequences);

@@ -1,6 +1,6 @@
 """Every failpoint, and how a job is brought to meet it."""
 
-import product
+from jobs import product
 
 KINDS = ("IoError", "OutOfMemory", "Corrupt", "CommError", "StoreLost", "DeadlineExceeded")
 SHORT_MS, LONG_MS = 40, 1700  # within D, and well beyond it
@@ -35,7 +35,7 @@ def specification(name, action, draw, long_sleep=False, skip=None):
     if action == "sleep":
         pause = LONG_MS if long_sleep else SHORT_MS
         action = f"sleep:{pause},count=1"
-    if name.startswith("tier.") and action != "force":
+    if name.startswith(("tier.", "scratch.")) and action != "force":
         action += ",count=1"  # what is made anew in its place is whole
     if skip is None:
         skip = 0 if name.startswith(FIRST) else draw // 7 % 3

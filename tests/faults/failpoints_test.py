@@ -11,9 +11,9 @@ import os
 import sys
 import unittest
 
-import jobs
 import failpoints
-import product
+import jobs
+from jobs import product
 
 ALL = "--all" in sys.argv
 
