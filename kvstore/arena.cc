@@ -198,7 +198,7 @@ Arena Arena::map(int fd, uint64_t bytes, uint64_t boot_nonce) {
   CERTKV_EXPECT(header.magic == kArenaMagic && header.format == kFormatVersion &&
                     header.header_bytes == sizeof(ArenaHeader) && header.uid == getuid() &&
                     header.boot_nonce == boot_nonce && header.arena_bytes == bytes &&
-                    header.data_offset == kArenaDataOffset &&
+                    header.data_offset == kArenaDataOffset && header.reserved == 0 &&
                     header.checksum == arena_checksum(header),
                 CommError,
                 "the header of the store's arena is not what this version writes: are store and "

@@ -51,7 +51,8 @@ BlockStatus check_header(const SpanRecord& record, const BlockId& id, const std:
   if (out.id != id || out.fence != record.fence) return BlockStatus::Absent;
   const BlockShape& shape = record.request.shape;
   if (out.dtype != uint8_t(shape.dtype) || out.block_tokens != shape.block_tokens ||
-      out.head_dim != shape.head_dim || out.tokens < 1 || out.tokens > shape.block_tokens) {
+      out.head_dim != shape.head_dim || out.tokens < 1 || out.tokens > shape.block_tokens ||
+      out.reserved0 != 0 || std::ranges::any_of(out.reserved, [](uint64_t x) { return x != 0; })) {
     return BlockStatus::Corrupt;
   }
   return BlockStatus::Ok;
