@@ -59,8 +59,14 @@ class Hosts(unittest.TestCase):
                  line["response"]["body"]["usage"]) for line in lines]
 
     def programs(self, cluster):
-        return [pid for host in cluster.hosts for pid in cluster.pids(host)
-                if os.path.realpath(f"/proc/{pid}/exe") == product.PROGRAM]
+        found = []
+        for pid in (pid for host in cluster.hosts for pid in cluster.pids(host)):
+            try:
+                if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(product.PROGRAM):
+                    found.append(pid)
+            except OSError:
+                continue  # it has ended meanwhile
+        return found
 
     def expect_programs_end(self, cluster, within_s):
         end = time.monotonic() + within_s
