@@ -70,7 +70,9 @@ class Communicator {
   // Returns when everything enqueued on this rank is done.
   // `silence`: no peer waited for may show no sign of life for longer (sanitizer builds wait
   // kDeadlineFactor times as long). It counts from the peer's last sign or from the start of the
-  // wait, whichever is later; a waiter that was itself stopped counts anew.
+  // wait, whichever is later; a waiter that was itself stopped counts anew. Where it is longer than
+  // silence() it is the work of peers that may be silent so long; a process that shows no life at all
+  // for silence() is found all the same.
   virtual void wait(std::chrono::milliseconds silence) = 0;
   void wait() { wait(silence_); }
 

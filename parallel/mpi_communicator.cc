@@ -4,6 +4,7 @@
 #include <climits>
 #include <cstring>
 #include <functional>
+#include <optional>
 
 #include "kernels/base/failpoint.h"
 #include "parallel/group_life.h"
@@ -216,6 +217,10 @@ void MpiCommunicator::wait(std::chrono::milliseconds silence) {
     size_t bytes = 0;
     for (const auto& op : under_way_) bytes += op->bytes;
     SilenceWatch watch(world_->life(), world_->rank(), silence, under_way_.front()->name);
+    // Where work may be silent for longer (a rank loads its weights), its process may not.
+    std::optional<SilenceWatch> beats;
+    if (silence > this->silence())
+      beats.emplace(world_->life(), world_->rank(), this->silence(), under_way_.front()->name);
     std::vector<SilenceWatch::Peer> peers;
     PollPause pause;
     while (!poll()) {
@@ -224,6 +229,11 @@ void MpiCommunicator::wait(std::chrono::milliseconds silence) {
         for (int member : members_) {
           if (member == world_->rank()) continue;
           peers.push_back({member, world_->life().arrived(member, slot_) >= enqueued_});
+        }
+        if (beats) {
+          std::vector<SilenceWatch::Peer> processes = peers;
+          for (SilenceWatch::Peer& p : processes) p.has_come = true;
+          beats->check(processes, silence);
         }
         watch.check(peers, std::chrono::milliseconds(bytes >> 14));
       }

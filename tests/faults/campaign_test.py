@@ -7,6 +7,7 @@
 import io
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -82,6 +83,39 @@ class Limits(unittest.TestCase):
         for size in (274, 330):  # with less it cannot even be loaded, and waits before main()
             outcome = self.ends(f"--as={size << 20}")
             self.assertIn(outcome.result, (jobs.NAMED, jobs.SAME), outcome)
+
+
+class Loading(unittest.TestCase):
+    """While models are loaded, work may stand still for minutes; a process may not."""
+
+    @classmethod
+    def setUpClass(cls):
+        reader = os.path.join(campaign.ROOT, "launcher", "demo", "reader")
+        cls.rows = campaign.process_rows.Rows(os.path.join(sys.argv[1], "bin", "certkv"), reader)
+        cls.addClassCleanup(cls.rows.bench.close)
+
+    def job(self, name, pause_s):
+        env = {"CERTKV_FAILPOINT": f"model.weights=sleep:{round(1000 * pause_s)},rank=1"}
+        job = self.rows.bench.start(name, ranks=2, env=env)
+        self.addCleanup(job.kill)
+        return job, self.rows.store_of(job)
+
+    def test_a_rank_that_loads_for_longer_than_the_deadline_is_waited_for(self):
+        begin = time.monotonic()
+        job, _ = self.job("loads long", 2.5 * jobs.DEADLINE_S)
+        outcome = self.rows.ends(job, "loads long", begin, 2.5 * jobs.DEADLINE_S, 2)
+        self.assertEqual(outcome.result, jobs.SAME, outcome)
+
+    def test_a_rank_that_is_stopped_while_it_loads_is_named(self):
+        job, store = self.job("stopped early", 60)
+        ranks = sorted(set(job.pids("certkv")) - {store})
+        self.assertEqual(len(ranks), 2)
+        begin = time.monotonic()
+        os.kill(ranks[1], signal.SIGSTOP)
+        outcome = self.rows.ends(job, "stopped early", begin, 0, 2)
+        self.assertEqual(outcome.result, jobs.NAMED, outcome)
+        self.assertFalse(outcome.late, outcome)
+        self.assertIn("no sign of life of rank 1", outcome.text + job.stderr)
 
 
 if __name__ == "__main__":

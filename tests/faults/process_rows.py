@@ -95,7 +95,7 @@ class Rows:
         store = self.store_of(job)
         while not early and not jobs.fired(log) and job.process.poll() is None:
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.06 if early else 0.3))
         ranks = sorted(set(job.pids("certkv")) - {store})
         reached = len(ranks) == 2 and kill(ranks[draw.randrange(2)], signal.SIGSTOP)
         pause = draw.choice((0.1, 0.5, 60))
@@ -107,7 +107,7 @@ class Rows:
         return outcome if reached or outcome.result == VIOLATION else Outcome(UNREACHED, "too late")
 
     def rank_stopped_early(self, draw, name):
-        """While models are loaded ranks wait for each other for minutes, not for D."""
+        """While models are loaded: work may stand still for minutes then, a process may not."""
         return self.rank_stopped(draw, name, early=True)
 
     def disk_full(self, draw, name):
@@ -118,6 +118,29 @@ class Rows:
         # The store's arena is a file too, and is refused by name.
         job = self.bench.start(name, wrap=("prlimit", f"--fsize={size}"))
         return self.ends(job, name, begin)
+
+    def file_system_full(self, draw, name):
+        """The results' own file system has little room; --resume finds more."""
+        if os.geteuid() != 0:
+            return Outcome(UNREACHED, "only root can mount a file system")
+        folder = os.path.join(self.bench.folder, name)
+        os.makedirs(folder)
+        mount = subprocess.run(["mount", "-t", "tmpfs", "-o",
+                                f"size={draw.choice((4, 16, 64, 400, 1000, 2600, 16000))}k", "faults", folder],
+                               capture_output=True, text=True, timeout=20, check=False)
+        if mount.returncode != 0:
+            return Outcome(UNREACHED, mount.stderr.strip())
+        try:
+            begin = time.monotonic()
+            job = self.bench.start(name)
+            limit = self.bench.job_seconds + 4 * jobs.DEADLINE_S + jobs.GRACE_S
+            outcome = self.bench.judge(job, name, limit, jobs.ended_after(job, begin, limit + 20))
+            subprocess.run(["mount", "-o", "remount,size=64m", folder], timeout=20, check=True)
+            wrong = self.bench.resume(name) if outcome.result == NAMED else None
+            return Outcome(VIOLATION, f"{outcome.text}; {wrong}") if wrong else outcome
+        finally:
+            subprocess.run(["umount", "-l", folder], timeout=20, check=True)
+            self.bench.drop(name)
 
     def memory_refused(self, draw, name):
         size = draw.randrange(270, 700) << 20  # with less OpenBLAS hangs before main()
@@ -270,13 +293,14 @@ TABLE = {
     "store_killed": (1, "the store is killed", 0.14),
     "rank_killed": (12, "a rank is killed in the middle of a step", 0.14),
     "rank_stopped": (13, "a rank is stopped for a while, or for ever", 0.08),
-    "rank_stopped_early": (13, "a rank is stopped before the first step", 0.0),
+    "rank_stopped_early": (13, "a rank is stopped before the first step", 0.05),
     "store_stopped": (13, "the store is stopped for a while, or for ever", 0.06),
     "memory_refused": (8, "address space that ends somewhere", 0.07),
     "batch_lines": (16, "lines of an attacker in the batch", 0.1),
     "second_uid": (19, "another user at socket, memory, files", 0.04),
     "clock_jump": (22, "a wall clock that jumps", 0.05),
-    "disk_full": (23, "files that may not grow", 0.1),
+    "disk_full": (23, "files that may not grow", 0.06),
+    "file_system_full": (23, "a file system without room", 0.06),
     "retry_storm": (24, "a store that is killed again and again", 0.05),
     "failpoint": (0, "any failpoint, in the whole program", 0.17),
 }
