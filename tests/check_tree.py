@@ -35,6 +35,7 @@ MACHINE = [
                 r"\.cor[p]|\.la[n])\b"), "a package registry or an internal host"),
     (re.compile(r"\b[Ii]ssu[e] #?\d"), "the number of an issue"),
 ]
+BYTES = "tests/fuzz/corpus/"  # inputs of fuzzers: no text, whatever they look like
 ASSERTION = re.compile(r"\b(EXPECT_\w+|ASSERT_\w+|FAIL|ADD_FAILURE|ADD_FAILURE_AT|static_assert)\s*\(")
 # A contract suite hands its cases over as functions; what they assert is checked where they stand.
 CONTRACT = re.compile(r"\bGetParam\(\)\s*\.\s*check\s*\(")
@@ -62,6 +63,8 @@ class Tree:
         self.top_level = sorted({p.split("/")[0] for p in tracked or self.paths})
         self.text = {}
         for path in self.paths:
+            if path.startswith(BYTES):
+                continue
             if path.endswith(TEXT) or "." not in os.path.basename(path):
                 try:
                     with open(os.path.join(root, path), encoding="utf-8", newline="") as file:

@@ -19,6 +19,7 @@ import product  # noqa: E402
 
 SAME, NAMED, VIOLATION, UNREACHED = "same answer", "named error", "violation", "not reached"
 DEADLINE_S = 1.0   # parallel.deadline_seconds and store.deadline_seconds of these jobs
+LEFT_S = 13.0      # a store that no rank attaches to ends itself after 10 s (attach_within)
 GRACE_S = 6.0      # beyond fault, D and the fault-free job's time: a loaded machine's
 STORE = re.compile(r"store of this node: process (\d+)")
 ERROR = re.compile(r"certkv: error|\]\[error\]|is lost")
@@ -100,7 +101,7 @@ class Bench:
         text = said[-1][:300] if said else ""
         late = seconds > limit_s
         right, failed, wrong = self.judge_answers(name)
-        processes, shm = job.leftovers()
+        processes, shm = job.leftovers(LEFT_S)
         job.kill()
 
         def violation(what):
@@ -130,7 +131,7 @@ class Bench:
         """Goes on without a fault; None, or what is wrong with the end."""
         job = self.start(name, "--resume", ranks=ranks).wait(60)
         right, failed, wrong = self.judge_answers(name)
-        processes, shm = job.leftovers()
+        processes, shm = job.leftovers(LEFT_S)
         job.kill()
         if wrong:
             return f"after --resume {wrong}"
@@ -180,7 +181,7 @@ def run_failpoint(bench, name, spec, ranks=0, pause_s=0.0, again=False, helpers=
     begin = time.monotonic()
     job = bench.start(job_name, *more, ranks=ranks, env=env)
     seconds = ended_after(job, begin, limit + 20)
-    job.leftovers()  # what the store meets after the job counts too
+    job.leftovers(LEFT_S)  # what the store meets after the job counts too
     met = [pid for point, pid in fired(log) if point == name]
     panics = any("=panic" in s for s in env["CERTKV_FAILPOINT"].split(";"))
     outcome = bench.judge(job, job_name, limit, seconds, killed=fired(log) if panics else ())

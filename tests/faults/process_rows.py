@@ -254,7 +254,8 @@ except OSError: pass
 for pid in (store, job):
     for what in ("mem", "environ", "maps"):
         try:
-            open(f"/proc/{pid}/{what}", "rb").close(); got.append(f"/proc/{pid}/{what}")
+            with open(f"/proc/{pid}/{what}", "rb") as file:
+                if what == "mem" or file.read(1): got.append(f"/proc/{pid}/{what}")
         except OSError: pass
     for fd in range(64):  # the arena's file is one of the first
         try:

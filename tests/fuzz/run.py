@@ -96,9 +96,11 @@ def main():
         for r in pool.map(lambda name: fuzz(name, options), wanted):
             clean = r["code"] == 0 and not r["found"]
             bad += not clean
-            result = "clean" if clean else f"exit {r['code']}: {', '.join(r['found']) or r['tail']}"
+            result = "clean" if clean else f"exit {r['code']}: {', '.join(r['found'])}"
             print(f"| `{r['name']}` | {r['executions']:,} | {r['coverage']} | {r['features']} | "
                   f"{r['corpus']} | {result} |", flush=True)
+            if not clean:
+                print(r["tail"], file=sys.stderr, flush=True)
     return 1 if bad else 0
 
 
