@@ -135,7 +135,15 @@ void LocalGroup::run(Operation& operation) {
 }
 
 void LocalGroup::wait(int rank, std::chrono::milliseconds silence) {
-  CERTKV_FAILPOINT(ranks_wait);
+#if CERTKV_FAILPOINTS
+  try {
+    CERTKV_FAILPOINT(ranks_wait);
+  } catch (const Error& error) {  // as a wait that fails: nobody touches this rank's memory any more
+    life_.break_with(error.kind(), error.what());
+    std::unique_lock lock(mutex_);
+    throw_broken(lock);
+  }
+#endif
   const int self = members_[size_t(rank)];
   const uint64_t target = enqueued_[size_t(rank)];  // written by this thread alone
   const auto is_done = [&] { return done_.load(std::memory_order_acquire) >= target; };

@@ -211,9 +211,9 @@ bool MpiCommunicator::poll() {
 
 void MpiCommunicator::wait(std::chrono::milliseconds silence) {
   if (under_way_.empty()) return alive();
-  CERTKV_FAILPOINT(ranks_wait);
   world_->life().set_arrived(world_->rank(), slot_, enqueued_);
   try {
+    CERTKV_FAILPOINT(ranks_wait);
     size_t bytes = 0;
     for (const auto& op : under_way_) bytes += op->bytes;
     SilenceWatch watch(world_->life(), world_->rank(), silence, under_way_.front()->name);
