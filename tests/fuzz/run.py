@@ -47,6 +47,8 @@ def fuzz(name, options):
          "-rss_limit_mb=2048", "-max_len=8192", "-reload=0"],
         capture_output=True, text=True, errors="replace", check=False,
         env={**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1"})
+    with open(os.path.join(options.work, f"{name}.log"), "w", encoding="utf-8") as log:
+        log.write(run.stderr)
     states, done = STATE.findall(run.stderr), DONE.findall(run.stderr)
     last = states[-1] if states else ("0", "0", "0", "0")
     found = glob.glob(crashes + "*")
