@@ -7,6 +7,7 @@
 #include <charconv>
 #include <csignal>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <thread>
 
 #include "kernels/base/error.h"
@@ -107,9 +108,12 @@ int serve(const StoreServerOptions& options) {
   ReplicatorOptions copying;
   copying.replicas = options.replicas;
   copying.lag_limit_bytes = options.lag_limit_bytes;
-  Replicator replicator(
-      client, directory, transport, [peers](const OwnerId&, uint32_t, uint32_t) { return peers; },
-      copying);
+  std::optional<Replicator> replicator;
+  if (options.replicas > 1) {
+    replicator.emplace(
+        client, directory, transport, [peers](const OwnerId&, uint32_t, uint32_t) { return peers; },
+        copying);
+  }
   for (;;) {
     const BlockServerCounts c = blocks.counts();
     nlohmann::ordered_json report;
@@ -122,7 +126,7 @@ int serve(const StoreServerOptions& options) {
                                  {"blocks", held.blocks},
                                  {"bytes", held.bytes},
                                  {"refused", held.refused}};
-    const ReplicationStatus r = replicator.status();
+    const ReplicationStatus r = replicator ? replicator->status() : ReplicationStatus();
     report["replication"] = {
         {"replicas", options.replicas},     {"runs", r.runs},
         {"sealed_blocks", r.sealed_blocks}, {"copied_blocks", r.copied_blocks},

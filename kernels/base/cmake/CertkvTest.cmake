@@ -29,7 +29,9 @@ function(certkv_test_environment variable)
       "UBSAN_OPTIONS=print_stacktrace=1")
   elseif(CERTKV_SANITIZER STREQUAL "thread")
     list(APPEND environment
-      "TSAN_OPTIONS=suppressions=\"${support}/tsan.supp\":second_deadlock_stack=1")
+      "TSAN_OPTIONS=suppressions=\"${support}/tsan.supp\":second_deadlock_stack=1"
+      # UCX's hook of madvise runs at the end of a thread, when ThreadSanitizer has let go of it.
+      "UCX_MEM_MMAP_HOOK_MODE=none")
   endif()
   # OpenBLAS's own threads would multiply with those of ctest's jobs and of the rank threads.
   list(APPEND environment "OPENBLAS_NUM_THREADS=1" "OMP_NUM_THREADS=1")
