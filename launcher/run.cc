@@ -6,6 +6,7 @@
 #include <ctime>
 #include <fstream>
 #include <optional>
+#include <thread>
 
 #include "kernels/base/log.h"
 #include "kvstore/http/status_server.h"
@@ -205,7 +206,14 @@ Ranks join_ranks(Args& args, const JobOptions& job, const MpiLaunch& launch) {
     r.group = r.local->communicator(0);
     return r;
   }
-  args.mpi = r.session = std::make_shared<MpiSession>();
+  const auto late = [](const std::string& diagnosis) {
+    if (!diagnosis.empty()) log_error("{}", diagnosis);
+    // The first to end takes the job along: who has nothing to say lets the others speak.
+    std::this_thread::sleep_for(std::chrono::seconds(diagnosis.empty() ? 3 : 1));
+    ::_exit(kExitStopped);  // MPI_Init cannot be called off
+  };
+  args.mpi = r.session =
+      std::make_shared<MpiSession>(milliseconds_of(job.parallel.start_seconds), late);
   r.layout = plan_ranks(job.parallel.tensor, job.parallel.data, r.session->size());
   log_set_rank(r.session->rank());
   r.world = r.session->world();

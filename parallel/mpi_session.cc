@@ -13,6 +13,7 @@
 #include "parallel/mpi_communicator.h"
 #include "parallel/mpi_message_channel.h"
 #include "parallel/mpi_world.h"
+#include "parallel/startup_watch.h"
 #include "parallel/topology.h"
 
 namespace certkv {
@@ -74,12 +75,14 @@ MpiLaunch detect_mpi_launch() {
   return launch;
 }
 
-MpiSession::MpiSession() {
+MpiSession::MpiSession(std::chrono::milliseconds start_limit,
+                       std::function<void(const std::string&)> late) {
   int initialised = 0;
   mpi_check(MPI_Initialized(&initialised), "MPI_Initialized");
   CERTKV_EXPECT(!initialised, CommError, "MPI is initialised a second time in this process");
   die_with_parent();
   prctl(PR_SET_TIMERSLACK, 1000UL);  // ns: waits sleep for 20 us, the usual slack is 50 us
+  const StartupWatch watch(startup_place(), start_limit, std::move(late));
   int provided = 0;
   mpi_check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
   CERTKV_EXPECT(provided >= MPI_THREAD_SERIALIZED, CommError,

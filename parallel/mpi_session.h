@@ -1,11 +1,13 @@
 // MPI from its initialisation to its end, and the groups of a job's ranks.
 //
-// Needs MPI_THREAD_SERIALIZED: the heartbeat is a second thread (parallel/mpi_world.h). MPI_Init and
-// the making of groups block without a deadline of our own; whoever starts the job watches over them.
+// Needs MPI_THREAD_SERIALIZED: the heartbeat is a second thread (parallel/mpi_world.h). MPI_Init
+// blocks without a deadline of its own; a StartupWatch has one. The making of groups has none.
 //
 // THREADS: one thread per rank, but for abort().
 #pragma once
 
+#include <chrono>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -30,7 +32,10 @@ class MpiSession {
  public:
   // Initialises MPI; collective over the job. The process is killed when its launcher dies.
   // CommError if MPI cannot be initialised or lacks the thread level. Once per process.
-  MpiSession();
+  // start_limit: until all ranks have met; then `late` is called, as parallel/startup_watch.h says,
+  // and has to end the process. 0: none.
+  explicit MpiSession(std::chrono::milliseconds start_limit = {},
+                      std::function<void(const std::string&)> late = {});
   ~MpiSession();  // finish()
   MpiSession(const MpiSession&) = delete;
   MpiSession& operator=(const MpiSession&) = delete;

@@ -97,6 +97,7 @@ struct ParallelOptions {
   int data = 1;                 // D replicas of the model
   int threads = 0;              // per rank; 0: cores of the node / ranks on it
   double deadline_seconds = 5;  // since the last sign of life of a peer
+  double start_seconds = 120;   // from a rank's start until all have met; 0: no limit
 };
 
 struct AuditOptions {

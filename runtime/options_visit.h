@@ -302,6 +302,13 @@ inline void visit_options(ParallelOptions& o, OptionVisitor& v) {
            .cost = "a stopped peer is noticed later",
            .min = 0.05,
            .max = kMaxDeadlineSeconds});
+  v.field("start_seconds", &o.start_seconds,
+          {.meaning = "all ranks must have met this long after a rank's start, else the ones that "
+                      "did not come are named and the job ends; 0: no limit",
+           .unit = "seconds",
+           .cost = "a rank that hangs at its start is noticed later",
+           .min = 0,
+           .max = kMaxDeadlineSeconds});
 }
 
 inline void visit_options(AuditOptions& o, OptionVisitor& v) {

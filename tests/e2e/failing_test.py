@@ -98,6 +98,21 @@ class StoppedJobs(unittest.TestCase):
         job.expect_text(f"rank 0 (process {rank}) is lost", f"rank 0 (pid {rank}) is lost")
         self.goes_on("rank 0 killed")
 
+    def test_a_rank_that_never_comes_to_the_start_is_named_with_its_host(self):
+        command = product.command(product.job_arguments(
+            self.folder, "never", "--parallel.start_seconds", "2"))
+        script = os.path.join(self.folder, "start")
+        with open(script, "w", encoding="utf-8") as file:
+            file.write('#!/bin/sh\n[ "$OMPI_COMM_WORLD_RANK" != 1 ] || exec sleep 60\nexec "$@"\n')
+        os.chmod(script, 0o755)
+        job = harness.start([script, *command], ranks=4)
+        self.addCleanup(job.kill)
+        self.ends(job, 4)
+        host = os.uname().nodename.split(".")[0]
+        job.expect_text(f"start-up: rank 1 on host {host} did not come within 2 s (3 of this "
+                        "host's 4 ranks are here)")
+        self.assertEqual(job.stderr.count("start-up: "), 1)
+
     def test_a_rank_that_stands_still_is_named_by_the_other(self):
         job = self.start("rank stopped")
         job.signal(signal.SIGSTOP, self.ranks(job)[1])

@@ -2,12 +2,17 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdlib>
+#include <mutex>
 
 #include "kernels/base/error.h"
 #include "parallel/mpi_session.h"
 #include "parallel/rank_layout.h"
 #include "parallel/shard.h"
+#include "parallel/startup_watch.h"
 #include "parallel/topology.h"
 #include "tests/support/thread_ranks.h"
 
@@ -111,6 +116,76 @@ TEST(MpiLaunch, ABatchScriptIsNoRankButAStepIs) {
                            "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"}) {
     unsetenv(name);
   }
+}
+
+// ---- the start ----------------------------------------------------------------------------------
+
+TEST(Startup, RanksThatDidNotComeAreNamedWithTheirHost) {
+  using std::chrono::milliseconds;
+  StartupPlace p{.job = "j", .rank = 4, .size = 8, .local_rank = 0, .local_size = 4, .host_ranks = {}};
+  EXPECT_EQ(startup_diagnosis(p, {{0, 4}, {2, 6}}, "node-b", milliseconds(1500)),
+            "start-up: rank 5, rank 7 on host node-b did not come within 1.5 s (2 of this host's 4 "
+            "ranks are here): see parallel.start_seconds");
+  // Dealt out host by host: the ranks do not follow one another.
+  EXPECT_THAT(startup_diagnosis(p, {{0, 4}, {1, 6}}, "node-b", milliseconds(1000)),
+              HasSubstr("local rank 2, local rank 3 on host node-b"));
+  p.host_ranks = {4, 6, 0, 2};
+  EXPECT_THAT(startup_diagnosis(p, {{0, 4}, {1, 6}}, "node-b", milliseconds(1000)),
+              HasSubstr("rank 0, rank 2 on host node-b"));
+  EXPECT_THAT(startup_diagnosis(p, {{0, 4}, {1, 6}, {2, 0}, {3, 2}}, "node-b", milliseconds(1000)),
+              HasSubstr("all 4 rank(s) of host node-b are here, but not all 8"));
+}
+
+TEST(Startup, ThePlaceIsWhatTheLauncherTells) {
+  setenv("SLURM_JOB_ID", "77", 1);
+  setenv("SLURM_STEP_ID", "2", 1);
+  setenv("SLURM_PROCID", "6", 1);
+  setenv("SLURM_LOCALID", "1", 1);
+  setenv("SLURM_STEP_NUM_TASKS", "8", 1);
+  setenv("SLURM_GTIDS", "4,6", 1);
+  StartupPlace p = startup_place();
+  EXPECT_TRUE(p.known());
+  EXPECT_EQ(p.job, "77-2");
+  EXPECT_EQ(p.rank, 6);
+  EXPECT_EQ(p.local_size, 2);
+  EXPECT_EQ(p.host_ranks, (std::vector<int>{4, 6}));
+  setenv("SLURM_GTIDS", "4,,6", 1);
+  EXPECT_FALSE(startup_place().known());
+  for (const char* name : {"SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID",
+                           "SLURM_STEP_NUM_TASKS", "SLURM_GTIDS"})
+    unsetenv(name);
+  EXPECT_FALSE(startup_place().known());
+}
+
+TEST(Startup, TheFirstThatCameSpeaksForItsHostAndTheOthersAreSilent) {
+  const std::string job = "test-" + std::to_string(getpid());
+  std::mutex mutex;
+  std::vector<std::string> said;
+  const auto late = [&](const std::string& text) {
+    const std::lock_guard lock(mutex);
+    said.push_back(text);
+  };
+  const auto place = [&](int local) {
+    return StartupPlace{.job = job, .rank = local, .size = 3, .local_rank = local, .local_size = 3,
+                        .host_ranks = {}};
+  };
+  const auto count = [&] {
+    const std::lock_guard lock(mutex);
+    return said.size();
+  };
+  {
+    const StartupWatch a(place(1), std::chrono::milliseconds(300), late);
+    const StartupWatch b(place(2), std::chrono::milliseconds(300), late);
+    for (int i = 0; i < 2000 && count() < 2; ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  ASSERT_EQ(said.size(), 2u);
+  std::sort(said.begin(), said.end());
+  EXPECT_EQ(said[0], "");
+  EXPECT_THAT(said[1], HasSubstr("rank 0 on host " + host_name() + " did not come within 0.3 s"));
+  said.clear();
+  { const StartupWatch met(place(0), std::chrono::minutes(10), late); }
+  EXPECT_TRUE(said.empty());
 }
 
 // ---- nodes and cores ----------------------------------------------------------------------------
