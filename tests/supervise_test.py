@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""launcher/certkv-supervise, with a stand-in for the job that ends as it is told."""
+"""launcher/certkv-supervise and the Slurm template, with a stand-in for the job that ends as it is told."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ SCRIPT = os.path.abspath(os.path.join(os.path.dirname(os.path.abspath(__file__))
                                       "certkv-supervise"))
 
 
-class Supervise(unittest.TestCase):
+class StandIns(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory(prefix="stand in ")
         self.addCleanup(self.folder.cleanup)
@@ -43,6 +43,8 @@ exit $(sed -n "$((n < all ? n : all))p" '{self.path("codes")}')
         with open(self.calls, encoding="utf-8") as file:
             return [line.rstrip("|\n").split("|") for line in file]
 
+
+class Supervise(StandIns):
     def run_script(self, *arguments):
         return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=60,
                               check=False)
@@ -138,6 +140,64 @@ exit $(sed -n "$((n < all ? n : all))p" '{self.path("codes")}')
             self.assertIn(f"SIG{number.name[3:]}: passed on", said)
             os.unlink(self.path("up"))
             os.unlink(self.calls)
+
+
+class SlurmTemplate(StandIns):
+    """launcher/certkv.sbatch with a stand-in for srun."""
+
+    TEMPLATE = os.path.join(os.path.dirname(SCRIPT), "certkv.sbatch")
+
+    def run_template(self, *arguments, **environment):
+        return subprocess.run([self.TEMPLATE, *arguments], capture_output=True, text=True,
+                              timeout=60, check=False, cwd=os.path.dirname(os.path.dirname(SCRIPT)),
+                              env={**os.environ, "PATH": self.folder.name + ":" + os.environ["PATH"],
+                                   **environment})
+
+    def srun(self, store, codes):
+        job = self.job(codes)
+        path = self.path("srun")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(f"""#!/bin/bash
+case " $* " in
+  *' store '*) {store} ;;
+  *) exec '{job}' "$@" ;;
+esac
+""")
+        os.chmod(path, 0o755)
+
+    LIVING = """for n in 1 2; do echo "store $* is ready"; done; echo $$ >'%s'; exec sleep 60"""
+
+    def test_a_dry_run_prints_the_commands(self):
+        done = self.run_template("--model", "a folder", CERTKV_DRY_RUN="1", SLURM_JOB_ID="5",
+                                 SLURM_JOB_NUM_NODES="2")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        stores, job = done.stdout.splitlines()
+        self.assertIn("--nodes 2 --ntasks 2 --ntasks-per-node 1 build/bin/certkv store", stores)
+        self.assertIn("srun --overlap --mpi=pmix", job)
+        self.assertIn("run --model a\\ folder --store.mode attach", job)
+        self.assertEqual(stores.split("--socket ")[1].split()[0],
+                         job.split("--store.socket ")[1].split()[0])
+
+    def test_outside_of_a_job_and_without_arguments_it_is_refused(self):
+        self.assertEqual(self.run_template("--model", "x", SLURM_JOB_ID="").returncode, 2)
+        self.assertEqual(self.run_template(SLURM_JOB_ID="5").returncode, 2)
+
+    def test_a_lost_rank_costs_a_restart_and_the_stores_end_with_the_job(self):
+        self.srun(self.LIVING % self.path("store pid"), [137, 3])
+        done = self.run_template("--model", "x", SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="2",
+                                 CERTKV_SUPERVISE=SCRIPT)
+        self.assertEqual(done.returncode, 3, done.stderr)
+        first, second = self.called()
+        self.assertEqual(second, first + ["--resume"])
+        with open(self.path("store pid"), encoding="utf-8") as file:
+            self.assertFalse(os.path.exists(f"/proc/{file.read().strip()}"))
+
+    def test_stores_that_do_not_start_end_it(self):
+        self.srun("exit 2", [0])
+        done = self.run_template("--model", "x", SLURM_JOB_ID="5")
+        self.assertEqual(done.returncode, 4)
+        self.assertIn("a store did not start", done.stderr)
+        self.assertEqual(self.called(), [])
 
 
 if __name__ == "__main__":
