@@ -85,27 +85,38 @@ MpiSession::MpiSession(std::chrono::milliseconds start_limit,
   const StartupWatch watch(startup_place(), start_limit, std::move(late));
   int provided = 0;
   mpi_check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
-  CERTKV_EXPECT(provided >= MPI_THREAD_SERIALIZED, CommError,
-                "this MPI gives thread level {}, but MPI_THREAD_SERIALIZED ({}) is needed: use an MPI "
-                "that was built with threads",
-                provided, int(MPI_THREAD_SERIALIZED));
+  CERTKV_EXPECT(
+      provided >= MPI_THREAD_SERIALIZED, CommError,
+      "this MPI gives thread level {}, but MPI_THREAD_SERIALIZED ({}) is needed: use an MPI "
+      "that was built with threads",
+      provided, int(MPI_THREAD_SERIALIZED));
   mpi_check(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
   world_ = std::make_shared<MpiWorld>(MPI_COMM_WORLD, gather_names());
   log_set_rank(rank());
 }
 
-MpiSession::~MpiSession() { finish(); }
+MpiSession::~MpiSession() {
+  finish();
+}
 
-int MpiSession::rank() const { return world_->rank(); }
-int MpiSession::size() const { return world_->size(); }
+int MpiSession::rank() const {
+  return world_->rank();
+}
+int MpiSession::size() const {
+  return world_->size();
+}
 
-std::unique_ptr<Communicator> MpiSession::world() { return make_mpi_communicator(world_, 0); }
+std::unique_ptr<Communicator> MpiSession::world() {
+  return make_mpi_communicator(world_, 0);
+}
 
 std::unique_ptr<Communicator> MpiSession::tensor_group(const RankLayout& layout) {
   return make_mpi_communicator(world_, layout.replica(rank()));
 }
 
-std::unique_ptr<MessageChannel> MpiSession::channel() { return make_mpi_message_channel(world_, 0); }
+std::unique_ptr<MessageChannel> MpiSession::channel() {
+  return make_mpi_message_channel(world_, 0);
+}
 
 std::unique_ptr<MessageChannel> MpiSession::leaders_channel(const RankLayout& layout) {
   return make_mpi_message_channel(world_, layout.is_leader(rank()) ? 0 : -1);

@@ -45,9 +45,9 @@ class MpiSession {
 
   // All are collective over the job and called in the same order by all ranks.
   std::unique_ptr<Communicator> world();
-  std::unique_ptr<Communicator> tensor_group(const RankLayout& layout);      // of this replica
-  std::unique_ptr<MessageChannel> channel();                                 // of all ranks
-  std::unique_ptr<MessageChannel> leaders_channel(const RankLayout& layout); // null on others
+  std::unique_ptr<Communicator> tensor_group(const RankLayout& layout);       // of this replica
+  std::unique_ptr<MessageChannel> channel();                                  // of all ranks
+  std::unique_ptr<MessageChannel> leaders_channel(const RankLayout& layout);  // null on others
 
   // Ends MPI with the other ranks. Communicators and channels are of no use afterwards. False, and
   // MPI is left as it is, if the job is broken: call abort() then. Waits for ranks that still work.

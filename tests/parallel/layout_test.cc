@@ -122,7 +122,8 @@ TEST(MpiLaunch, ABatchScriptIsNoRankButAStepIs) {
 
 TEST(Startup, RanksThatDidNotComeAreNamedWithTheirHost) {
   using std::chrono::milliseconds;
-  StartupPlace p{.job = "j", .rank = 4, .size = 8, .local_rank = 0, .local_size = 4, .host_ranks = {}};
+  StartupPlace p{
+      .job = "j", .rank = 4, .size = 8, .local_rank = 0, .local_size = 4, .host_ranks = {}};
   EXPECT_EQ(startup_diagnosis(p, {{0, 4}, {2, 6}}, "node-b", milliseconds(1500)),
             "start-up: rank 5, rank 7 on host node-b did not come within 1.5 s (2 of this host's 4 "
             "ranks are here): see parallel.start_seconds");
@@ -166,7 +167,11 @@ TEST(Startup, TheFirstThatCameSpeaksForItsHostAndTheOthersAreSilent) {
     said.push_back(text);
   };
   const auto place = [&](int local) {
-    return StartupPlace{.job = job, .rank = local, .size = 3, .local_rank = local, .local_size = 3,
+    return StartupPlace{.job = job,
+                        .rank = local,
+                        .size = 3,
+                        .local_rank = local,
+                        .local_size = 3,
                         .host_ranks = {}};
   };
   const auto count = [&] {
@@ -193,8 +198,8 @@ TEST(Startup, TheFirstThatCameSpeaksForItsHostAndTheOthersAreSilent) {
 TEST(Topology, CoresAreSharedFairly) {
   EXPECT_EQ(fair_threads({{0, 1, 2, 3}}, 0, 0), 4);
   EXPECT_EQ(fair_threads({{0, 1, 2, 3}, {0, 1, 2, 3}}, 1, 0), 2);
-  EXPECT_EQ(fair_threads({{0, 1}, {2, 3}}, 1, 0), 2);        // bound to cores of their own
-  EXPECT_EQ(fair_threads({{0}, {0}, {0}, {0}}, 2, 0), 1);    // oversubscribed
+  EXPECT_EQ(fair_threads({{0, 1}, {2, 3}}, 1, 0), 2);      // bound to cores of their own
+  EXPECT_EQ(fair_threads({{0}, {0}, {0}, {0}}, 2, 0), 1);  // oversubscribed
   EXPECT_EQ(fair_threads({{0, 1, 2}, {0, 1, 2}, {0, 1, 2}}, 0, 0), 1);
   EXPECT_EQ(fair_threads({{0, 1, 2, 3, 4, 5, 6, 7}, {0, 1, 2, 3, 4, 5, 6, 7}}, 0, 4), 2);
   EXPECT_GE(usable_cores(), 1);
