@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <future>
 #include <random>
@@ -282,8 +283,13 @@ TEST(ClusterNodes, FormAViewLoseAKilledNodeWithinThreeSecondsAndTakeItBack) {
     const uint64_t boot = c.nodes[victim]->see().nodes[victim].boot;
     std::vector<size_t> rest{0, 1, 2};
     rest.erase(rest.begin() + long(victim));
+    const auto killed = Deadline::Clock::now();
     c.nodes[victim].reset();
     EXPECT_TRUE(c.whole_within(rest, seconds(3))) << "node " << victim << " was killed";
+    std::printf(
+        "node %zu: the others' view without it after %lld ms\n", victim,
+        static_cast<long long>(
+            std::chrono::duration_cast<milliseconds>(Deadline::Clock::now() - killed).count()));
     c.start(victim);
     ASSERT_TRUE(c.whole_within({0, 1, 2}, seconds(20)));
     EXPECT_NE(c.nodes[victim]->see().nodes[victim].boot, boot);
