@@ -360,13 +360,15 @@ void DeviceCache::fill_dense(Sequence* s) {
   const size_t sealed = p.pages * kPageTiles;
   if (sealed == 0) return;
   const auto reader = store_ == nullptr ? nullptr : store_->reader();
+  SpanList spans;
+  spans.add(p.span);
   std::vector<std::byte> rows(2 * sealed * block_bytes_);
   for (size_t cell = 0; cell < cells() && !s->failed(); ++cell) {
     const size_t layer = cell / heads, kv_head = size_t(heads_.begin) + cell % heads;
     std::vector<std::string> errors(p.pages);
     pool_.parallel_for(p.pages, [&](size_t page) {
-      SpanOriginals originals(reader.get(), options_.read_deadline, p.span, uint32_t(sealed),
-                              s->own, uint32_t(layer), uint32_t(kv_head));
+      SpanOriginals originals(reader.get(), options_.read_deadline, spans, uint32_t(layer),
+                              uint32_t(kv_head));
       PageOriginals from;
       std::byte* to = rows.data() + page * kPageTiles * block_bytes_;
       if (!from.read(format_, page, originals)) {
