@@ -74,6 +74,12 @@ void JobMonitor::tick(const ProgressState& state, const Engine::Load& load) {
   tick(state);
 }
 
+void JobMonitor::close(const ProgressState& state) {
+  tick(state);
+  const std::lock_guard lock(mutex_);  // a reader holds it for a copy
+  shown_ = own_;
+}
+
 void JobMonitor::publish() {
   const std::unique_lock lock(mutex_, std::try_to_lock);
   if (lock.owns_lock()) shown_ = own_;

@@ -3,7 +3,7 @@
 // The rank's thread keeps its own record and hands over a copy; where a reader holds the copy just
 // then, it tries again at the next step.
 //
-// THREADS: set_*, step, tick and answered by the rank's thread; report by any.
+// THREADS: set_*, step, tick, answered and close by the rank's thread; report by any.
 #pragma once
 
 #include <chrono>
@@ -27,6 +27,7 @@ class JobMonitor {
   void answered(uint64_t prompt_tokens);  // a line was finished
   void tick(const ProgressState& state);  // between steps, and while a prompt is read
   void tick(const ProgressState& state, const Engine::Load& load);
+  void close(const ProgressState& state);  // after the last step: this one is shown for sure
 
   StatusReport report() const;
 

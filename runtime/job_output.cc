@@ -395,6 +395,7 @@ int JobOutput::close() {
   State& s = *state_;
   s.progress_state.prefill = -1;
   s.progress.close(s.progress_state, Clock::now());
+  if (s.options.monitor) s.options.monitor->close(s.progress_state);
   const std::lock_guard<std::timed_mutex> lock(s.mutex);
   s.steps->flush(std::chrono::milliseconds(400));
   s.write_results();

@@ -66,6 +66,7 @@ struct ClosingSums {
   double nu_max = 0, eta_max = 0, vbar_max = 0;
   bool notes_sound = true;
   bool skips = false;
+  double s_share = 1;  // of blocks.s, of what was summed: under E2's root r_fp charges its rounding
   BlockSums blocks;
 };
 
@@ -111,7 +112,7 @@ CERTKV_HD inline Certificate close_bounds(const ClosingSums& x, const Correction
   const double m2_lost = lost * (s + tokens_l + x.c_tokens * over_l) / (x.unit * x.unit);
   const double n_m2 = kChainOutput + chain_norm(x.head_dim) + d + 8 + 2.0 * log.count;
   const double r_fp = gamma_n(n_m2) * (g_m2 + 2 * c.out_norm * g_a + g_s * x.o2) + m2_lost;
-  c.r_term = std::sqrt(positive_part(m2 - 2 * x.oa + s * x.o2) + r_fp);
+  c.r_term = std::sqrt(positive_part(m2 - 2 * x.oa + s * x.s_share * x.o2) + r_fp);
   c.h_term = std::sqrt(b.h2 * over_l);
   c.s_term = s;
   const double originals = (b.f_nu + b.f_sum * c.out_norm) * over_l;

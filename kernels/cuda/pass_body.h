@@ -109,7 +109,8 @@ struct Pass : PassMixed<kDim, kGroups, kCertificate, kWarps, kKind> {
         F sum = x[g].of_blocks[i];
         sum = sum + shuffle_xor(sum, 4);
         sum = sum + shuffle_xor(sum, 8);
-        store_where(one, to, at + (kFirstOfBlocks + i), sum);
+        const int entry = kFirstOfBlocks + i;
+        store_where(one, to, at + entry, sum * (entry == kSumDen ? 1 - kSumsOff : 1 + kSumsOff));
       }
       store_where(one, to, at + int(kSumNuMax), LargestNotes::over_tiles(largest.nu));
       store_where(one, to, at + int(kSumEtaMax), LargestNotes::over_tiles(largest.eta));
@@ -327,6 +328,7 @@ CERTKV_FN Certificate judge_head(const PassItem& item, int head_dim, const Merge
   x.vbar_max = h[kSumVbarMax];
   x.notes_sound = x.nu_max >= 0 && x.eta_max >= 0 && x.vbar_max >= 0;
   x.blocks.s = h[kSumS];
+  x.s_share = 1 / (1 + double(kSumsOff));
   // Squares that are no float's multiple: the other sums lose less than close_certificate charges.
   const double lost = x.eta_max > 0 ? x.tokens * 0x1p-140 / (x.unit * x.unit) : 0;
   x.blocks.h2 = h[kSumH2] + lost;
