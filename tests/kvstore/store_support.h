@@ -31,6 +31,13 @@ bool eventually(Condition condition) {
   return true;
 }
 
+// Of a holder that ends with its test alone, however long nobody is attached meanwhile.
+inline HolderOptions ended_by_the_test() {
+  HolderOptions o;
+  o.linger = o.attach_within = std::chrono::milliseconds(-1);
+  return o;
+}
+
 // A holder that runs in a thread of this process.
 class ThreadHolder {
  public:

@@ -16,6 +16,7 @@ namespace certkv {
 namespace {
 
 using test::deterministic_options;
+using test::ended_by_the_test;
 using test::expect_same;
 using test::random_request;
 using test::run;
@@ -104,7 +105,7 @@ TEST_F(PrefixReuse, AnotherJobWithAnotherNumberOfRanksFindsThem) {
   const auto requests = alike(1100, {1100});
   const JobOptions o = deterministic_options();
   for (const auto& [before, after] : {std::pair{1, 2}, std::pair{4, 1}, std::pair{2, 2}}) {
-    ThreadHolder store(kRoom);
+    ThreadHolder store(kRoom, ended_by_the_test());
     const RunResult first = run(o, before, 1, requests, sharing(&store));
     EXPECT_EQ(reused(first), (Tokens{0}));
     const RunResult second = run(o, after, 1, requests, sharing(&store));
@@ -116,7 +117,7 @@ TEST_F(PrefixReuse, AnotherJobWithAnotherNumberOfRanksFindsThem) {
 TEST_F(PrefixReuse, AnotherScopeFindsNothing) {
   const auto requests = alike(600, {600});
   const JobOptions o = deterministic_options();
-  ThreadHolder store(kRoom);
+  ThreadHolder store(kRoom, ended_by_the_test());
   run(o, 1, 1, requests, sharing(&store));
   RunHooks other = sharing(&store);
   other.scope->model[3] ^= std::byte(1);
@@ -141,7 +142,7 @@ TEST_F(PrefixReuse, DamagedOriginalsAreFoundAndThePromptIsPrefilledFromItsFirstT
   const auto requests = alike(1100, {1100});
   const JobOptions o = deterministic_options();
   for (const size_t block : {0, 7, 40}) {
-    ThreadHolder store(kRoom);
+    ThreadHolder store(kRoom, ended_by_the_test());
     const RunResult first = run(o, 2, 1, requests, sharing(&store));
     RunHooks hooks = sharing(&store);
     hooks.before = [&](StoreClient& client, int rank) {

@@ -19,6 +19,7 @@ namespace certkv {
 namespace {
 
 using test::deterministic_options;
+using test::ended_by_the_test;
 using test::expect_same;
 using test::random_request;
 using test::run;
@@ -100,7 +101,7 @@ TEST_F(Resume, AnAnswerGoesOnFromItsLastSealedTokensBitForBitWhereOriginalsDecid
   uint64_t most = 0;
   for (const uint64_t kill : {1, 2, 40, 130, 195}) {
     SCOPED_TRACE(kill);
-    ThreadHolder store(kRoom);
+    ThreadHolder store(kRoom, ended_by_the_test());
     RunHooks hooks = sharing(&store);
     hooks.kill_after = kill;
     const RunResult killed = run(o, 2, 1, asked, hooks);
@@ -134,7 +135,7 @@ TEST_F(Resume, UnderBudgetTheKnownTokensStayAndTheCertificatesHold) {
     const auto asked = requests(Policy::Budget);
     const RunResult whole = run(o, 1, 2, asked);
     for (const uint64_t kill : {30, 150}) {
-      ThreadHolder store(kRoom);
+      ThreadHolder store(kRoom, ended_by_the_test());
       RunHooks hooks = sharing(&store);
       hooks.kill_after = kill;
       const RunResult killed = run(o, 1, 2, asked, hooks);
@@ -159,13 +160,13 @@ TEST_F(Resume, WithoutTheStoreEverythingIsMadeAgainAndNothingIsDrawnAgain) {
   const JobOptions o = deterministic_options();
   const auto asked = requests(Policy::Budget);
   const RunResult whole = run(o, 2, 1, asked);
-  ThreadHolder store(kRoom);
+  ThreadHolder store(kRoom, ended_by_the_test());
   RunHooks hooks = sharing(&store);
   hooks.kill_after = 150;
   const RunResult killed = run(o, 2, 1, asked, hooks);
   const auto more = again(asked, killed);
   EXPECT_GT(sealed_tokens(more[0]), 0u);
-  ThreadHolder fresh(kRoom);
+  ThreadHolder fresh(kRoom, ended_by_the_test());
   const RunResult second = run(o, 2, 1, more, sharing(&fresh));
   expect_same(whole, second, "lost store");
   expect_told_once(killed, second);
@@ -180,7 +181,7 @@ TEST_F(Resume, AnotherNumberOfRanksGoesOnFromTheSameOriginals) {
   const auto asked = requests(Policy::Dense);
   const RunResult whole = run(o, 1, 1, asked);
   for (const auto& [before, after] : {std::pair{2, 1}, std::pair{1, 2}}) {
-    ThreadHolder store(kRoom);
+    ThreadHolder store(kRoom, ended_by_the_test());
     RunHooks hooks = sharing(&store);
     hooks.kill_after = 140;
     const RunResult killed = run(o, before, 1, asked, hooks);
@@ -224,7 +225,7 @@ TEST_F(Resume, DamagedOriginalsOfAnAnswerOrItsPromptAreFoundAndMadeAgain) {
   const auto asked = requests(Policy::Budget);
   const RunResult whole = run(o, 2, 1, asked);
   for (const uint32_t block : {3u, 70u}) {  // of the prompt; of the answer
-    ThreadHolder store(kRoom);
+    ThreadHolder store(kRoom, ended_by_the_test());
     RunHooks hooks = sharing(&store);
     hooks.kill_after = 150;
     const RunResult killed = run(o, 2, 1, asked, hooks);
@@ -251,7 +252,7 @@ TEST_F(Resume, DamagedOriginalsOfAnAnswerOrItsPromptAreFoundAndMadeAgain) {
 TEST_F(Resume, AStateThatIsNoneOfTheRequestIsRefused) {
   const JobOptions o = deterministic_options();
   auto asked = requests(Policy::Dense);
-  ThreadHolder store(kRoom);
+  ThreadHolder store(kRoom, ended_by_the_test());
   RunHooks hooks = sharing(&store);
   hooks.kill_after = 140;
   auto more = again(asked, run(o, 1, 1, asked, hooks));
