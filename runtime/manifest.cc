@@ -132,7 +132,7 @@ std::vector<std::string> identity_differences(const JobIdentity& then, const Job
   return list;
 }
 
-std::string digest_model_files(const std::string& folder) {
+std::vector<std::filesystem::path> model_files(const std::string& folder) {
   std::vector<fs::path> files;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(folder, error)) {
@@ -142,8 +142,12 @@ std::string digest_model_files(const std::string& folder) {
   }
   CERTKV_EXPECT(!error, BadFile, "model folder {}: {}", folder, error.message());
   std::sort(files.begin(), files.end());
+  return files;
+}
+
+std::string digest_model_files(const std::string& folder) {
   Hash hash;
-  for (const fs::path& file : files) add_file(hash, file);
+  for (const fs::path& file : model_files(folder)) add_file(hash, file);
   return hash.text();
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
@@ -26,8 +27,11 @@ std::string identity_digest(const JobIdentity& identity);
 // "cache.layout was compact and is now balanced", one entry per difference.
 std::vector<std::string> identity_differences(const JobIdentity& then, const JobIdentity& now);
 
-// Of the names, sizes and contents of a model folder's files (json, safetensors, model). Of a file
-// above 64 MiB, 64 stretches of 256 KiB, its first and last included. ERRORS: BadFile.
+// A model folder's files (json, safetensors, model), by name. ERRORS: BadFile.
+std::vector<std::filesystem::path> model_files(const std::string& folder);
+
+// Of the names, sizes and contents of these files. Of one above 64 MiB, 64 stretches of 256 KiB, its
+// first and last included. ERRORS: BadFile.
 std::string digest_model_files(const std::string& folder);
 
 struct ManifestSession {

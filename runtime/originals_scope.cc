@@ -15,6 +15,7 @@
 #include "kernels/base/error.h"
 #include "kernels/blas.h"
 #include "parallel/communicator.h"
+#include "runtime/manifest.h"
 
 namespace certkv {
 namespace {
@@ -35,17 +36,9 @@ struct Folder {
 };
 
 Folder list_folder(const std::string& folder) {
-  std::vector<fs::path> files;
-  std::error_code error;
-  for (const auto& entry : fs::directory_iterator(folder, error)) {
-    const std::string type = entry.path().extension().string();
-    if (type == ".json" || type == ".safetensors" || type == ".model")
-      files.push_back(entry.path());
-  }
-  CERTKV_EXPECT(!error, BadFile, "model folder {}: {}", folder, error.message());
-  std::sort(files.begin(), files.end());
   Folder f;
-  for (const fs::path& file : files) {
+  std::error_code error;
+  for (const fs::path& file : model_files(folder)) {
     const uint64_t bytes = fs::file_size(file, error);
     CERTKV_EXPECT(!error, BadFile, "{}: {}", file.string(), error.message());
     const std::string name = file.filename().string();

@@ -35,7 +35,8 @@ static_assert(kChainDevice <= kChainOutput, "runtime/certify charges kChainOutpu
 // Of the sums over blocks that a certificate closes: 7 roundings of a block's terms, an addition
 // and a rise for each, joining and rows, warps, and what raises them to the safe side.
 inline constexpr float kSumsOff = 0x1p-17f;
-static_assert(7 + 2 * kMaxTilesPerWarp + 4 + kMostWarps + 1 <= double(kSumsOff) / kUnit);
+static_assert((7 + 2 * kMaxTilesPerWarp + 4 + kMostWarps + 1) * kUnit + double(kExpError) <=
+              double(kSumsOff));
 
 // Scores of originals: half of the products in a row, the halves and terms of the query added up
 // (6), what its terms as halves lose (2^-22 and a little), and as chain_originals.
