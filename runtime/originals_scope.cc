@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <vector>
@@ -81,12 +82,15 @@ Sha256 hash_chunk(const Chunk& c, Communicator& world) {
   return out;
 }
 
+// Others may still load their weights, or read their share of the files.
+constexpr std::chrono::minutes kLoading{10};
+
 std::vector<Sha256> gather(const Sha256& mine, Communicator& world) {
   std::vector<Sha256> all(static_cast<size_t>(world.size()));
   Sha256 in = mine;
   world.all_gather({in.data(), in.size(), DType::U8, MemoryKind::Host},
                    {all.data(), all.size() * in.size(), DType::U8, MemoryKind::Host}, {});
-  world.wait();
+  world.wait(kLoading);
   return all;
 }
 
@@ -118,7 +122,7 @@ std::optional<Sha256> digest_model(const std::string& folder, Communicator& worl
   if (n > 0) {
     world.all_gather({mine.data(), n * sizeof(Sha256), DType::U8, MemoryKind::Host},
                      {all.data(), all.size() * sizeof(Sha256), DType::U8, MemoryKind::Host}, {});
-    world.wait(std::chrono::minutes(10));  // each rank reads its share of the files
+    world.wait(kLoading);
   }
   std::vector<size_t> local;  // this node's ranks, by local rank
   for (size_t r = 0; r < topology.node_of_rank.size(); ++r)
