@@ -142,7 +142,6 @@ int64_t CertifiedCache::keep_sequence(std::unique_ptr<Sequence> s, int64_t promp
 }
 
 int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRules& rules) {
-  CERTKV_FAILPOINT(cache_fork);
   Sequence& from = at(sequence);
   auto s = fork_prompt(from, rules);
   s->spans.add(reserve(s->prefix_blocks, answer_blocks(from, max_tokens)));
@@ -151,6 +150,7 @@ int64_t CertifiedCache::fork(int64_t sequence, int64_t max_tokens, const StepRul
 
 std::unique_ptr<CertifiedCache::Sequence> CertifiedCache::fork_prompt(Sequence& from,
                                                                       const StepRules& rules) {
+  CERTKV_FAILPOINT(cache_fork);
   if (!from.prompt_verified) {
     scrub({&from.handle, 1}, Extent::All);
     from.prompt_verified = true;
